@@ -1,0 +1,119 @@
+// quantal io: containers. Bytes and names, never dialects. Readers check every size against the file
+// before they believe it; writers are atomic (temporary file beside the target, fsync, rename).
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "quantal/core.h"
+
+namespace quantal {
+
+/// A read-only memory mapping of a whole file. Movable, not copyable; spans into it live as long.
+class MappedFile {
+ public:
+  explicit MappedFile(const std::string& path);  ///< throws Error{kIo}
+  ~MappedFile();
+  MappedFile(MappedFile&& other) noexcept;
+  MappedFile& operator=(MappedFile&& other) noexcept;
+  std::span<const std::uint8_t> bytes() const { return {data_, size_}; }
+  const std::string& path() const { return path_; }
+
+ private:
+  std::string path_;
+  const std::uint8_t* data_ = nullptr;
+  std::size_t size_ = 0;
+};
+
+/// Writes `bytes` to `path` atomically. Throws Error{kIo}; the target is untouched then.
+void write_file_atomic(const std::string& path, std::span<const std::uint8_t> bytes);
+/// Reads a whole (small) file as text; throws Error{kIo}, Error{kCorrupt} above `max_bytes`.
+std::string read_text_file(const std::string& path, std::size_t max_bytes = 64u << 20);
+
+// ------------------------------------------------------------------ safetensors
+
+/// A safetensors file, mapped. Tensors are views into the mapping (zero copy).
+class SafetensorsFile {
+ public:
+  /// Throws Error{kIo}, Error{kCorrupt} (with tensor and offset) as docs/formats/safetensors.md lists.
+  explicit SafetensorsFile(const std::string& path);
+  /// In file order of their data.
+  const std::vector<std::pair<std::string, TensorView>>& tensors() const { return tensors_; }
+  const TensorView* find(const std::string& name) const;  ///< nullptr if absent
+  const std::map<std::string, std::string>& metadata() const { return metadata_; }
+  const std::string& path() const { return file_->path(); }
+
+ private:
+  std::shared_ptr<MappedFile> file_;
+  std::vector<std::pair<std::string, TensorView>> tensors_;
+  std::map<std::string, std::size_t> index_;
+  std::map<std::string, std::string> metadata_;
+};
+
+/// Writes a safetensors file atomically, tensor by tensor (no second copy of the data in memory).
+/// Tensors are ordered by descending dtype size, then name; the header is padded to 8 bytes, as the
+/// reference writer does. Throws Error{kIo}; Error{kConfig} for duplicate or reserved names.
+void write_safetensors(const std::string& path,
+                       std::span<const std::pair<std::string, TensorView>> tensors,
+                       const std::map<std::string, std::string>& metadata = {});
+
+// ------------------------------------------------------------------ npy
+
+/// Reads a .npy file (versions 1 to 3; little-endian or single-byte numeric types; C order, or
+/// Fortran order for at most one dimension). Throws Error{kCorrupt} / Error{kUnsupported}.
+Tensor read_npy(const std::string& path);
+/// Writes version 1.0, C order, atomically. bf16 is written as '<V2', as MLX does.
+void write_npy(const std::string& path, const TensorView& tensor);
+
+// ------------------------------------------------------------------ GGUF container
+
+struct GgufArray;
+/// A metadata value. Signed and unsigned integers are widened to 64 bits.
+using GgufValue = std::variant<std::int64_t, std::uint64_t, double, bool, std::string,
+                               std::shared_ptr<GgufArray>>;
+struct GgufArray {
+  std::uint32_t element_type = 0;
+  std::vector<GgufValue> values;
+};
+
+/// One tensor of a GGUF file. `shape` is row-major (slowest first), i.e. reversed file dims.
+struct GgufTensor {
+  std::string name;
+  std::uint32_t type = 0;  ///< ggml_type number
+  std::vector<std::int64_t> shape;
+  std::span<const std::uint8_t> bytes;
+  std::int64_t file_offset = 0;
+};
+
+/// Size of a ggml block, supplied by the caller: io knows no formats.
+struct GgufBlockSize {
+  std::int64_t elements = 0;  ///< 0 = unknown type
+  std::int64_t bytes = 0;
+};
+
+/// A GGUF v2 or v3 file, little-endian, mapped.
+class GgufFile {
+ public:
+  /// Throws Error{kIo}, Error{kCorrupt}, Error{kUnsupported} as docs/formats/gguf.md lists.
+  GgufFile(const std::string& path, GgufBlockSize (*block_size)(std::uint32_t type));
+  std::uint32_t version() const { return version_; }
+  const std::vector<std::pair<std::string, GgufValue>>& metadata() const { return metadata_; }
+  const GgufValue* find_metadata(const std::string& key) const;
+  const std::vector<GgufTensor>& tensors() const { return tensors_; }
+  const GgufTensor* find(const std::string& name) const;
+  const std::string& path() const { return file_->path(); }
+
+ private:
+  std::shared_ptr<MappedFile> file_;
+  std::uint32_t version_ = 0;
+  std::vector<std::pair<std::string, GgufValue>> metadata_;
+  std::vector<GgufTensor> tensors_;
+};
+
+}  // namespace quantal

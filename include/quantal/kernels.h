@@ -1,0 +1,199 @@
+// quantal kernels: the packed matrix, the one in-memory form on which all arithmetic runs.
+//
+// A stored weight is  code map x scale source x offset  (docs/concepts.md). Dialects differ in how
+// codes and statistics are chosen, named and serialized; kernels see only this form.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <span>
+#include <string_view>
+#include <vector>
+
+#include "quantal/core.h"
+
+namespace quantal {
+
+/// What a code stands for before scaling.
+enum class CodeMap : std::uint8_t {
+  kInteger = 0,  ///< value = code - centre
+  kNf4 = 1,      ///< table kNf4Codebook
+  kFp4 = 2,      ///< table kFp4Codebook
+  kTable = 3,    ///< 16 float32 at the start of `shared`
+};
+
+/// How the offset enters. c = mapped code, s = scale; r() rounds to value_dtype after each step,
+/// every step computed in float32.
+enum class Offset : std::uint8_t {
+  kNone = 0,       ///< w = r(c * s)
+  kBias = 1,       ///< w = r(r(c * s) + b)      weight units
+  kShift = 2,      ///< w = r(r(s * c) - shift)  weight units
+  kZeroPoint = 3,  ///< w = r(r(c - z) * s)      code units
+};
+
+/// Where a scale comes from.
+enum class ScaleSource : std::uint8_t {
+  kF32 = 0,
+  kF16 = 1,
+  kBF16 = 2,
+  kNestedU8 = 3,  ///< scale = map[u8] * absmax2[block / nested_group_size] + nested_offset
+};
+
+/// Which weights share one scale.
+enum class GroupMap : std::uint8_t {
+  /// Runs of group_size consecutive elements of the flattened matrix; a run may cross rows.
+  kRowRuns = 0,
+  /// Element i (flattened) uses statistic i mod (rows * cols / group_size): HQQ axis 0.
+  kColumnRuns = 1,
+};
+
+/// The NF4 and FP4 tables (bitsandbytes 0.50.2), indexed by code. FP4 code 8 is +0.
+extern const std::array<float, 16> kNf4Codebook;
+extern const std::array<float, 16> kFp4Codebook;
+
+/// Everything a kernel must know about a packed matrix. Plain values; stored as kSpecInts integers.
+struct PackedSpec {
+  std::int64_t rows = 0;  ///< product of all dimensions but the last
+  std::int64_t cols = 0;  ///< last dimension (in_features)
+  int bits = 4;           ///< width of a code: 4 or 8
+  CodeMap code_map = CodeMap::kInteger;
+  int centre = 0;  ///< integer maps: subtracted from the code
+  Offset offset = Offset::kNone;
+  ScaleSource scale = ScaleSource::kF32;  ///< storage of scale and offset
+  DType value_dtype = DType::kF32;        ///< each step of a value is rounded to this
+  GroupMap group_map = GroupMap::kRowRuns;
+  std::int64_t group_size = 64;          ///< codes per scale, 1 .. 2^24 - 1
+  std::int64_t nested_group_size = 256;  ///< scales per absmax2, used by kNestedU8 only (<= 256)
+  int dialect = 0;                       ///< id of the dialect that wrote it (formats.h)
+  std::int64_t dialect_flags = 0;        ///< dialect's own facts, never read by kernels
+
+  bool operator==(const PackedSpec&) const = default;
+};
+
+inline constexpr std::size_t kSpecInts = 16;
+inline constexpr std::int64_t kLayoutVersion = 1;
+/// Version first, then the members in order, then zeros.
+std::array<std::int64_t, kSpecInts> spec_to_ints(const PackedSpec& spec);
+/// Inverse; throws Error{kCorrupt} for an unknown version, length or enumerator and what
+/// validate_spec throws.
+PackedSpec spec_from_ints(std::span<const std::int64_t> ints);
+/// Throws Error{kConfig} or Error{kShape} naming the member if no kernel could run on `spec`.
+void validate_spec(const PackedSpec& spec);
+
+/// Sizes of the three buffers that follow from a spec.
+///
+/// codes   [rows, code_bytes]. Unit: a strip of 16 bytes holding 128 / bits consecutive codes of one
+///         row; byte j, bit field f (low first) is code 16 f + j of the strip. Rows are padded with
+///         zero codes to whole strips.
+/// stats   kRowRuns: [rows, stat_bytes], a row is
+///           u32 header (little endian, only if has_header):
+///             bits 0..23  phase = flat index of the row's first element mod group_size
+///             bits 24..31 nested phase = index of the row's first block mod nested_group_size
+///           `slots` scales, then `slots` offsets (unless Offset::kNone), each in the scale's
+///           storage type; kNestedU8: `slots` u8 codes, then `nested_slots` float32 absmax2.
+///           Slot k holds the statistics of the k-th group that the row touches; where groups cross
+///           rows both rows hold them. Unused slots are zero.
+///         kColumnRuns: [rows * cols / group_size, scale bytes + offset bytes], scale first.
+/// shared  kTable: 16 float32; kNestedU8: float32 nested_offset, then 256 float32 map. In this order
+///         if both. Otherwise empty.
+struct PackedLayout {
+  std::int64_t code_bytes = 0;
+  std::int64_t stat_rows = 0;
+  std::int64_t stat_bytes = 0;
+  std::int64_t shared_bytes = 0;
+  std::int64_t slots = 0;         ///< groups that a row can touch (kRowRuns)
+  std::int64_t nested_slots = 0;  ///< second-level blocks that a row can touch (kNestedU8)
+  bool has_header = false;        ///< cols % group_size != 0 or kNestedU8 (kRowRuns)
+  std::int64_t total_bytes(const PackedSpec& spec) const;
+};
+/// Throws what validate_spec throws.
+PackedLayout layout_of(const PackedSpec& spec);
+
+/// A borrowed packed matrix.
+struct PackedView {
+  PackedSpec spec;
+  std::span<const std::uint8_t> codes, stats, shared;
+};
+
+/// A packed matrix that owns its bytes.
+struct PackedMatrix {
+  PackedSpec spec;
+  std::vector<std::uint8_t> codes, stats, shared;
+  PackedView view() const { return {spec, codes, stats, shared}; }
+};
+/// Zero-filled buffers of the right sizes.
+PackedMatrix make_packed(const PackedSpec& spec);
+/// Throws Error{kShape} if a buffer's size differs from layout_of(spec).
+void check_packed(const PackedView& w);
+
+// ------------------------------------------------------------------ moving codes and statistics
+
+/// Packs one row: `codes[c]` (one code per byte, each < 2^bits) into `out` (code_bytes).
+void pack_row(int bits, const std::uint8_t* codes, std::int64_t cols, std::uint8_t* out);
+/// Inverse of pack_row.
+void unpack_row(int bits, const std::uint8_t* packed, std::int64_t cols, std::uint8_t* codes);
+
+/// Statistics of one row, spread from flat group arrays into the row's slots (kRowRuns).
+/// `scales` and `offsets` hold raw storage elements of the whole matrix, indexed by
+/// flat element / group_size; for kNestedU8 `scales` holds u8 codes and `absmax2` float32 by
+/// group / nested_group_size. `offsets` is null for Offset::kNone. `first_row` is the index of row 0
+/// of `spec` in the matrix that the flat arrays describe.
+struct FlatStats {
+  const std::uint8_t* scales = nullptr;
+  const std::uint8_t* offsets = nullptr;
+  const float* absmax2 = nullptr;
+};
+void spread_stats(const PackedSpec& spec, const FlatStats& flat, std::int64_t first_row,
+                  std::uint8_t* stats, const Executor& executor);
+
+/// Inverse of spread_stats over a whole matrix (first_row 0). Throws Error{kCorrupt} naming row and
+/// group if two rows disagree about a group they share.
+struct GatheredStats {
+  std::vector<std::uint8_t> scales, offsets;
+  std::vector<float> absmax2;
+};
+GatheredStats gather_stats(const PackedView& w);
+
+// ------------------------------------------------------------------ arithmetic
+
+/// A rectangle of the matrix: rows [row_begin, row_end) x columns [col_begin, col_end).
+struct Panel {
+  std::int64_t row_begin = 0, row_end = 0, col_begin = 0, col_end = 0;
+};
+
+/// Exact values: `out[(r - row_begin) * ld + (c - col_begin)] = out_dtype(w(r, c))`, w as defined at
+/// Offset. `ld` is in elements. col_begin must be a multiple of 32. out_dtype kF32, kF16 or kBF16.
+/// Bit-identical on every ISA and for every thread count. Throws Error{kShape} / Error{kDtype}.
+void dequantize(const PackedView& w, const Panel& panel, DType out_dtype, void* out,
+                std::int64_t ld, const Executor& executor);
+
+/// True if `matmul` and `matmul_transposed` run straight from packed codes for this spec
+/// (kRowRuns); otherwise use panels.
+bool supports_packed_matmul(const PackedSpec& spec) noexcept;
+/// Rows of activations up to which the packed product is expected to beat panels, from the measured
+/// table of the active ISA.
+std::int64_t packed_matmul_max_rows(const PackedSpec& spec, DType x_dtype) noexcept;
+
+/// `y[m, n] = sum_k x[m, k] * w(n, k) (+ bias[n])`, accumulated in float32 with a summation order that
+/// depends on nothing but the shapes. x [m_rows, cols] and y [m_rows, rows] row-major and contiguous,
+/// both of `dtype`; bias float32 of `rows` or null.
+/// |error| <= 8 * sqrt(cols) * 2^-24 * sum|x||w| + rounding of y to dtype.
+void matmul(const PackedView& w, DType dtype, const void* x, std::int64_t m_rows, const float* bias,
+            void* y, const Executor& executor);
+
+/// `y[m, k] = sum_n g[m, n] * w(n, k)`, the product of the backward pass. g [m_rows, rows],
+/// y [m_rows, cols]. Same contract as matmul.
+void matmul_transposed(const PackedView& w, DType dtype, const void* g, std::int64_t m_rows, void* y,
+                       const Executor& executor);
+
+// ------------------------------------------------------------------ dispatch
+
+/// Name of the kernel set in use: "scalar", "avx2", "avx512" or "neon". The environment variable
+/// QUANTAL_CPU forces one; an unknown or unsupported value is Error{kDevice} on first use.
+std::string_view active_cpu_kernels();
+/// All sets that this machine can run, best first.
+std::vector<std::string_view> available_cpu_kernels();
+/// Switches the process to a named set (tests, benchmarks). Throws Error{kDevice}.
+void select_cpu_kernels(std::string_view name);
+
+}  // namespace quantal
