@@ -1,0 +1,77 @@
+# quantal: the commands of the README. Every target sets up what it needs; see scripts/setup.sh.
+#
+#   make demo         set up, build, and run the main job on a real model (build/demo/report.*)
+#   make test         set up, build, and run all tests (C++ and Python; no upstream package needed)
+#   make conformance  live tests against the real upstream packages, in their own environment
+#   make bench        tables of bench/results, measured against the rivals on this machine
+#   make lint         clang-format, clang-tidy, ruff, mypy
+#   make sanitize     C++ tests under AddressSanitizer and UBSan
+#   make install      C++ library, cli and CMake package into PREFIX (default build/install)
+#   make clean
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+PREFIX ?= build/install
+VENV := .venv
+PY := $(VENV)/bin/python
+CMAKE := $(VENV)/bin/cmake
+CTEST := $(VENV)/bin/ctest
+BUILD := build/release
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: demo test test-cpp test-python conformance bench lint sanitize install configure package setup clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
+
+setup: $(VENV)/.ready
+$(VENV)/.ready: scripts/setup.sh scripts/requirements.txt
+	PYTHON="$(PYTHON)" TORCH="$(TORCH)" bash scripts/setup.sh $(VENV)
+
+configure: setup
+	@mkdir -p build
+	$(CMAKE) -S . -B $(BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release -DQUANTAL_BUILD_TORCH=ON \
+	  -DQUANTAL_BUILD_EXAMPLES=ON -DPython3_EXECUTABLE=$(CURDIR)/$(PY) \
+	  -DCMAKE_PREFIX_PATH="$$($(PY) -c 'import torch; print(torch.utils.cmake_prefix_path)')" > $(BUILD).log 2>&1 \
+	  || { cat $(BUILD).log; exit 1; }
+
+# The Python package, compiled against the torch of the environment.
+package: setup
+	$(PY) -m pip install -q --no-build-isolation --no-deps -C build-dir=build/python .
+
+demo: package configure
+	$(CMAKE) --build $(BUILD) --target finetune
+	$(PY) examples/demo.py --output build/demo --finetune-binary $(BUILD)/examples/finetune
+
+test: test-cpp test-python
+
+test-cpp: configure
+	$(CMAKE) --build $(BUILD)
+	$(CTEST) --test-dir $(BUILD) --output-on-failure -j 2
+
+test-python: package configure
+	$(CMAKE) --build $(BUILD) --target finetune
+	$(PY) -m pytest -q tests/python
+
+conformance: setup
+	PYTHON="$(PYTHON)" TORCH="$(TORCH)" bash scripts/conformance.sh
+
+bench: package
+	bash scripts/bench.sh
+
+lint: setup
+	bash scripts/lint.sh
+
+sanitize: setup
+	@mkdir -p build
+	$(CMAKE) --preset asan-ubsan -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja > build/asan-ubsan.log
+	$(CMAKE) --build build/asan-ubsan
+	$(CTEST) --test-dir build/asan-ubsan --output-on-failure -j 2
+
+install: configure
+	$(CMAKE) --build $(BUILD)
+	$(CMAKE) --install $(BUILD) --prefix $(PREFIX)
+
+clean:
+	rm -rf build
