@@ -1,0 +1,94 @@
+"""Interleaved pairs: how every speed figure of this project is taken.
+
+The two candidates run alternately in one process (A B A B ...), so a slow phase of a shared machine
+hits both; the figure is the median of the paired time ratios, which survives noise that absolute
+times don't.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass
+class Pair:
+    """Median seconds of each side and the median of rival / ours (above 1: we are faster)."""
+
+    ours: float
+    rival: float
+    ratio: float
+    pairs: int
+
+
+def measure(
+    ours: Callable[[], object],
+    rival: Callable[[], object],
+    seconds: float = 6.0,
+    min_pairs: int = 5,
+    max_pairs: int = 400,
+    between: Callable[[], object] | None = None,
+) -> Pair:
+    """Times `ours` and `rival` alternately for about `seconds`; `between` runs untimed before each."""
+
+    def timed(call: Callable[[], object]) -> float:
+        if between is not None:
+            between()
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    timed(ours), timed(rival)  # warm-up
+    a: list[float] = []
+    b: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(a) < min_pairs or (time.perf_counter() < end and len(a) < max_pairs):
+        # Alternate who goes first, so that neither side always follows the other's cache state.
+        if len(a) % 2 == 0:
+            a.append(timed(ours))
+            b.append(timed(rival))
+        else:
+            b.append(timed(rival))
+            a.append(timed(ours))
+    return Pair(
+        statistics.median(a),
+        statistics.median(b),
+        statistics.median(y / x for x, y in zip(a, b, strict=True)),
+        len(a),
+    )
+
+
+def machine_class() -> str:
+    """A description of the machine without its name: architecture, cores, vector instructions."""
+    flags = ""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as info:
+            text = info.read()
+        flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    except OSError:
+        pass
+    known = ["avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16"]
+    present = [name for name in known if f" {name} " in flags + " "]
+    return f"{platform.machine()}, {os.cpu_count()} cores, {' '.join(present) or 'no known vector flags'}"
+
+
+def table(title: str, command: str, header: list[str], rows: list[list[str]], notes: str = "") -> str:
+    """A Markdown page for bench/results: command, machine class and one table."""
+    import torch
+
+    lines = [
+        f"# {title}",
+        "",
+        f"- command: `{command}`",
+        f"- machine: {machine_class()}; torch {torch.__version__}, {torch.get_num_threads()} threads",
+        "- figure: median of interleaved pair ratios in one process (rival / quantal; above 1 quantal is faster)",
+        "",
+        "| " + " | ".join(header) + " |",
+        "|" + "---|" * len(header),
+    ]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines) + ("\n\n" + notes.strip() if notes else "") + "\n"
