@@ -98,6 +98,8 @@ enum class DType : std::uint8_t {
 std::size_t dtype_size(DType dtype) noexcept;
 /// Short name: "f32", "bf16", "u8" ...
 std::string_view dtype_name(DType dtype) noexcept;
+/// Name in torch and in JSON settings: "float32", "bfloat16", "uint8" ...
+std::string_view dtype_torch_name(DType dtype) noexcept;
 /// Accepts "f32", "float32" and "torch.float32" spellings; throws Error{kDtype} listing the legal
 /// names for anything else.
 DType parse_dtype(std::string_view name);

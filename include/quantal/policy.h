@@ -3,10 +3,12 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "quantal/core.h"
@@ -17,7 +19,8 @@ namespace quantal {
 /// "documented" follows the compatibility matrix of the documentation; "extended" allows every pair
 /// that quantal's own kernels run.
 enum class Support { kDocumented, kExtended };
-/// What the factory does with an unsupported pair.
+/// What the factory does with an unsupported pair, and LayerRules with a layer that the dialect
+/// cannot take: leave it dense, take the closest method, or throw.
 enum class Fallback { kNone, kNearest, kError };
 
 /// Settings of one layer pattern; unset members inherit from the config.
@@ -28,15 +31,16 @@ struct LayerOverride {
   std::optional<DType> compute_dtype;
   std::optional<bool> double_quant;
   std::optional<std::string> quant_type;
-  bool skip = false;  ///< leave this layer dense
+  bool skip = false;        ///< leave this layer dense
+  std::string skip_reason;  ///< set by decide_adapter where it had to skip; empty = asked for
 };
 
 /// The configuration of the public API (docs/api.md); same names, order and defaults as in Python.
 struct QuantizationConfig {
   QuantizationMethod method = QuantizationMethod::BNB_NF4;
   int bits = 4;
-  bool bits_set = false;  ///< false while `bits` is only the default
-  std::int64_t group_size = 64;
+  bool bits_set = false;  ///< false while `bits` is only the default; any value but 4 counts as set
+  std::int64_t group_size = 64;  ///< 0 = one group per row, where the dialect has it
   std::optional<DType> compute_dtype;
   std::optional<DType> storage_dtype;
   bool double_quant = true;
@@ -44,28 +48,41 @@ struct QuantizationConfig {
   std::vector<std::string> skip_modules = {"lm_head"};
   std::vector<std::pair<std::string, LayerOverride>> layer_configs;  ///< in order given
   std::map<std::string, std::string> backend_options;
-  std::optional<std::int64_t> block_size;  ///< bnb: used instead of group_size if set
+  std::optional<std::int64_t> block_size;  ///< bitsandbytes: used instead of group_size if set
   std::optional<bool> quant_zero;
   bool quant_scale = false;
 };
 
-/// From a JSON object with the members of the Python dataclass. Unknown keys throw Error{kConfig}
-/// naming the nearest known one; "bits": null means unset.
+/// Throws Error{kConfig} where no config with these members may exist: a bit width other than 2, 4,
+/// 8, 16 that the method does not have ("Unsupported bit width: {bits}. Supported: 2, 4, 8, 16"), a
+/// negative group_size or block_size. Everything else is left to validate_quantization_config.
+void check_config(const QuantizationConfig& config);
+
+/// From a JSON object with the members of the Python dataclass; absent members keep their defaults.
+///
+/// "bits": null means unset, and an extra member "bits_set" may say so beside a number;
+/// "group_size": null means 0. Dtypes are names such as "float32". Values of backend_options may be
+/// of any type and are kept as text. Members of a layer_configs entry are those of LayerOverride,
+/// or null for "skip". Throws Error{kConfig} for text that is not such an object, naming the member,
+/// for unknown members the nearest known one; and what check_config throws.
 QuantizationConfig config_from_json(const std::string& json);
+/// Inverse of config_from_json: all members, one line.
 std::string config_to_json(const QuantizationConfig& config);
 
 /// One finding of validation.
 struct Issue {
-  std::string id;        ///< stable, e.g. "backend.bnb"
-  std::string severity;  ///< "error" or "warning"
+  std::string id;        ///< stable, e.g. "backend.bnb"; listed in docs/policy.md
+  std::string severity;  ///< "error": not quantized as asked; "warning": works, but look
   std::string message;
   std::string remedy;
 };
-/// All findings; empty = valid. Never throws for a constructed config.
+/// All findings; empty = valid. Never throws for a config that check_config accepts.
 std::vector<Issue> validate_quantization_config(const QuantizationConfig& config, Backend backend);
 
 /// True if the documented matrix has the pair. NONE is supported everywhere.
 bool documented_support(Backend backend, QuantizationMethod method);
+/// True if this version of quantal quantizes with the method. NONE counts as built.
+bool method_built(QuantizationMethod method);
 /// The documented matrix as a Markdown table, generated from the registry.
 std::string compatibility_matrix_markdown();
 
@@ -78,42 +95,94 @@ struct Substitution {
 struct Decision {
   std::string adapter;  ///< "BitsAndBytesAdapter", "HQQAdapter", "MLXAdapter", "QuantoAdapter",
                         ///< "FallbackAdapter"
-  QuantizationConfig config;  ///< resolved: bits of the method, compute_dtype of the backend
+  /// Resolved: bits of the method, compute_dtype of the backend, methods of layer_configs checked.
+  /// Method NONE where nothing is quantized.
+  QuantizationConfig config;
   std::vector<Substitution> substitutions;
   std::vector<std::string> warnings;  ///< to be shown to the user once
 };
-/// Chooses the adapter for a pair. Throws Error{kConfig} / Error{kUnsupported} with Fallback::kError.
-/// backend_options "support" and "fallback" are read where the arguments are not given.
+/// Chooses the adapter for a pair.
+///
+/// A pair that is not supported gives FallbackAdapter, the closest method or Error{kUnsupported},
+/// as `fallback` says. backend_options "support" and "fallback" are read where the arguments are not
+/// given. Settings that no layer could use (group size, quant_type, axis) throw Error{kConfig};
+/// bits that contradict the method throw only with Fallback::kError.
 Decision decide_adapter(Backend backend, const QuantizationConfig& config,
                         std::optional<Support> support = {}, std::optional<Fallback> fallback = {});
+
+/// Why an adapter cannot be constructed directly for this backend; empty if it can. Uses
+/// backend_options "support" of the config. Throws Error{kConfig} for an unknown adapter name.
+std::string adapter_refusal(std::string_view adapter, Backend backend,
+                            const QuantizationConfig& config);
 
 /// Default compute dtype: CUDA bf16 if supported else fp16; MPS, MLX fp16; CPU bf16 where the ISA has
 /// bf16 instructions, else fp32.
 DType default_compute_dtype(Backend backend, bool cuda_has_bf16 = true);
 
+/// The documented rule of thumb, from weights alone (B = model size in 10^9 parameters, A = memory in
+/// GB). CUDA: NONE if A >= 2.4 B, BNB_NF4 if A < 1.5 B, else BNB_INT8. MPS, MLX, with 0.65 A usable:
+/// NONE if 2 B fits, MLX_INT8 if 1.5 B fits, else MLX_INT4. CPU: HQQ 8-bit if A < 2 B, else NONE.
+/// Throws Error{kConfig} for sizes that are negative or not finite.
 QuantizationConfig get_recommended_config(Backend backend, double model_size_b = 7.0,
-                                          double available_memory_gb = 16.0);
+                                          double available_memory_gb = 16.0,
+                                          bool cuda_has_bf16 = true);
+/// Empty if the weights of such a model fit into the memory with this config, else one sentence with
+/// both figures (weights at bits / 8 bytes per parameter, 2 bytes where nothing is quantized).
+std::string memory_note(const QuantizationConfig& config, double model_size_b,
+                        double available_memory_gb);
 
-/// Decides layer by layer. Patterns match whole dotted components: a plain pattern matches a module
-/// whose name equals it, begins with it, or (skip_modules) has it as consecutive components; `*` and
-/// `?` make it a glob over the whole name; `re:` a regular expression over the whole name.
+/// A pattern over module names. Plain patterns match whole dotted components: `layers.2` never
+/// matches `layers.23`. `*`, `?` and `[...]` make it a glob over the whole name (`*` crosses dots);
+/// `re:` a regular expression (ECMAScript) that must match the whole name.
+class NamePattern {
+ public:
+  /// kPrefix: equal or prefix. kAnywhere: also as consecutive components inside the name.
+  enum class Plain { kPrefix, kAnywhere };
+  /// Throws Error{kConfig} naming the pattern: empty, too long or not a regular expression.
+  NamePattern(const std::string& text, Plain plain);
+  bool matches(const std::string& name) const { return match_(name); }
+  const std::string& text() const { return text_; }
+  /// Literal characters of the pattern; of two matching patterns the one with more is meant.
+  std::size_t specificity() const { return specificity_; }
+
+ private:
+  std::string text_;
+  std::size_t specificity_ = 0;
+  std::function<bool(const std::string&)> match_;
+};
+
+/// Decides layer by layer. skip_modules win over layer_configs (plain patterns of skip_modules match
+/// anywhere, those of layer_configs from the start); of several matching layer_configs the most
+/// specific one alone applies, of equally specific ones the later. Not thread-safe.
 class LayerRules {
  public:
+  /// `resolved` is Decision::config. Throws Error{kConfig} as NamePattern.
   explicit LayerRules(const QuantizationConfig& resolved);
   struct Choice {
     bool quantize = true;
-    std::string reason;  ///< why not, naming the pattern
+    std::string reason;  ///< why not, naming the pattern or what the dialect refused
+    /// What to quantize with. value_dtype is the compute dtype, right for HQQ; a bitsandbytes layer
+    /// dequantizes to the dtype of its own weight, which the caller sets.
     QuantizeOptions options;
     DType compute_dtype = DType::kF32;
   };
-  /// For the linear layer `name` with weight [out_features, in_features].
+  /// For the linear layer `name` with weight [out_features, in_features]. A layer that the dialect
+  /// cannot take is left dense with the reason; with fallback "error" it throws Error{kShape} or
+  /// Error{kConfig} naming the layer.
   Choice choose(const std::string& name, std::int64_t out_features, std::int64_t in_features);
-  /// Patterns that matched no layer so far.
+  /// Patterns that matched no layer so far, as "skip_modules: lm_hed".
   std::vector<std::string> unmatched() const;
 
  private:
+  struct Rule {
+    NamePattern pattern;
+    LayerOverride settings;
+    std::int64_t hits = 0;
+  };
+  const Rule* best_override(const std::string& name);
+
   QuantizationConfig config_;
-  std::map<std::string, std::int64_t> hits_;
+  std::vector<Rule> skips_, overrides_;
 };
 
 /// One row of a coverage report.
@@ -131,8 +200,15 @@ struct CoverageReport {
   std::vector<CoverageEntry> entries;
   std::vector<Substitution> substitutions;
   std::vector<std::string> unmatched_patterns;
-  std::string to_text() const;  ///< table for a terminal, at most 100 columns wide
+  /// Table for a terminal, at most 100 columns wide: layers that differ only in their numbers share a
+  /// row; then totals, largest left-overs, substitutions and unmatched patterns.
+  std::string to_text() const;
+  /// Object with every entry, totals, totals by method, substitutions and unmatched_patterns.
   std::string to_json() const;
+  /// Inverse of to_json on the three members. Throws Error{kConfig}.
+  static CoverageReport from_json(const std::string& json);
 };
+/// "hqq 4-bit g64", "bnb_nf4 4-bit g64 double": the method column of a report.
+std::string describe_options(const QuantizeOptions& options);
 
 }  // namespace quantal

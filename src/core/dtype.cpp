@@ -12,7 +12,7 @@ struct DTypeRow {
   DType dtype;
   std::size_t size;
   std::string_view name;
-  std::string_view torch_name;  // empty: torch has no such type
+  std::string_view torch_name;
 };
 
 constexpr std::array<DTypeRow, 16> kDTypes = {{
@@ -53,6 +53,10 @@ std::size_t dtype_size(DType dtype) noexcept { return kDTypes[static_cast<std::s
 
 std::string_view dtype_name(DType dtype) noexcept {
   return kDTypes[static_cast<std::size_t>(dtype)].name;
+}
+
+std::string_view dtype_torch_name(DType dtype) noexcept {
+  return kDTypes[static_cast<std::size_t>(dtype)].torch_name;
 }
 
 DType parse_dtype(std::string_view name) {
