@@ -39,6 +39,30 @@ inline constexpr std::size_t kNumBackends = 4;
 std::string_view backend_name(Backend backend) noexcept;  ///< "cuda" ...
 Backend parse_backend(std::string_view name);             ///< any case; throws Error{kConfig}
 
+/// Facts about a method that hold whether or not its dialect is part of this build.
+struct MethodInfo {
+  QuantizationMethod method;
+  std::string_view name;       ///< "bnb_nf4"
+  std::string_view enum_name;  ///< "BNB_NF4"
+  std::string_view dialect;    ///< name of its dialect, "bnb"; empty for NONE
+  int bits;                    ///< width that the name implies; 0 where it is free
+  unsigned backends;           ///< documented backends, bit set of 1 << Backend
+};
+/// All methods, in the order of the enumeration:
+///
+/// | method | bits | documented backends |
+/// |---|---|---|
+/// | BNB_NF4, BNB_INT8 | 4, 8 | CUDA |
+/// | HQQ | free | CUDA, MPS, MLX, CPU |
+/// | MLX_INT4, MLX_INT8 | 4, 8 | MPS, MLX |
+/// | QUANTO_INT2, _INT4, _INT8 | 2, 4, 8 | CUDA, MPS, CPU |
+/// | NONE | free | CUDA, MPS, MLX, CPU |
+std::span<const MethodInfo> methods() noexcept;
+/// Backends of the documented compatibility matrix, as a bit set of 1 << Backend.
+unsigned documented_backends(QuantizationMethod method) noexcept;
+/// Width that a method's name implies; nullopt where it is free (HQQ, NONE).
+std::optional<int> method_bits(QuantizationMethod method) noexcept;
+
 /// How far a quantizer looks beyond the codes it writes; decides what a rank must read when it
 /// quantizes only its rows.
 enum class Reach { kRow, kNeighbourRows, kRowBlock, kTensor };
@@ -76,8 +100,6 @@ struct Dialect {
   std::span<const int> bits;                  ///< legal widths
   std::span<const std::int64_t> group_sizes;  ///< legal ones; empty = any multiple of group_multiple
   std::int64_t group_multiple;
-  /// Backends of the documented compatibility matrix, as a bit set of 1 << Backend, per method.
-  unsigned (*documented_backends)(QuantizationMethod method);
   Reach (*reach)(const QuantizeOptions& options);
 
   /// The packed form that `quantize` will fill. Throws Error{kConfig} / Error{kShape} naming the
@@ -111,7 +133,9 @@ struct Dialect {
 
 /// All dialects, in order of id.
 std::span<const Dialect* const> dialects();
-const Dialect& dialect_of(QuantizationMethod method);  ///< throws Error{kUnsupported} for NONE etc.
+/// Dialect that quantizes with `method`. Throws Error{kUnsupported} naming the methods of this build
+/// for NONE and for methods without a quantizer in it (BNB_INT8, MLX_*, QUANTO_*).
+const Dialect& dialect_of(QuantizationMethod method);
 const Dialect& dialect_by_id(int id);                  ///< throws Error{kCorrupt}
 const Dialect* find_dialect(QuantizationMethod method) noexcept;
 
