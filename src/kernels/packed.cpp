@@ -1,0 +1,250 @@
+// The packed matrix: its spec, the sizes that follow from it, and the order of codes in a strip.
+#include <cstring>
+#include <numeric>
+#include <string>
+
+#include "quantal/kernels.h"
+
+namespace quantal {
+namespace {
+
+constexpr std::int64_t kMaxCols = std::int64_t{1} << 48;
+constexpr std::int64_t kMaxGroupSize = (std::int64_t{1} << 24) - 1;
+constexpr std::int64_t kMaxNestedGroupSize = 256;
+constexpr std::int64_t kStripBytes = 16;
+constexpr int kFields4 = 2;  // bit fields per byte of the 4-bit plane
+
+[[noreturn]] void fail_spec(Errc code, const std::string& member, std::int64_t actual,
+                            const std::string& expected) {
+  fail(code, "packed spec: " + member + " is " + std::to_string(actual) + ", expected " + expected);
+}
+
+void check_range(Errc code, const char* member, std::int64_t value, std::int64_t low,
+                 std::int64_t high) {
+  if (value >= low && value <= high) return;
+  fail_spec(code, member, value, std::to_string(low) + " .. " + std::to_string(high));
+}
+
+/// Most groups of `size` elements that a run of `length` elements can touch when it starts at any
+/// multiple of gcd(step, size) inside a group.
+std::int64_t max_touched(std::int64_t length, std::int64_t size, std::int64_t step) {
+  const std::int64_t latest_phase = size - std::gcd(step, size);
+  return ceil_div(latest_phase + length, size);
+}
+
+std::int64_t scale_bytes(ScaleSource source) {
+  switch (source) {
+    case ScaleSource::kF32:
+      return 4;
+    case ScaleSource::kF16:
+    case ScaleSource::kBF16:
+      return 2;
+    case ScaleSource::kNestedU8:
+      return 1;
+  }
+  return 4;
+}
+
+}  // namespace
+
+const std::array<float, 16> kNf4Codebook = {-1.0F,
+                                            -0.6961928009986877F,
+                                            -0.5250730514526367F,
+                                            -0.39491748809814453F,
+                                            -0.28444138169288635F,
+                                            -0.18477343022823334F,
+                                            -0.09105003625154495F,
+                                            0.0F,
+                                            0.07958029955625534F,
+                                            0.16093020141124725F,
+                                            0.24611230194568634F,
+                                            0.33791524171829224F,
+                                            0.44070982933044434F,
+                                            0.5626170039176941F,
+                                            0.7229568362236023F,
+                                            1.0F};
+
+// Magnitudes are m / 12 rounded once to float32.
+const std::array<float, 16> kFp4Codebook = {
+    0.0F, 0.0625F / 12.0F,  8.0F / 12.0F,  1.0F,  4.0F / 12.0F,  0.5F,  2.0F / 12.0F,  0.25F,
+    0.0F, -0.0625F / 12.0F, -8.0F / 12.0F, -1.0F, -4.0F / 12.0F, -0.5F, -2.0F / 12.0F, -0.25F};
+
+std::array<std::int64_t, kSpecInts> spec_to_ints(const PackedSpec& spec) {
+  return {kLayoutVersion,
+          spec.rows,
+          spec.cols,
+          spec.bits,
+          static_cast<std::int64_t>(spec.code_map),
+          spec.centre,
+          static_cast<std::int64_t>(spec.offset),
+          static_cast<std::int64_t>(spec.scale),
+          static_cast<std::int64_t>(spec.value_dtype),
+          static_cast<std::int64_t>(spec.group_map),
+          spec.group_size,
+          spec.nested_group_size,
+          spec.dialect,
+          spec.dialect_flags,
+          0,
+          0};
+}
+
+PackedSpec spec_from_ints(std::span<const std::int64_t> ints) {
+  if (ints.size() != kSpecInts) {
+    fail_spec(Errc::kCorrupt, "length", static_cast<std::int64_t>(ints.size()),
+              std::to_string(kSpecInts));
+  }
+  if (ints[0] != kLayoutVersion) {
+    fail_spec(Errc::kCorrupt, "layout version", ints[0], std::to_string(kLayoutVersion));
+  }
+  check_range(Errc::kCorrupt, "bits", ints[3], 1, 8);
+  check_range(Errc::kCorrupt, "code_map", ints[4], 0, static_cast<int>(CodeMap::kTable));
+  check_range(Errc::kCorrupt, "centre", ints[5], -255, 255);
+  check_range(Errc::kCorrupt, "offset", ints[6], 0, static_cast<int>(Offset::kZeroPoint));
+  check_range(Errc::kCorrupt, "scale", ints[7], 0, static_cast<int>(ScaleSource::kNestedU8));
+  check_range(Errc::kCorrupt, "value_dtype", ints[8], 0, static_cast<int>(DType::kF8E8M0));
+  check_range(Errc::kCorrupt, "group_map", ints[9], 0, static_cast<int>(GroupMap::kColumnRuns));
+  check_range(Errc::kCorrupt, "dialect", ints[12], 0, 1 << 20);
+  check_range(Errc::kCorrupt, "reserved", ints[14], 0, 0);
+  check_range(Errc::kCorrupt, "reserved", ints[15], 0, 0);
+  const PackedSpec spec{.rows = ints[1],
+                        .cols = ints[2],
+                        .bits = static_cast<int>(ints[3]),
+                        .code_map = static_cast<CodeMap>(ints[4]),
+                        .centre = static_cast<int>(ints[5]),
+                        .offset = static_cast<Offset>(ints[6]),
+                        .scale = static_cast<ScaleSource>(ints[7]),
+                        .value_dtype = static_cast<DType>(ints[8]),
+                        .group_map = static_cast<GroupMap>(ints[9]),
+                        .group_size = ints[10],
+                        .nested_group_size = ints[11],
+                        .dialect = static_cast<int>(ints[12]),
+                        .dialect_flags = ints[13]};
+  validate_spec(spec);
+  return spec;
+}
+
+void validate_spec(const PackedSpec& spec) {
+  check_range(Errc::kShape, "rows", spec.rows, 0, kMaxCols);
+  check_range(Errc::kShape, "cols", spec.cols, 1, kMaxCols);
+  const std::int64_t numel = checked_mul(spec.rows, spec.cols, "packed spec: rows * cols");
+  checked_mul(numel, 16, "packed spec: bytes");
+  if (spec.bits != 4 && spec.bits != 8) fail_spec(Errc::kConfig, "bits", spec.bits, "4 or 8");
+  if (spec.code_map != CodeMap::kInteger && spec.bits != 4) {
+    fail_spec(Errc::kConfig, "bits", spec.bits, "4 with a code map of 16 values");
+  }
+  check_range(Errc::kConfig, "centre", spec.centre, -255, 255);
+  if (!is_weight_dtype(spec.value_dtype)) {
+    fail(Errc::kConfig, "packed spec: value_dtype is " + std::string(dtype_name(spec.value_dtype)) +
+                            ", expected f32, f16 or bf16");
+  }
+  check_range(Errc::kConfig, "group_size", spec.group_size, 1, kMaxGroupSize);
+  check_range(Errc::kConfig, "nested_group_size", spec.nested_group_size, 1, kMaxNestedGroupSize);
+  if (spec.scale == ScaleSource::kNestedU8 && spec.offset != Offset::kNone) {
+    fail_spec(Errc::kConfig, "offset", static_cast<int>(spec.offset), "none with nested scales");
+  }
+  if (spec.group_map == GroupMap::kColumnRuns) {
+    if (spec.scale == ScaleSource::kNestedU8) {
+      fail(Errc::kConfig,
+           "packed spec: group_map is column runs, expected row runs with nested scales");
+    }
+    if (numel % spec.group_size != 0) {
+      fail_spec(Errc::kShape, "group_size", spec.group_size,
+                "a divisor of " + std::to_string(numel) + " elements with column runs");
+    }
+  }
+}
+
+PackedLayout layout_of(const PackedSpec& spec) {
+  validate_spec(spec);
+  PackedLayout layout;
+  layout.code_bytes = ceil_div(spec.cols, kStripBytes * 8 / spec.bits) * kStripBytes;
+  const bool nested = spec.scale == ScaleSource::kNestedU8;
+  const std::int64_t arrays = spec.offset == Offset::kNone ? 1 : 2;
+  layout.shared_bytes =
+      (spec.code_map == CodeMap::kTable ? 16 * 4 : 0) + (nested ? 4 + 256 * 4 : 0);
+  if (spec.group_map == GroupMap::kColumnRuns) {
+    layout.stat_rows = spec.rows * spec.cols / spec.group_size;
+    layout.stat_bytes = arrays * scale_bytes(spec.scale);
+    return layout;
+  }
+  const bool crosses = spec.cols % spec.group_size != 0;
+  layout.stat_rows = spec.rows;
+  layout.slots = max_touched(spec.cols, spec.group_size, spec.cols);
+  layout.has_header = crosses || nested;
+  if (nested) {
+    // Rows of whole groups start at multiples of the groups per row, others anywhere.
+    layout.nested_slots =
+        max_touched(layout.slots, spec.nested_group_size, crosses ? 1 : layout.slots);
+  }
+  layout.stat_bytes = (layout.has_header ? 4 : 0) +
+                      arrays * layout.slots * scale_bytes(spec.scale) + layout.nested_slots * 4;
+  checked_mul(layout.stat_bytes, spec.rows, "packed spec: statistics bytes");
+  return layout;
+}
+
+std::int64_t PackedLayout::total_bytes(const PackedSpec& spec) const {
+  return spec.rows * code_bytes + stat_rows * stat_bytes + shared_bytes;
+}
+
+PackedMatrix make_packed(const PackedSpec& spec) {
+  const PackedLayout layout = layout_of(spec);
+  PackedMatrix packed;
+  packed.spec = spec;
+  packed.codes.resize(static_cast<std::size_t>(spec.rows * layout.code_bytes));
+  packed.stats.resize(static_cast<std::size_t>(layout.stat_rows * layout.stat_bytes));
+  packed.shared.resize(static_cast<std::size_t>(layout.shared_bytes));
+  return packed;
+}
+
+void check_packed(const PackedView& w) {
+  const PackedLayout layout = layout_of(w.spec);
+  check_size("packed matrix: codes bytes", w.codes.size(),
+             static_cast<std::size_t>(w.spec.rows * layout.code_bytes));
+  check_size("packed matrix: stats bytes", w.stats.size(),
+             static_cast<std::size_t>(layout.stat_rows * layout.stat_bytes));
+  check_size("packed matrix: shared bytes", w.shared.size(),
+             static_cast<std::size_t>(layout.shared_bytes));
+}
+
+void pack_row(int bits, const std::uint8_t* codes, std::int64_t cols, std::uint8_t* out) {
+  if (bits == 8) {
+    const std::int64_t padded = ceil_div(cols, kStripBytes) * kStripBytes;
+    std::memcpy(out, codes, static_cast<std::size_t>(cols));
+    std::memset(out + cols, 0, static_cast<std::size_t>(padded - cols));
+    return;
+  }
+  const auto pack_strip = [](const std::uint8_t* from, std::uint8_t* to) {
+    for (int j = 0; j < kStripBytes; ++j) {
+      to[j] = static_cast<std::uint8_t>(from[j] | (from[kStripBytes + j] << 4));
+    }
+  };
+  constexpr std::int64_t kCodes = kStripBytes * kFields4;
+  std::int64_t c = 0;
+  for (; c + kCodes <= cols; c += kCodes, out += kStripBytes) pack_strip(codes + c, out);
+  if (c == cols) return;
+  std::uint8_t tail[kCodes] = {};
+  std::memcpy(tail, codes + c, static_cast<std::size_t>(cols - c));
+  pack_strip(tail, out);
+}
+
+void unpack_row(int bits, const std::uint8_t* packed, std::int64_t cols, std::uint8_t* codes) {
+  if (bits == 8) {
+    std::memcpy(codes, packed, static_cast<std::size_t>(cols));
+    return;
+  }
+  const auto unpack_strip = [](const std::uint8_t* from, std::uint8_t* to) {
+    for (int j = 0; j < kStripBytes; ++j) {
+      to[j] = from[j] & 0x0F;
+      to[kStripBytes + j] = static_cast<std::uint8_t>(from[j] >> 4);
+    }
+  };
+  constexpr std::int64_t kCodes = kStripBytes * kFields4;
+  std::int64_t c = 0;
+  for (; c + kCodes <= cols; c += kCodes, packed += kStripBytes) unpack_strip(packed, codes + c);
+  if (c == cols) return;
+  std::uint8_t tail[kCodes];
+  unpack_strip(packed, tail);
+  std::memcpy(codes + c, tail, static_cast<std::size_t>(cols - c));
+}
+
+}  // namespace quantal
