@@ -1,0 +1,10 @@
+// Keeps the op registrations in a program that links quantal_torch as an archive.
+#pragma once
+
+namespace quantal {
+
+/// Does nothing; whoever calls it makes the linker keep ops_stable.cpp, whose static registrations
+/// define the ops of library "quantal".
+void link_torch_ops() noexcept;
+
+}  // namespace quantal
