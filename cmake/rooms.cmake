@@ -11,6 +11,9 @@ find_package(Threads REQUIRED)
 set(QUANTAL_WARNINGS "")
 if(QUANTAL_DEVELOPER)
   set(QUANTAL_WARNINGS -Wall -Wextra -Wconversion -Wshadow -Werror)
+  if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
+    list(APPEND QUANTAL_WARNINGS -Wno-restrict)  # GCC bug 105651: false for "text" + std::string
+  endif()
 endif()
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|i.86")

@@ -35,8 +35,8 @@ std::string_view errc_name(Errc code) noexcept;
 
 /// Where in a file a failure was found; empty or negative members are unknown.
 struct ErrorSite {
-  std::string path;          ///< file that was being read or written
-  std::string tensor;        ///< tensor or metadata key inside it
+  std::string path{};        ///< file that was being read or written
+  std::string tensor{};      ///< tensor or metadata key inside it
   std::int64_t offset = -1;  ///< byte offset in the file
 };
 
