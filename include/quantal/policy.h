@@ -110,8 +110,8 @@ struct Decision {
 Decision decide_adapter(Backend backend, const QuantizationConfig& config,
                         std::optional<Support> support = {}, std::optional<Fallback> fallback = {});
 
-/// Why an adapter cannot be constructed directly for this backend; empty if it can. Uses
-/// backend_options "support" of the config. Throws Error{kConfig} for an unknown adapter name.
+/// Why an adapter cannot be constructed directly for this backend (not documented for it, or none
+/// of its methods is built); empty if it can. Uses backend_options "support" of the config. Throws Error{kConfig} for an unknown adapter name.
 std::string adapter_refusal(std::string_view adapter, Backend backend,
                             const QuantizationConfig& config);
 
@@ -170,7 +170,8 @@ class LayerRules {
   /// cannot take is left dense with the reason; with fallback "error" it throws Error{kShape} or
   /// Error{kConfig} naming the layer.
   Choice choose(const std::string& name, std::int64_t out_features, std::int64_t in_features);
-  /// Patterns that matched no layer so far, as "skip_modules: lm_hed".
+  /// Patterns that matched no layer so far, as "skip_modules: lm_hed"; the default skip_modules are
+  /// never listed.
   std::vector<std::string> unmatched() const;
 
  private:
