@@ -1,0 +1,10 @@
+// The quantizer primitives on 256-bit vectors.
+#define QUANTAL_LANES 8
+#define QUANTAL_QUANTIZE_SET "avx2"
+#include "kernels/cpu/quantize_inl.h"
+
+namespace quantal {
+
+const QuantizeKernels& quantize_kernels_avx2() { return kKernels; }
+
+}  // namespace quantal

@@ -1,0 +1,396 @@
+// The quantizer primitives for one vector width; see kernels/quantize.h for what each one does. A
+// file compiled for one instruction set defines QUANTAL_LANES and QUANTAL_QUANTIZE_SET, and includes
+// this once.
+#pragma once
+
+#include "kernels/cpu/quantize_lanes_inl.h"
+
+namespace quantal {
+namespace {
+
+/// Calls body(Reader) with the reader of the run's dtype.
+template <class Body>
+inline auto with_reader(WeightRun w, Body body) {
+  switch (w.dtype) {
+    case DType::kF16:
+      return body(Reader<DType::kF16>(w.data));
+    case DType::kBF16:
+      return body(Reader<DType::kBF16>(w.data));
+    default:
+      return body(Reader<DType::kF32>(w.data));
+  }
+}
+
+/// Calls body(i, parts, valid) for each 16 elements of a run; `parts` are kParts registers, lanes
+/// beyond `valid` hold `fill`.
+template <class In, class Body>
+inline void for_each_16(const In& in, std::int64_t n, float fill, Body body) {
+  std::int64_t i = 0;
+  for (; i + kVirtual <= n; i += kVirtual) {
+    F parts[kParts];
+    for (int p = 0; p < kParts; ++p) parts[p] = in.vec(i + p * kWidth);
+    body(i, parts, std::int64_t{kVirtual});
+  }
+  if (i == n) return;
+  alignas(64) float tail[kVirtual];
+  read_tail(in, i, n - i, fill, tail);
+  F parts[kParts];
+  for (int p = 0; p < kParts; ++p) parts[p] = load_as<F>(tail + p * kWidth);
+  body(i, parts, n - i);
+}
+
+// ------------------------------------------------------------------ absmax, table codes
+
+float absmax(WeightRun w, std::int64_t n) {
+  return with_reader(w, [n](const auto& in) {
+    I most[kParts] = {};
+    for_each_16(in, n, 0.0F, [&](std::int64_t, const F* x, std::int64_t) {
+      for (int p = 0; p < kParts; ++p) {
+        const I m = magnitude(x[p]);
+        most[p] = m > most[p] ? m : most[p];
+      }
+    });
+    std::int32_t lanes[kVirtual];
+    std::memcpy(lanes, most, sizeof(lanes));
+    std::int32_t top = 0;
+    for (const std::int32_t l : lanes) top = l > top ? l : top;
+    return std::bit_cast<float>(top);
+  });
+}
+
+/// Writes the low bytes of 16 lanes.
+inline void store_codes(const I* lanes, std::int64_t valid, std::uint8_t* out) {
+  alignas(64) std::int32_t wide[kVirtual];
+  std::memcpy(wide, lanes, sizeof(wide));
+  if (valid == kVirtual) {
+    for (int l = 0; l < kVirtual; ++l) out[l] = static_cast<std::uint8_t>(wide[l]);
+    return;
+  }
+  for (int l = 0; l < valid; ++l) out[l] = static_cast<std::uint8_t>(wide[l]);
+}
+
+/// Number of thresholds below s, lane by lane: a four-step search whose tables are selects.
+inline I count_below(const float* t, F s) {
+  const I above7 = s > t[7];
+  const F t8 = above7 ? all(t[11]) : all(t[3]);
+  const I above8 = s > t8;
+  const F low4 = above8 ? all(t[5]) : all(t[1]);
+  const F high4 = above8 ? all(t[13]) : all(t[9]);
+  const I above4 = s > (above7 ? high4 : low4);
+  const F q0 = above4 ? all(t[2]) : all(t[0]);
+  const F q1 = above4 ? all(t[6]) : all(t[4]);
+  const F q2 = above4 ? all(t[10]) : all(t[8]);
+  const F q3 = above4 ? all(t[14]) : all(t[12]);
+  const F low2 = above8 ? q1 : q0;
+  const F high2 = above8 ? q3 : q2;
+  const I above2 = s > (above7 ? high2 : low2);
+  return (above7 & 8) | (above8 & 4) | (above4 & 2) | (above2 & 1);
+}
+
+template <bool kDivide, class In>
+inline void encode_table_run(const TableQuantizer& table, const In& in, std::int64_t n,
+                             float factor, std::uint8_t* codes) {
+  bool identity = true;
+  for (std::size_t i = 0; i < 16; ++i) identity = identity && table.codes[i] == i;
+  for_each_16(in, n, 0.0F, [&](std::int64_t i, const F* x, std::int64_t valid) {
+    I below[kParts];
+    for (int p = 0; p < kParts; ++p) {
+      F s = kDivide ? x[p] / factor : x[p] * factor;
+      s = s > -1.0F ? s : all(-1.0F);
+      s = s < 1.0F ? s : all(1.0F);
+      below[p] = count_below(table.thresholds.data(), s);
+    }
+    store_codes(below, valid, codes + i);
+    if (identity) return;
+    for (std::int64_t l = 0; l < valid; ++l) codes[i + l] = table.codes[codes[i + l]];
+  });
+}
+
+void encode_table(const TableQuantizer& table, WeightRun w, std::int64_t n, float factor,
+                  bool divide, std::uint8_t* codes) {
+  with_reader(w, [&](const auto& in) {
+    if (divide) {
+      encode_table_run<true>(table, in, n, factor, codes);
+    } else {
+      encode_table_run<false>(table, in, n, factor, codes);
+    }
+  });
+}
+
+// ------------------------------------------------------------------ ranges
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr std::int32_t kInfinityBits = 0x7F800000;
+
+inline bool any_not_finite(const I* most) {
+  std::int32_t lanes[kVirtual];
+  std::memcpy(lanes, most, sizeof(lanes));
+  for (const std::int32_t l : lanes) {
+    if (l >= kInfinityBits) return true;
+  }
+  return false;
+}
+
+Range range(WeightRun w, std::int64_t n) {
+  return with_reader(w, [n](const auto& in) {
+    F low[kParts], high[kParts];
+    I most[kParts] = {};
+    for (int p = 0; p < kParts; ++p) {
+      low[p] = all(kInfinity);
+      high[p] = all(-kInfinity);
+    }
+    const auto body = [&](std::int64_t, const F* x, std::int64_t valid) {
+      for (int p = 0; p < kParts; ++p) {
+        // A padded lane holds +infinity: neutral for the minimum, masked for the rest.
+        const I used = valid == kVirtual ? all(-1) : x[p] < kInfinity;
+        const I m = magnitude(x[p]) & used;
+        low[p] = x[p] < low[p] ? x[p] : low[p];
+        high[p] = (x[p] > high[p]) & used ? x[p] : high[p];
+        most[p] = m > most[p] ? m : most[p];
+      }
+    };
+    for_each_16(in, n / kVirtual * kVirtual, 0.0F, body);
+    bool finite = true;
+    const std::int64_t done = n / kVirtual * kVirtual;
+    if (done < n) {
+      alignas(64) float tail[kVirtual];
+      read_tail(in, done, n - done, kInfinity, tail);
+      for (std::int64_t l = 0; l < n - done; ++l) {
+        const std::uint32_t bits = std::bit_cast<std::uint32_t>(tail[l]) & 0x7FFFFFFFu;
+        finite = finite && bits < static_cast<std::uint32_t>(kInfinityBits);
+      }
+      F parts[kParts];
+      std::memcpy(parts, tail, sizeof(parts));
+      body(done, parts, n - done);
+    }
+    alignas(64) float lo[kVirtual], hi[kVirtual];
+    std::memcpy(lo, low, sizeof(lo));
+    std::memcpy(hi, high, sizeof(hi));
+    for (int half = kVirtual / 2; half > 0; half /= 2) {
+      for (int l = 0; l < half; ++l) {
+        lo[l] = lo[l + half] < lo[l] ? lo[l + half] : lo[l];
+        hi[l] = hi[l + half] > hi[l] ? hi[l + half] : hi[l];
+      }
+    }
+    return Range{lo[0], hi[0], finite && !any_not_finite(most)};
+  });
+}
+
+/// One row of `count` neighbouring columns, padded with `fill` to a multiple of kWidth.
+template <class In>
+inline void read_row(const In& in, std::int64_t i, std::int64_t count, float fill, F* out) {
+  std::int64_t j = 0;
+  for (; j + kWidth <= count; j += kWidth) out[j / kWidth] = in.vec(i + j);
+  if (j == count) return;
+  alignas(64) float tail[kWidth];
+  for (std::int64_t l = 0; l < kWidth; ++l) tail[l] = j + l < count ? in.one(i + j + l) : fill;
+  out[j / kWidth] = load_as<F>(tail);
+}
+
+constexpr std::int64_t kColumnVectors = kColumnBlock / kWidth;
+
+bool range_columns(WeightRun w, std::int64_t n, std::int64_t stride, std::int64_t count, float* low,
+                   float* high) {
+  return with_reader(w, [=](const auto& in) {
+    const std::int64_t vectors = ceil_div(count, kWidth);
+    F lo[kColumnVectors], hi[kColumnVectors], x[kColumnVectors];
+    I most = {};
+    for (std::int64_t v = 0; v < vectors; ++v) {
+      lo[v] = all(kInfinity);
+      hi[v] = all(-kInfinity);
+    }
+    for (std::int64_t i = 0; i < n; ++i) {
+      read_row(in, i * stride, count, 0.0F, x);
+      for (std::int64_t v = 0; v < vectors; ++v) {
+        const I m = magnitude(x[v]);
+        lo[v] = x[v] < lo[v] ? x[v] : lo[v];
+        hi[v] = x[v] > hi[v] ? x[v] : hi[v];
+        most = m > most ? m : most;
+      }
+    }
+    std::memcpy(low, lo, static_cast<std::size_t>(count) * sizeof(float));
+    std::memcpy(high, hi, static_cast<std::size_t>(count) * sizeof(float));
+    I lanes[kParts] = {};
+    lanes[0] = most;
+    return !any_not_finite(lanes);
+  });
+}
+
+// ------------------------------------------------------------------ affine codes, solver
+
+/// A group's parameters, one per lane.
+struct LaneCode {
+  F scale, zero;
+};
+
+/// rint(clamp(x, 0, max_code)) with the integer in the low bits of `bits`.
+inline F affine_code(F w, LaneCode c, float max_code, I* bits) {
+  constexpr float kRound = 0x1.8p23F;
+  F x = w * c.scale + c.zero;
+  x = x > 0.0F ? x : F{};
+  x = x < max_code ? x : all(max_code);
+  const F shifted = x + kRound;
+  *bits = (I)shifted;
+  return shifted - kRound;
+}
+
+template <bool kShrink>
+inline F solver_term(F w, LaneCode c, float max_code, F* residual) {
+  I unused;
+  const F q = affine_code(w, c, max_code, &unused);
+  const F r = (q - c.zero) / c.scale;
+  const F d = w - r;
+  const F a = abs_of(d);
+  *residual = a;
+  if constexpr (!kShrink) return q - w * c.scale;
+  const F shrunk = a - kSolverInverseBeta * power_of(a);
+  const F kept = shrunk > 0.0F ? shrunk : F{};
+  const F e = (F)((I)kept | ((I)d & all(std::int32_t{-0x7FFFFFFF - 1})));
+  return q - (w - e) * c.scale;
+}
+
+inline double fold(const D* lanes) {
+  alignas(64) double d[kVirtual];
+  std::memcpy(d, lanes, sizeof(d));
+  for (int half = kVirtual / 2; half > 0; half /= 2) {
+    for (int l = 0; l < half; ++l) d[l] += d[l + half];
+  }
+  return d[0];
+}
+
+/// `largest` receives the largest residual; with kShrink false the sums are right only if it is at
+/// most kSolverNoShrink (then the shrunken residual is exactly zero everywhere).
+template <bool kShrink, class In>
+inline SolverSums solver_run(const In& in, std::int64_t n, AffineCode code, float* largest) {
+  D zero[2 * kParts] = {}, error[2 * kParts] = {};
+  F top[kParts] = {};
+  const LaneCode c = {all(code.scale), all(code.zero)};
+  for_each_16(in, n, 0.0F, [&](std::int64_t, const F* x, std::int64_t valid) {
+    F term[kParts], residual[kParts];
+    for (int p = 0; p < kParts; ++p) {
+      term[p] = solver_term<kShrink>(x[p], c, code.max_code, &residual[p]);
+    }
+    if (valid < kVirtual) {
+      float* t = reinterpret_cast<float*>(term);
+      float* r = reinterpret_cast<float*>(residual);
+      for (std::int64_t l = valid; l < kVirtual; ++l) t[l] = r[l] = 0.0F;
+    }
+    for (int p = 0; p < kParts; ++p) {
+      zero[2 * p] += low_half(term[p]);
+      zero[2 * p + 1] += high_half(term[p]);
+      error[2 * p] += low_half(residual[p]);
+      error[2 * p + 1] += high_half(residual[p]);
+      top[p] = residual[p] > top[p] ? residual[p] : top[p];
+    }
+  });
+  float lanes[kVirtual];
+  std::memcpy(lanes, top, sizeof(lanes));
+  *largest = 0;
+  for (const float l : lanes) *largest = l > *largest ? l : *largest;
+  return {fold(zero), fold(error)};
+}
+
+SolverSums solver_step(WeightRun w, std::int64_t n, AffineCode code) {
+  return with_reader(w, [=](const auto& in) {
+    float largest = 0;
+    const SolverSums sums = solver_run<false>(in, n, code, &largest);
+    return largest <= kSolverNoShrink ? sums : solver_run<true>(in, n, code, &largest);
+  });
+}
+
+/// Parameters of up to kColumnBlock groups as registers; unused lanes get scale 1, zero 0.
+struct ColumnCodes {
+  LaneCode c[kColumnVectors];
+  ColumnCodes(const float* scale, const float* zero, std::int64_t count) {
+    alignas(64) float s[kColumnBlock], z[kColumnBlock];
+    for (std::int64_t j = 0; j < kColumnBlock; ++j) {
+      s[j] = j < count ? scale[j] : 1.0F;
+      z[j] = j < count ? zero[j] : 0.0F;
+    }
+    for (std::int64_t v = 0; v < kColumnVectors; ++v) {
+      c[v] = {load_as<F>(s + v * kWidth), load_as<F>(z + v * kWidth)};
+    }
+  }
+};
+
+template <bool kShrink, class In>
+inline float solver_columns(const In& in, std::int64_t n, std::int64_t stride, std::int64_t count,
+                            const ColumnCodes& codes, float max_code, SolverSums* sums) {
+  const std::int64_t vectors = ceil_div(count, kWidth);
+  D zero[2 * kColumnVectors] = {}, error[2 * kColumnVectors] = {};
+  F x[kColumnVectors], top = {};
+  for (std::int64_t i = 0; i < n; ++i) {
+    read_row(in, i * stride, count, 0.0F, x);
+    for (std::int64_t v = 0; v < vectors; ++v) {
+      F residual;
+      const F term = solver_term<kShrink>(x[v], codes.c[v], max_code, &residual);
+      zero[2 * v] += low_half(term);
+      zero[2 * v + 1] += high_half(term);
+      error[2 * v] += low_half(residual);
+      error[2 * v + 1] += high_half(residual);
+      top = residual > top ? residual : top;
+    }
+  }
+  const double* z = reinterpret_cast<const double*>(zero);
+  const double* e = reinterpret_cast<const double*>(error);
+  for (std::int64_t j = 0; j < count; ++j) sums[j] = {z[j], e[j]};
+  float lanes[kWidth], largest = 0;
+  std::memcpy(lanes, &top, sizeof(lanes));
+  for (const float l : lanes) largest = l > largest ? l : largest;
+  return largest;
+}
+
+void solver_step_columns(WeightRun w, std::int64_t n, std::int64_t stride, std::int64_t count,
+                         const float* scale, const float* zero, float max_code, SolverSums* sums) {
+  const ColumnCodes codes(scale, zero, count);
+  with_reader(w, [&](const auto& in) {
+    const float largest = solver_columns<false>(in, n, stride, count, codes, max_code, sums);
+    if (largest > kSolverNoShrink) {
+      solver_columns<true>(in, n, stride, count, codes, max_code, sums);
+    }
+  });
+}
+
+void encode_affine(WeightRun w, std::int64_t n, AffineCode code, std::uint8_t* codes) {
+  const LaneCode c = {all(code.scale), all(code.zero)};
+  with_reader(w, [&](const auto& in) {
+    for_each_16(in, n, 0.0F, [&](std::int64_t i, const F* x, std::int64_t valid) {
+      I bits[kParts];
+      for (int p = 0; p < kParts; ++p) affine_code(x[p], c, code.max_code, &bits[p]);
+      store_codes(bits, valid, codes + i);
+    });
+  });
+}
+
+void encode_affine_each(WeightRun w, std::int64_t n, const float* scale, const float* zero,
+                        float max_code, std::uint8_t* codes) {
+  with_reader(w, [&](const auto& in) {
+    for_each_16(in, n, 0.0F, [&](std::int64_t i, const F* x, std::int64_t valid) {
+      alignas(64) float s[kVirtual] = {}, z[kVirtual] = {};
+      std::memcpy(s, scale + i, static_cast<std::size_t>(valid) * sizeof(float));
+      std::memcpy(z, zero + i, static_cast<std::size_t>(valid) * sizeof(float));
+      I bits[kParts];
+      for (int p = 0; p < kParts; ++p) {
+        const LaneCode c = {load_as<F>(s + p * kWidth), load_as<F>(z + p * kWidth)};
+        affine_code(x[p], c, max_code, &bits[p]);
+      }
+      store_codes(bits, valid, codes + i);
+    });
+  });
+}
+
+void power(const float* in, std::int64_t n, float* out) {
+  const Reader<DType::kF32> reader(in);
+  for_each_16(reader, n, 1.0F, [&](std::int64_t i, const F* x, std::int64_t valid) {
+    F y[kParts];
+    for (int p = 0; p < kParts; ++p) y[p] = power_of(x[p]);
+    std::memcpy(out + i, y, static_cast<std::size_t>(valid) * sizeof(float));
+  });
+}
+
+constexpr QuantizeKernels kKernels = {
+    QUANTAL_QUANTIZE_SET, absmax,      encode_table,        range,         range_columns,
+    solver_step,          solver_step_columns, encode_affine, encode_affine_each, power};
+
+}  // namespace
+}  // namespace quantal
