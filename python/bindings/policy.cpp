@@ -1,0 +1,149 @@
+// Bindings of policy.h: configurations travel as JSON, everything else as plain values.
+#include "bindings/bindings.h"
+#include "quantal/formats.h"
+#include "quantal/policy.h"
+
+namespace quantal::python {
+namespace {
+
+using Strings = std::vector<std::string>;
+
+std::optional<Support> parse_support(const std::optional<std::string>& text) {
+  if (!text) return std::nullopt;
+  if (*text == "documented") return Support::kDocumented;
+  if (*text == "extended") return Support::kExtended;
+  fail(Errc::kConfig, "policy: support is \"" + *text + "\", expected \"documented\" or \"extended\"");
+}
+
+std::optional<Fallback> parse_fallback(const std::optional<std::string>& text) {
+  if (!text) return std::nullopt;
+  if (*text == "none") return Fallback::kNone;
+  if (*text == "nearest") return Fallback::kNearest;
+  if (*text == "error") return Fallback::kError;
+  fail(Errc::kConfig,
+       "policy: fallback is \"" + *text + "\", expected \"none\", \"nearest\" or \"error\"");
+}
+
+py::dict to_dict(const Substitution& s) {
+  return py::dict(py::arg("what") = s.what, py::arg("asked") = s.asked, py::arg("used") = s.used,
+                  py::arg("reason") = s.reason);
+}
+
+py::list to_list(const std::vector<Substitution>& substitutions) {
+  py::list out;
+  for (const Substitution& s : substitutions) out.append(to_dict(s));
+  return out;
+}
+
+py::list validate(const std::string& config_json, const std::string& backend) {
+  py::list out;
+  for (const Issue& i :
+       validate_quantization_config(config_from_json(config_json), parse_backend(backend))) {
+    out.append(py::dict(py::arg("id") = i.id, py::arg("severity") = i.severity,
+                        py::arg("message") = i.message, py::arg("remedy") = i.remedy));
+  }
+  return out;
+}
+
+py::dict decide(const std::string& backend, const std::string& config_json,
+                const std::optional<std::string>& support,
+                const std::optional<std::string>& fallback) {
+  const Decision d = decide_adapter(parse_backend(backend), config_from_json(config_json),
+                                    parse_support(support), parse_fallback(fallback));
+  return py::dict(py::arg("adapter") = d.adapter, py::arg("config") = config_to_json(d.config),
+                  py::arg("substitutions") = to_list(d.substitutions),
+                  py::arg("warnings") = d.warnings);
+}
+
+Strings method_names() {
+  Strings out;
+  for (const MethodInfo& info : methods()) out.emplace_back(info.enum_name);
+  return out;
+}
+
+Strings built_methods() {
+  Strings out;
+  for (const MethodInfo& info : methods()) {
+    if (method_built(info.method)) out.emplace_back(info.name);
+  }
+  return out;
+}
+
+void bind_rules(py::module_& m) {
+  py::class_<LayerRules::Choice>(m, "Choice")
+      .def_readonly("quantize", &LayerRules::Choice::quantize)
+      .def_readonly("reason", &LayerRules::Choice::reason)
+      .def_readonly("options", &LayerRules::Choice::options)
+      .def_property_readonly(
+          "method", [](const LayerRules::Choice& c) { return describe_options(c.options); })
+      .def_property_readonly("compute_dtype", [](const LayerRules::Choice& c) {
+        return std::string(dtype_name(c.compute_dtype));
+      });
+  py::class_<LayerRules>(m, "LayerRules")
+      .def(py::init([](const std::string& json) { return LayerRules(config_from_json(json)); }),
+           py::arg("config_json"))
+      .def("choose", &LayerRules::choose, py::arg("name"), py::arg("out_features"),
+           py::arg("in_features"))
+      .def("unmatched", &LayerRules::unmatched);
+}
+
+void bind_report(py::module_& m) {
+  py::class_<CoverageReport>(m, "CoverageReport")
+      .def(py::init<>())
+      .def("add",
+           [](CoverageReport& r, const std::string& name, const std::string& method,
+              const std::string& reason, std::int64_t parameters, std::int64_t bytes_before,
+              std::int64_t bytes_after, double relative_error) {
+             r.entries.push_back(
+                 {name, method, reason, parameters, bytes_before, bytes_after, relative_error});
+           })
+      .def("add_substitution",
+           [](CoverageReport& r, const std::string& what, const std::string& asked,
+              const std::string& used, const std::string& reason) {
+             r.substitutions.push_back({what, asked, used, reason});
+           })
+      .def_readwrite("unmatched_patterns", &CoverageReport::unmatched_patterns)
+      .def("to_text", &CoverageReport::to_text)
+      .def("to_json", &CoverageReport::to_json);
+}
+
+}  // namespace
+
+void bind_policy(py::module_& m) {
+  m.def("method_names", &method_names);
+  m.def("built_methods", &built_methods, "Values of the methods that this build can quantize with.");
+  m.def("parse_method", [](const std::string& name) {
+    return std::string(method_name(parse_method(name)));
+  });
+  m.def("parse_backend", [](const std::string& name) {
+    return std::string(backend_name(parse_backend(name)));
+  });
+  m.def("normalize_config",
+        [](const std::string& json) { return config_to_json(config_from_json(json)); });
+  m.def("validate", &validate, py::arg("config_json"), py::arg("backend"));
+  m.def("decide_adapter", &decide, py::arg("backend"), py::arg("config_json"),
+        py::arg("support") = py::none(), py::arg("fallback") = py::none());
+  m.def("documented_support", [](const std::string& backend, const std::string& method) {
+    return documented_support(parse_backend(backend), parse_method(method));
+  });
+  m.def("compatibility_matrix_markdown", &compatibility_matrix_markdown);
+  m.def("default_compute_dtype", [](const std::string& backend, bool cuda_has_bf16) {
+    return std::string(dtype_name(default_compute_dtype(parse_backend(backend), cuda_has_bf16)));
+  });
+  m.def("recommended_config", [](const std::string& backend, double model_size_b,
+                                 double available_memory_gb, bool cuda_has_bf16) {
+    return config_to_json(get_recommended_config(parse_backend(backend), model_size_b,
+                                                 available_memory_gb, cuda_has_bf16));
+  });
+  m.def("memory_note", [](const std::string& json, double model_size_b, double memory_gb) {
+    return memory_note(config_from_json(json), model_size_b, memory_gb);
+  });
+  m.def("adapter_refusal", [](const std::string& adapter, const std::string& backend,
+                              const std::string& json) {
+    return adapter_refusal(adapter, parse_backend(backend), config_from_json(json));
+  });
+  bind_rules(m);
+  bind_report(m);
+}
+
+}  // namespace quantal::python

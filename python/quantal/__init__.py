@@ -1,0 +1,89 @@
+"""quantal: one interface over every weight-quantization dialect."""
+
+import torch as _torch  # noqa: F401  (its libraries must be loaded before the operators)
+
+from . import _peft
+from ._core import compatibility_matrix_markdown
+from ._core import version as __version__
+from ._errors import (
+    ConfigError,
+    CorruptError,
+    DeviceError,
+    DtypeError,
+    InternalError,
+    IoError,
+    QuantalError,
+    ShapeError,
+    UnsupportedError,
+)
+from .adapters import (
+    BitsAndBytesAdapter,
+    FallbackAdapter,
+    HQQAdapter,
+    QuantizationAdapter,
+    available_methods,
+    create_quantization_adapter,
+)
+from .backend import (
+    Backend,
+    BackendCapabilities,
+    BackendManager,
+    detect_backend,
+    get_backend_manager,
+    get_device,
+)
+from .checkpoint import inspect, load_model, model_digest, save_model
+from .config import (
+    QuantizationConfig,
+    QuantizationMethod,
+    get_recommended_config,
+    validate_quantization_config,
+)
+from .gguf import load_gguf
+from .imports import report_import_status
+from .linear import QuantizedLinear
+from .replace import replace_linear_with_quantized
+from .report import Report
+from .training import prepare_model_for_training
+
+_peft.install_lazily()
+
+__all__ = [
+    "Backend",
+    "BackendCapabilities",
+    "BackendManager",
+    "BitsAndBytesAdapter",
+    "ConfigError",
+    "CorruptError",
+    "DeviceError",
+    "DtypeError",
+    "FallbackAdapter",
+    "HQQAdapter",
+    "InternalError",
+    "IoError",
+    "QuantalError",
+    "QuantizationAdapter",
+    "QuantizationConfig",
+    "QuantizationMethod",
+    "QuantizedLinear",
+    "Report",
+    "ShapeError",
+    "UnsupportedError",
+    "__version__",
+    "available_methods",
+    "compatibility_matrix_markdown",
+    "create_quantization_adapter",
+    "detect_backend",
+    "get_backend_manager",
+    "get_device",
+    "get_recommended_config",
+    "inspect",
+    "load_gguf",
+    "load_model",
+    "model_digest",
+    "prepare_model_for_training",
+    "replace_linear_with_quantized",
+    "report_import_status",
+    "save_model",
+    "validate_quantization_config",
+]

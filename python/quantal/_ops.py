@@ -1,0 +1,127 @@
+"""The torch operators ``torch.ops.quantal.*``: loading, gradients, typed errors."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from . import _core
+from ._errors import DeviceError, DtypeError, QuantalError, ShapeError, UnsupportedError
+
+_LIBRARY = "quantal_ops.so"
+Spec = Sequence[int]
+Buffers = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _load() -> None:
+    if hasattr(torch.ops.quantal, "linear"):  # a program that links quantal::torch has them already
+        return
+    torch.ops.load_library(str(pathlib.Path(__file__).with_name(_LIBRARY)))
+
+
+def _setup_linear(ctx, inputs, output) -> None:
+    x, codes, stats, shared, bias, spec = inputs
+    ctx.save_for_backward(codes, stats, shared)
+    ctx.spec = spec
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _linear_backward(ctx, grad):
+    codes, stats, shared = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.quantal.linear_grad_input(grad, codes, stats, shared, ctx.spec)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[4]:
+        grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+    return grad_x, None, None, None, grad_bias, None
+
+
+def _setup_grad_input(ctx, inputs, output) -> None:
+    _, codes, stats, shared, spec = inputs
+    ctx.save_for_backward(codes, stats, shared)
+    ctx.spec = spec
+
+
+def _grad_input_backward(ctx, grad):
+    codes, stats, shared = ctx.saved_tensors
+    grad = torch.ops.quantal.linear(grad, codes, stats, shared, None, ctx.spec)
+    return grad, None, None, None, None
+
+
+_load()
+torch.library.register_autograd("quantal::linear", _linear_backward, setup_context=_setup_linear)
+torch.library.register_autograd(
+    "quantal::linear_grad_input", _grad_input_backward, setup_context=_setup_grad_input
+)
+
+_WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _kind_of(tensor: torch.Tensor, buffers: Buffers | None, spec: Spec, width: int) -> type:
+    """Class of the failure of an operator, found by looking at its arguments again."""
+    layout = _core.layout(list(spec))  # raises the typed error of a bad spec itself
+    if buffers is not None:
+        for buffer, name in zip(buffers, ("codes", "stats", "shared"), strict=True):
+            if buffer.dtype != torch.uint8:
+                return DtypeError
+            if tuple(buffer.shape) != tuple(layout[name]):
+                return ShapeError
+    if tensor.device.type not in ("cpu", "meta"):
+        return DeviceError
+    if tensor.dtype not in _WEIGHT_DTYPES:
+        return DtypeError
+    if tensor.dim() < 1 or tensor.shape[-1] != width:
+        return ShapeError
+    if tensor.device.type != "meta" and not torch.isfinite(tensor).all():
+        return UnsupportedError
+    return QuantalError
+
+
+@contextlib.contextmanager
+def _typed(tensor: torch.Tensor, buffers: Buffers | None, spec: Spec, width: int) -> Iterator[None]:
+    try:
+        yield
+    except QuantalError:
+        raise
+    except RuntimeError as error:
+        message = str(error).split("\nException raised from")[0]
+        raise _kind_of(tensor, buffers, spec, width)(message) from error
+
+
+def quantize(weight: torch.Tensor, spec: Spec) -> Buffers:
+    """Quantizes [..., cols] into the buffers (codes, stats, shared) of `spec`."""
+    with _typed(weight, None, spec, int(spec[2])):
+        return torch.ops.quantal.quantize(weight.detach(), spec)
+
+
+def dequantize(
+    codes: torch.Tensor,
+    stats: torch.Tensor,
+    shared: torch.Tensor,
+    spec: Spec,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The exact values as a matrix [rows, cols] of `dtype`."""
+    with _typed(codes, (codes, stats, shared), spec, -1):
+        return torch.ops.quantal.dequantize(codes, stats, shared, spec, dtype)
+
+
+def linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    stats: torch.Tensor,
+    shared: torch.Tensor,
+    bias: torch.Tensor | None,
+    spec: Spec,
+) -> torch.Tensor:
+    """``x @ W.T + bias`` from packed codes, differentiable in x and bias."""
+    if torch.compiler.is_compiling():
+        return torch.ops.quantal.linear(x, codes, stats, shared, bias, spec)
+    try:
+        return torch.ops.quantal.linear(x, codes, stats, shared, bias, spec)
+    except RuntimeError:
+        with _typed(x, (codes, stats, shared), spec, int(spec[2])):
+            raise

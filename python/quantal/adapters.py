@@ -1,0 +1,222 @@
+"""Adapters: one interface over the dialects, and the factory that asks policy which one to use."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch import nn
+
+from . import _core
+from ._dtypes import parse_dtype
+from ._errors import ConfigError, UnsupportedError
+from .backend import Backend
+from .checkpoint import load_model, save_model
+from .config import QuantizationConfig, QuantizationMethod
+from .linear import QuantizedLinear
+from .replace import replace_linear_with_quantized
+from .report import Report
+from .training import prepare_model_for_training
+
+
+class QuantizationAdapter(ABC):
+    """Quantizes models for one backend and config.
+
+    A custom adapter implements ``create_quantized_linear`` and ``quantize_model`` and, where the
+    defaults do not fit, ``_validate_backend_support`` (called on construction; raises to refuse)
+    and ``prepare_model_for_training``. ``report`` tells what was done, and what policy changed.
+    """
+
+    def __init__(self, backend: Backend | str, config: QuantizationConfig | None = None) -> None:
+        self.backend = Backend(backend)
+        self.config = config if config is not None else QuantizationConfig()
+        self.report = Report({"adapter": type(self).__name__})
+        self._validate_backend_support()
+
+    def _validate_backend_support(self) -> None:
+        """Raises ConfigError if this adapter cannot be used with its backend."""
+
+    @abstractmethod
+    def create_quantized_linear(
+        self, in_features: int, out_features: int, bias: bool = True
+    ) -> nn.Module:
+        """A layer of this adapter's kind, holding zeros until its ``quantize_weights`` is called."""
+
+    @abstractmethod
+    def quantize_model(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        """Quantizes `model` in place and returns it."""
+
+    def prepare_model_for_training(self, model: nn.Module) -> nn.Module:
+        """Freezes the base so that only adapters attached afterwards are trained."""
+        return prepare_model_for_training(model)
+
+    def quantize_linear(self, linear: nn.Linear, choice: _core.Choice) -> nn.Module:
+        """The quantized replacement of one layer; the bias values are kept."""
+        layer = self.create_quantized_linear(
+            linear.in_features, linear.out_features, linear.bias is not None
+        )
+        quantize_weights = getattr(layer, "quantize_weights", None)
+        if quantize_weights is None:
+            raise UnsupportedError(
+                f"{type(self).__name__}: {type(layer).__name__} has no quantize_weights, which "
+                "replace_linear_with_quantized needs"
+            )
+        quantize_weights(linear.weight.detach())
+        if linear.bias is not None:
+            layer.bias = linear.bias
+        return layer.train(linear.training)
+
+    def tie_quantized_linear(self, layer: nn.Module, linear: nn.Linear) -> nn.Module:
+        """A layer for `linear`, whose weight `layer` was quantized from: they share the bytes."""
+        if not isinstance(layer, QuantizedLinear):
+            return layer
+        return QuantizedLinear.from_packed(
+            layer._spec,
+            layer.codes,
+            layer.stats,
+            layer.shared,
+            linear.bias,
+            config=layer.config,
+            compute_dtype=layer.compute_dtype,
+        )
+
+    def save_quantized_model(
+        self, model: nn.Module, save_path: str | os.PathLike, *, overwrite: bool = False
+    ) -> None:
+        """Writes a folder (config.json and safetensors) in the upstream layout of the method."""
+        save_model(model, save_path, self.config, overwrite=overwrite)
+
+    def load_quantized_model(
+        self, model_path: str | os.PathLike, model_config: Any = None, **kwargs: Any
+    ) -> nn.Module:
+        """A model from a folder or file that quantal or the upstream package wrote.
+
+        model_config  a transformers config, its dictionary, or None for the folder's config.json
+        kwargs        ``model``: a module to load into instead of building one from the config
+        """
+        return load_model(model_path, model_config, self.config, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(backend={self.backend}, config={self.config!r})"
+
+
+class _DialectAdapter(QuantizationAdapter):
+    """What the adapters over quantal's own dialects share."""
+
+    def _validate_backend_support(self) -> None:
+        refusal = _core.adapter_refusal(
+            type(self).__name__, self.backend.value, self.config.to_json()
+        )
+        if refusal:
+            raise ConfigError(refusal)
+
+    def create_quantized_linear(
+        self, in_features: int, out_features: int, bias: bool = True
+    ) -> QuantizedLinear:
+        return QuantizedLinear(in_features, out_features, bias, self.config)
+
+    def quantize_linear(self, linear: nn.Linear, choice: _core.Choice) -> QuantizedLinear:
+        return QuantizedLinear.from_linear(
+            linear,
+            choice.options,
+            config=self.config,
+            compute_dtype=parse_dtype(choice.compute_dtype),
+        )
+
+    def quantize_model(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        """Quantizes every linear layer that the config names, layer by layer.
+
+        kwargs are those of ``replace_linear_with_quantized``: skip_modules, progress.
+        """
+        return replace_linear_with_quantized(model, self, **kwargs)
+
+
+class BitsAndBytesAdapter(_DialectAdapter):
+    """bitsandbytes NF4 and FP4, with and without double quantization."""
+
+
+class HQQAdapter(_DialectAdapter):
+    """Half-quadratic quantization."""
+
+
+class FallbackAdapter(QuantizationAdapter):
+    """Quantizes nothing; ``report`` says why, and what would."""
+
+    def create_quantized_linear(
+        self, in_features: int, out_features: int, bias: bool = True
+    ) -> nn.Linear:
+        return nn.Linear(in_features, out_features, bias)
+
+    def quantize_model(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self.config.method is not QuantizationMethod.NONE or self.report.reason:
+            warnings.warn("No quantization applied (fallback mode)", stacklevel=2)
+        self.report.entries.clear()
+        reason = self.report.reason or "method none"
+        for name, module in model.named_modules():
+            if type(module) is nn.Linear:
+                count = sum(p.numel() for p in module.parameters())
+                size = sum(p.numel() * p.element_size() for p in module.parameters())
+                self.report.add(
+                    name, "dense", reason, parameters=count, bytes_before=size, bytes_after=size
+                )
+        return model
+
+    def prepare_model_for_training(self, model: nn.Module) -> nn.Module:
+        return model
+
+
+_ADAPTERS: dict[str, type[QuantizationAdapter]] = {
+    cls.__name__: cls for cls in (BitsAndBytesAdapter, HQQAdapter, FallbackAdapter)
+}
+
+
+def create_quantization_adapter(
+    backend: Backend | str,
+    config: QuantizationConfig | None = None,
+    *,
+    support: str | None = None,
+    fallback: str | None = None,
+) -> QuantizationAdapter:
+    """The adapter that policy chooses for a backend and a config.
+
+    support   "documented" (default): the documented compatibility matrix; "extended": every pair
+              that quantal's kernels run. Also read from ``config.backend_options``.
+    fallback  for an unsupported pair: "none" (default) gives FallbackAdapter and a warning,
+              "nearest" the closest supported method, "error" raises UnsupportedError
+
+    Every substitution is in ``adapter.report`` and, once, a warning.
+    """
+    backend = Backend(backend)
+    config = config if config is not None else QuantizationConfig()
+    decision = _core.decide_adapter(backend.value, config.to_json(), support, fallback)
+    cls = _ADAPTERS.get(decision["adapter"])
+    if cls is None:
+        raise UnsupportedError(
+            f"{decision['adapter']} is not part of this version, expected one of "
+            f"{', '.join(_ADAPTERS)}"
+        )
+    for text in decision["warnings"]:
+        warnings.warn(text, UserWarning, stacklevel=2)
+    resolved = QuantizationConfig.from_json(decision["config"])
+    if support is not None:  # the adapter keeps the mode that it was made under
+        resolved.backend_options = {**resolved.backend_options, "support": support}
+    adapter = cls(backend, resolved)
+    adapter.report = Report(decision)
+    return adapter
+
+
+def available_methods() -> list[QuantizationMethod]:
+    """Methods that this build quantizes with."""
+    return [QuantizationMethod(name) for name in _core.built_methods()]
+
+
+__all__ = [
+    "BitsAndBytesAdapter",
+    "FallbackAdapter",
+    "HQQAdapter",
+    "QuantizationAdapter",
+    "available_methods",
+    "create_quantization_adapter",
+]

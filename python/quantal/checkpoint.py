@@ -1,0 +1,277 @@
+"""Saving, loading and comparing quantized models. Files and layouts are the C++ library's."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import _core
+from ._dtypes import _BY_NAME, as_parts, bytes_of, tensor_from
+from ._errors import ConfigError, CorruptError
+from .config import QuantizationConfig
+from .linear import QuantizedLinear
+
+_BUFFERS = ("codes", "stats", "shared", "spec")
+#: Key of config.json under which tied tensor names of a model that is not transformers' are kept.
+_TIED_KEY = "quantal_tied"
+
+
+def _quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+
+
+def _dense_tensors(
+    model: nn.Module, layers: dict[str, QuantizedLinear]
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """State tensors that are not packed, and {name: name it shares its bytes with}."""
+    packed = {f"{name}.{part}" if name else part for name in layers for part in _BUFFERS}
+    tensors: dict[str, torch.Tensor] = {}
+    tied: dict[str, str] = {}
+    seen: dict[tuple, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in packed:
+            continue
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if tensor.numel() and key in seen:
+            tied[name] = seen[key]
+        else:
+            seen[key] = name
+            tensors[name] = tensor
+    return tensors, tied
+
+
+def _views(model: nn.Module) -> tuple[list, list, dict[str, str]]:
+    layers = _quantized_layers(model)
+    tensors, tied = _dense_tensors(model, layers)
+    packed = [
+        (name, (m._spec, bytes_of(m.codes), bytes_of(m.stats), bytes_of(m.shared)))
+        for name, m in layers.items()
+    ]
+    return packed, [(name, as_parts(t)) for name, t in tensors.items()], tied
+
+
+def model_digest(model: nn.Module) -> str:
+    """SHA-256 over the names, forms and bytes of all layers and tensors; tied tensors count once.
+
+    Equal digests mean equal models."""
+    packed, tensors, _ = _views(model)
+    return _core.checkpoint_digest(packed, tensors)
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    if any(".lora_" in name or name.startswith("base_model.") for name, _ in model.named_modules()):
+        raise ConfigError(
+            "save: model carries LoRA adapters, expected the quantized base alone (save adapters "
+            "with model.save_pretrained, and the base before they are attached or after unload)"
+        )
+
+
+def _model_config(model: nn.Module, tied: dict[str, str]) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "to_diff_dict"):
+        values = json.loads(config.to_json_string(use_diff=True))
+        values.setdefault("architectures", [type(model).__name__])
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+        values.pop("dtype", None)
+        if dtype is not None:
+            values["torch_dtype"] = str(dtype).removeprefix("torch.")
+    else:
+        values = dict(config) if isinstance(config, dict) else {}
+        if tied:
+            values[_TIED_KEY] = tied
+    values.pop("quantization_config", None)
+    return values
+
+
+def _hf_config(model: nn.Module, config: QuantizationConfig) -> str:
+    """quantization_config for the folder, from the settings that most layers have."""
+    rules = _core.LayerRules(config.to_json())
+    dense = [n for n, m in model.named_modules() if type(m) is nn.Linear]
+    for name, layer in _quantized_layers(model).items():
+        choice = rules.choose(name, layer.out_features, layer.in_features)
+        if choice.quantize:
+            return _core.hf_quantization_config(choice.options, dense)
+    return ""
+
+
+def save_model(
+    model: nn.Module,
+    folder: str | os.PathLike,
+    config: QuantizationConfig,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Writes config.json and model.safetensors; the folder appears whole or not at all."""
+    _refuse_adapters(model)
+    packed, tensors, tied = _views(model)
+    text = json.dumps(_model_config(model, tied))
+    _core.save_checkpoint(
+        os.fspath(folder), text, _hf_config(model, config), packed, tensors, overwrite
+    )
+
+
+# ---------------------------------------------------------------------- loading
+
+
+@contextlib.contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Parameters created inside have shapes but no memory; buffers are real."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, value: nn.Parameter | None) -> None:
+        if value is not None and value.device.type != "meta":
+            value = nn.Parameter(value.to("meta"), requires_grad=value.requires_grad)
+        register(module, name, value)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _build(model_config: Any, stored: dict[str, Any]) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+    if isinstance(model_config, PretrainedConfig):
+        config = type(model_config).from_dict(model_config.to_dict())
+    else:
+        values = dict(model_config if model_config is not None else stored)
+        if "model_type" not in values:
+            raise ConfigError(
+                "load: config has no model_type, expected that of a transformers model (pass "
+                "model= to load into a module of your own)"
+            )
+        values.pop("quantization_config", None)
+        config = AutoConfig.for_model(**values)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with parameters_on_meta():
+        return AutoModelForCausalLM.from_config(config)
+
+
+def read_tensor(stored: _core.MappedTensor) -> torch.Tensor:
+    """A copy of a tensor in a mapped file."""
+    tensor = torch.empty(stored.shape, dtype=_BY_NAME[stored.dtype])
+    if tensor.numel():
+        stored.copy_into(bytes_of(tensor))
+    return tensor
+
+
+def _put_layers(
+    model: nn.Module, layers: dict[str, Any], config: QuantizationConfig, path: str
+) -> None:
+    for name, (spec, *buffers) in layers.items():
+        try:
+            old = model.get_submodule(name)
+        except AttributeError:
+            raise CorruptError(
+                f'load: file has a quantized layer "{name}", expected one of the model\'s '
+                f"(file={path}, tensor={name})",
+                path,
+                name,
+            ) from None
+        layout = _core.layout(spec)
+        tensors = [
+            tensor_from(b, "u8", list(layout[part]))
+            for part, b in zip(_BUFFERS, buffers, strict=False)
+        ]
+        compute = config.compute_dtype if config is not None else None
+        layer = QuantizedLinear.from_packed(spec, *tensors, config=config, compute_dtype=compute)
+        if (old.in_features, old.out_features) != (layer.in_features, layer.out_features):
+            raise CorruptError(
+                f"load: layer is [{layer.out_features}, {layer.in_features}], expected "
+                f"[{old.out_features}, {old.in_features}] (file={path}, tensor={name})",
+                path,
+                name,
+            )
+        if old.bias is not None:
+            layer.bias = nn.Parameter(torch.empty_like(old.bias, device="meta"))
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+
+
+def assign_tensor(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Puts a tensor in the place of the parameter or buffer of this name, without a copy."""
+    parent, _, child = name.rpartition(".")
+    module = model.get_submodule(parent)
+    if child in module._parameters:
+        old = module._parameters[child]
+        trains = old is not None and old.requires_grad and tensor.is_floating_point()
+        module._parameters[child] = nn.Parameter(tensor, requires_grad=trains)
+    else:
+        module._buffers[child] = tensor
+
+
+def _expected_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    layers = _quantized_layers(model)
+    packed = {f"{name}.{part}" if name else part for name in layers for part in _BUFFERS}
+    return {n: t for n, t in model.state_dict(keep_vars=True).items() if n not in packed}
+
+
+def _put_tensors(
+    model: nn.Module, tensors: dict[str, Any], tied: dict[str, str], path: str
+) -> None:
+    expected = _expected_tensors(model)
+    extra = sorted(set(tensors) - set(expected))
+    if extra:
+        raise CorruptError(
+            f"load: {len(extra)} tensors are not the model's: {', '.join(extra[:8])} (file={path})",
+            path,
+            extra[0],
+        )
+    for name, stored in tensors.items():
+        if list(expected[name].shape) != stored.shape:
+            raise CorruptError(
+                f"load: tensor has shape {stored.shape}, expected {list(expected[name].shape)} "
+                f"(file={path}, tensor={name})",
+                path,
+                name,
+            )
+        assign_tensor(model, name, read_tensor(stored))
+    for name, source in tied.items():
+        parent, _, child = source.rpartition(".")
+        parameter = getattr(model.get_submodule(parent), child)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, parameter)
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    missing = [n for n, t in _expected_tensors(model).items() if t.device.type == "meta"]
+    if missing:
+        raise CorruptError(
+            f"load: {len(missing)} tensors are missing: {', '.join(missing[:8])} (file={path})",
+            path,
+            missing[0],
+        )
+
+
+def load_model(
+    path: str | os.PathLike,
+    model_config: Any = None,
+    config: QuantizationConfig | None = None,
+    *,
+    model: nn.Module | None = None,
+) -> nn.Module:
+    """Builds the model without memory for its weights, then puts the file's tensors in place.
+
+    Loading is strict: missing, extra and misshapen tensors raise CorruptError naming them."""
+    path = os.fspath(path)
+    text, layers, tensors = _core.load_checkpoint(path)
+    stored = json.loads(text)
+    tied = stored.get(_TIED_KEY, {})
+    if model is None:
+        model = _build(model_config, stored)
+    _put_layers(model, layers, config, path)
+    _put_tensors(model, tensors, tied, path)
+    return model.eval()
+
+
+def inspect(path: str | os.PathLike, all_tensors: bool = False) -> str:
+    """A description of a model file or folder, as the command `quantal inspect` prints it."""
+    return _core.inspect_text(os.fspath(path), all_tensors)

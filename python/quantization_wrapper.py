@@ -1,0 +1,31 @@
+"""The names of the documented module `quantization_wrapper`; all of them live in `quantal`."""
+
+from quantal import (
+    Backend,
+    BitsAndBytesAdapter,
+    FallbackAdapter,
+    HQQAdapter,
+    QuantizationAdapter,
+    QuantizationConfig,
+    QuantizationMethod,
+    QuantizedLinear,
+    create_quantization_adapter,
+    get_recommended_config,
+    replace_linear_with_quantized,
+    validate_quantization_config,
+)
+
+__all__ = [
+    "Backend",
+    "BitsAndBytesAdapter",
+    "FallbackAdapter",
+    "HQQAdapter",
+    "QuantizationAdapter",
+    "QuantizationConfig",
+    "QuantizationMethod",
+    "QuantizedLinear",
+    "create_quantization_adapter",
+    "get_recommended_config",
+    "replace_linear_with_quantized",
+    "validate_quantization_config",
+]
