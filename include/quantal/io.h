@@ -65,8 +65,9 @@ void write_safetensors(const std::string& path,
 
 // ------------------------------------------------------------------ npy
 
-/// Reads a .npy file (versions 1 to 3; little-endian or single-byte numeric types; C order, or
-/// Fortran order for at most one dimension). Throws Error{kCorrupt} / Error{kUnsupported}.
+/// Reads a .npy file (versions 1 to 3, either byte order, C or Fortran order) into row-major,
+/// native order; opaque two-byte elements ('<V2') are bf16. Throws Error{kIo}; Error{kCorrupt};
+/// Error{kUnsupported} for object, structured, string and complex types.
 Tensor read_npy(const std::string& path);
 /// Writes version 1.0, C order, atomically. bf16 is written as '<V2', as MLX does.
 void write_npy(const std::string& path, const TensorView& tensor);
@@ -114,6 +115,7 @@ class GgufFile {
   std::uint32_t version_ = 0;
   std::vector<std::pair<std::string, GgufValue>> metadata_;
   std::vector<GgufTensor> tensors_;
+  std::map<std::string, std::size_t> index_;
 };
 
 }  // namespace quantal
