@@ -1,9 +1,10 @@
-// Primitives that quantizers are made of: one pass over weights each, widened to float32 on the fly.
+// Primitives that quantizers are made of: one pass over weights each, widened to float32 on the
+// fly.
 //
-// One set per instruction set, all with identical results: sums run over 16 virtual lanes (element i
-// of a run goes to lane i mod 16) in double and are combined as lane l += lane l + 8, 4, 2, 1; every
-// other operation is elementwise with one rounding each, never contracted. Primitives know nothing
-// of dialects; buffers must be valid, nothing is checked here and nothing throws.
+// One set per instruction set, all with identical results: sums run over 16 virtual lanes (element
+// i of a run goes to lane i mod 16) in double and are combined as lane l += lane l + 8, 4, 2, 1;
+// every other operation is elementwise with one rounding each, never contracted. Primitives know
+// nothing of dialects; buffers must be valid, nothing is checked here and nothing throws.
 #pragma once
 
 #include <array>
@@ -65,7 +66,8 @@ struct QuantizeKernels {
   /// max |w|. NaN or +infinity if a weight is not finite.
   float (*absmax)(WeightRun w, std::int64_t n);
 
-  /// codes[i] = table(clamp(w[i] * factor, -1, 1)); with `divide` table(clamp(w[i] / factor, -1, 1)).
+  /// codes[i] = table(clamp(w[i] * factor, -1, 1)); with `divide` table(clamp(w[i] / factor, -1,
+  /// 1)).
   void (*encode_table)(const TableQuantizer& table, WeightRun w, std::int64_t n, float factor,
                        bool divide, std::uint8_t* codes);
 
@@ -74,8 +76,8 @@ struct QuantizeKernels {
   bool (*range_columns)(WeightRun w, std::int64_t n, std::int64_t stride, std::int64_t count,
                         float* low, float* high);
 
-  /// One step of the half-quadratic solver with p = 0.7, beta = 10 (Badri and Shaji, "Half-Quadratic
-  /// Quantization of Large Machine Learning Models", 2023; hqq 0.2.8):
+  /// One step of the half-quadratic solver with p = 0.7, beta = 10 (Badri and Shaji,
+  /// "Half-Quadratic Quantization of Large Machine Learning Models", 2023; hqq 0.2.8):
   ///   q = affine code of w;  r = (q - zero) / scale;  d = w - r
   ///   e = sign(d) * max(|d| - 0.1 * |d|^-0.3, 0)
   /// float32, one rounding per operation; |d|^-0.3 within 0.51 ulp.

@@ -1,6 +1,6 @@
 // The quantizer primitives for one vector width; see kernels/quantize.h for what each one does. A
-// file compiled for one instruction set defines QUANTAL_LANES and QUANTAL_QUANTIZE_SET, and includes
-// this once.
+// file compiled for one instruction set defines QUANTAL_LANES and QUANTAL_QUANTIZE_SET, and
+// includes this once.
 #pragma once
 
 #include "kernels/cpu/quantize_lanes_inl.h"
@@ -389,8 +389,8 @@ void power(const float* in, std::int64_t n, float* out) {
 }
 
 constexpr QuantizeKernels kKernels = {
-    QUANTAL_QUANTIZE_SET, absmax,      encode_table,        range,         range_columns,
-    solver_step,          solver_step_columns, encode_affine, encode_affine_each, power};
+    QUANTAL_QUANTIZE_SET, absmax,        encode_table,       range, range_columns, solver_step,
+    solver_step_columns,  encode_affine, encode_affine_each, power};
 
 }  // namespace
 }  // namespace quantal

@@ -1,9 +1,9 @@
 // Vectors of QUANTAL_LANES float32 (4, 8 or 16) for the quantizer primitives: loads that widen, the
 // float64 half, the power of the solver. Sixteen virtual lanes are kParts registers.
 //
-// Written with the compiler's generic vectors: every operation is an IEEE operation on its lanes, so
-// results do not depend on the width, and nothing is contracted (-ffp-contract=off). Everything has
-// internal linkage because each including file is compiled for another instruction set.
+// Written with the compiler's generic vectors: every operation is an IEEE operation on its lanes,
+// so results do not depend on the width, and nothing is contracted (-ffp-contract=off). Everything
+// has internal linkage because each including file is compiled for another instruction set.
 #pragma once
 
 #include <cstring>
@@ -70,8 +70,8 @@ inline V load_as(const void* p) {
   return v;
 }
 
-/// Reads element i of a run of one dtype, alone or kWidth of them. Binary16 is widened by moving the
-/// fields and multiplying by 2^112, exact for normal and subnormal numbers.
+/// Reads element i of a run of one dtype, alone or kWidth of them. Binary16 is widened by moving
+/// the fields and multiplying by 2^112, exact for normal and subnormal numbers.
 template <DType kType>
 struct Reader;
 

@@ -152,8 +152,7 @@ void encode_affine(WeightRun w, std::int64_t n, AffineCode code, std::uint8_t* c
 void encode_affine_each(WeightRun w, std::int64_t n, const float* scale, const float* zero,
                         float max_code, std::uint8_t* codes) {
   for (std::int64_t i = 0; i < n; ++i) {
-    codes[i] =
-        static_cast<std::uint8_t>(affine_code(weight(w, i), {scale[i], zero[i], max_code}));
+    codes[i] = static_cast<std::uint8_t>(affine_code(weight(w, i), {scale[i], zero[i], max_code}));
   }
 }
 
@@ -165,8 +164,9 @@ void power(const float* in, std::int64_t n, float* out) {
 
 const QuantizeKernels& quantize_kernels_scalar() {
   static constexpr QuantizeKernels kKernels = {
-      "scalar",    absmax,      encode_table,        range,         range_columns,
-      solver_step, solver_step_columns, encode_affine, encode_affine_each, power};
+      "scalar",           absmax,      encode_table,        range,
+      range_columns,      solver_step, solver_step_columns, encode_affine,
+      encode_affine_each, power};
   return kKernels;
 }
 

@@ -1,0 +1,39 @@
+#include "formats/bnb/bnb.h"
+
+#include <array>
+
+#include "formats/bnb/bnb_checkpoint.h"
+#include "formats/bnb/bnb_codec.h"
+#include "formats/bnb/bnb_params.h"
+
+namespace quantal::bnb {
+namespace {
+
+constexpr std::array<QuantizationMethod, 1> kMethods = {QuantizationMethod::BNB_NF4};
+
+/// The nested offset is the mean of every absmax; without it a block reaches into the next row.
+Reach reach(const QuantizeOptions& options) {
+  return options.double_quant ? Reach::kTensor : Reach::kNeighbourRows;
+}
+
+}  // namespace
+
+constinit const Dialect kDialect = {
+    .id = kDialectId,
+    .name = "bnb",
+    .title = "bitsandbytes",
+    .methods = kMethods,
+    .bits = kBits,
+    .group_sizes = kBlockSizes,
+    .group_multiple = 32,
+    .reach = reach,
+    .make_spec = make_spec,
+    .quantize = quantize,
+    .export_layer = export_layer,
+    .recognizes = recognizes,
+    .import_layer = import_layer,
+    .hf_quantization_config = hf_quantization_config,
+    .parse_hf_quantization_config = parse_hf_quantization_config,
+};
+
+}  // namespace quantal::bnb

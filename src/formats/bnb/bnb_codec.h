@@ -1,0 +1,37 @@
+// bitsandbytes 4-bit: choosing codes and statistics.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "quantal/formats.h"
+
+namespace quantal::bnb {
+
+/// Dialect::make_spec.
+PackedSpec make_spec(std::int64_t rows, std::int64_t cols, const QuantizeOptions& options);
+
+/// Dialect::quantize with the nested offset given instead of computed (nullopt: computed). The
+/// offset is the mean of all absmax; its summation order is each implementation's own, so tests
+/// compare everything below it at upstream's offset.
+void quantize_with_offset(const PackedSpec& spec, DType dtype, const void* weights,
+                          std::optional<float> nested_offset, std::uint8_t* codes,
+                          std::uint8_t* stats, std::uint8_t* shared, const Executor& executor);
+
+/// Dialect::quantize.
+void quantize(const PackedSpec& spec, DType dtype, const void* weights, std::uint8_t* codes,
+              std::uint8_t* stats, std::uint8_t* shared, const Executor& executor);
+
+/// Second level: u8 codes of `values` and one absmax per kNestedBlock of them.
+struct Nested {
+  std::vector<std::uint8_t> codes;
+  std::vector<float> absmax;
+};
+/// Quantizes `values` blockwise with the dynamic map as upstream's CPU path does: through a table
+/// of 65536 entries over [-1, 1], which is not exactly the nearest entry. Bit-exact with
+/// bitsandbytes 0.50.2.
+Nested quantize_dynamic(std::span<const float> values);
+
+}  // namespace quantal::bnb

@@ -1,0 +1,40 @@
+#include "formats/hqq/hqq.h"
+
+#include <array>
+
+#include "formats/hqq/hqq_checkpoint.h"
+#include "formats/hqq/hqq_codec.h"
+#include "formats/hqq/hqq_params.h"
+
+namespace quantal::hqq {
+namespace {
+
+constexpr std::array<QuantizationMethod, 1> kMethods = {QuantizationMethod::HQQ};
+
+/// The solver stops on an error over the whole tensor; groups along axis 0 span all rows.
+Reach reach(const QuantizeOptions& options) {
+  if (options.optimize || options.axis == 0) return Reach::kTensor;
+  return options.group_size == 0 ? Reach::kRow : Reach::kNeighbourRows;
+}
+
+}  // namespace
+
+constinit const Dialect kDialect = {
+    .id = kDialectId,
+    .name = "hqq",
+    .title = "HQQ",
+    .methods = kMethods,
+    .bits = kBits,
+    .group_sizes = {},
+    .group_multiple = kGroupMultiple,
+    .reach = reach,
+    .make_spec = make_spec,
+    .quantize = quantize,
+    .export_layer = export_layer,
+    .recognizes = recognizes,
+    .import_layer = import_layer,
+    .hf_quantization_config = hf_quantization_config,
+    .parse_hf_quantization_config = parse_hf_quantization_config,
+};
+
+}  // namespace quantal::hqq

@@ -1,0 +1,31 @@
+// HQQ: choosing codes, scales and zeros.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "formats/hqq/hqq_params.h"
+#include "kernels/quantize.h"
+#include "quantal/formats.h"
+
+namespace quantal::hqq {
+
+/// Dialect::make_spec. group_size 0 means one group per row (axis 1) or column (axis 0).
+PackedSpec make_spec(std::int64_t rows, std::int64_t cols, const QuantizeOptions& options);
+
+/// Dialect::quantize. Without the solver bit-exact with hqq 0.2.8.post1 on the CPU; with it up to
+/// the order of summation of the mean of a group and of the error.
+void quantize(const PackedSpec& spec, DType dtype, const void* weights, std::uint8_t* codes,
+              std::uint8_t* stats, std::uint8_t* shared, const Executor& executor);
+
+/// Parameters of all groups before they are rounded to value_dtype. `scale` is in codes per weight
+/// unit (files hold its reciprocal), `zero` in codes. `errors` holds the mean residual of each
+/// round of the solver that ran.
+struct GroupParameters {
+  std::vector<float> scale, zero;
+  std::vector<float> errors;
+};
+/// Throws Error{kUnsupported} for a weight that is not finite.
+GroupParameters solve(const PackedSpec& spec, WeightRun weights, const Executor& executor);
+
+}  // namespace quantal::hqq

@@ -1,0 +1,77 @@
+// The explicit list of dialects. A new dialect is one folder, one line here and one tests folder.
+#include <array>
+#include <string>
+
+#include "formats/bnb/bnb.h"
+#include "formats/hqq/hqq.h"
+#include "quantal/formats.h"
+
+namespace quantal {
+namespace {
+
+// Ids are stored in files: 1 bnb, 2 hqq; 3 mlx, 4 quanto and 5 gguf are reserved.
+constinit const std::array<const Dialect*, 2> kDialects = {&bnb::kDialect, &hqq::kDialect};
+
+std::string built_methods() {
+  std::string names;
+  for (const Dialect* dialect : kDialects) {
+    for (const QuantizationMethod method : dialect->methods) {
+      names += (names.empty() ? "" : ", ") + std::string(method_name(method));
+    }
+  }
+  return names;
+}
+
+}  // namespace
+
+std::span<const Dialect* const> dialects() { return kDialects; }
+
+const Dialect* find_dialect(QuantizationMethod method) noexcept {
+  for (const Dialect* dialect : kDialects) {
+    for (const QuantizationMethod m : dialect->methods) {
+      if (m == method) return dialect;
+    }
+  }
+  return nullptr;
+}
+
+const Dialect& dialect_of(QuantizationMethod method) {
+  if (const Dialect* dialect = find_dialect(method)) return *dialect;
+  const std::string what =
+      method == QuantizationMethod::NONE
+          ? "none does not quantize"
+          : std::string(method_name(method)) + " has no quantizer, it is not built in this version";
+  fail(Errc::kUnsupported, "method: " + what + ", expected one of " + built_methods());
+}
+
+const Dialect& dialect_by_id(int id) {
+  for (const Dialect* dialect : kDialects) {
+    if (dialect->id == id) return *dialect;
+  }
+  fail(Errc::kCorrupt,
+       "dialect: id is " + std::to_string(id) + ", expected one of 1 (bnb), 2 (hqq)");
+}
+
+PackedMatrix quantize(const TensorView& weights, const QuantizeOptions& options,
+                      const Executor& executor) {
+  if (!is_weight_dtype(weights.dtype)) {
+    fail(Errc::kDtype, "quantize: weights have dtype " + std::string(dtype_name(weights.dtype)) +
+                           ", expected one of f32, f16, bf16");
+  }
+  const std::int64_t numel = weights.numel();
+  if (weights.shape.empty() || numel < 1) {
+    fail(Errc::kShape, "quantize: weights have shape " + shape_string(weights.shape) +
+                           ", expected at least one dimension and one element");
+  }
+  check_size("quantize: bytes of the weights", weights.bytes.size(),
+             static_cast<std::size_t>(checked_mul(
+                 numel, static_cast<std::int64_t>(dtype_size(weights.dtype)), "quantize: bytes")));
+  const std::int64_t cols = weights.shape.back();
+  const Dialect& dialect = dialect_of(options.method);
+  PackedMatrix w = make_packed(dialect.make_spec(numel / cols, cols, options));
+  dialect.quantize(w.spec, weights.dtype, weights.bytes.data(), w.codes.data(), w.stats.data(),
+                   w.shared.data(), executor);
+  return w;
+}
+
+}  // namespace quantal

@@ -1,0 +1,53 @@
+// Helpers that the dialects share for reading and writing a layer's tensors.
+#pragma once
+
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "kernels/quantize.h"
+#include "quantal/core.h"
+#include "quantal/formats.h"
+
+namespace quantal {
+
+/// The tensor `name`; throws Error{kCorrupt} "<where>: tensor <name> is missing".
+const TensorView& require_tensor(const TensorLookup& lookup, const std::string& name,
+                                 std::string_view where);
+
+/// Throws Error{kDtype} naming the tensor unless its dtype is one of `allowed`, and Error{kCorrupt}
+/// if its bytes do not match its shape.
+void require_dtype(const TensorView& tensor, const std::string& name, std::string_view where,
+                   std::span<const DType> allowed);
+
+/// Throws Error{kShape} naming the tensor unless it has `expected` elements.
+void require_numel(const TensorView& tensor, const std::string& name, std::string_view where,
+                   std::int64_t expected);
+
+/// A tensor of raw bytes.
+Tensor tensor_of(DType dtype, std::vector<std::int64_t> shape, std::span<const std::uint8_t> bytes);
+/// A one-dimensional uint8 tensor of the characters of `text`.
+Tensor tensor_of_text(std::string_view text);
+/// Characters of a one-dimensional uint8 tensor.
+std::string text_of(const TensorView& tensor);
+
+/// Shortest decimal that reads back as `value`, spelled as Python's repr does ("0.5", "1e-05").
+std::string python_repr(double value);
+
+/// Scale storage of a value type (kF32 -> kF32 ...), and back. kNestedU8 has none: kU8.
+ScaleSource scale_source_of(DType dtype);
+DType scale_dtype(ScaleSource source);
+
+/// Throws Error{kUnsupported} "<where>: weight at row r, column c is nan, expected finite numbers"
+/// for the first weight that is not finite; returns if all are.
+void refuse_not_finite(std::string_view where, WeightRun weights, std::int64_t rows,
+                       std::int64_t cols);
+
+/// Rows per task that make a task about 32768 elements.
+std::int64_t rows_per_task(std::int64_t cols);
+
+/// "8, 16, 32"
+std::string join_numbers(std::span<const std::int64_t> numbers);
+
+}  // namespace quantal
