@@ -80,6 +80,7 @@ void spread_stats(const PackedSpec& spec, const FlatStats& flat, std::int64_t fi
   const std::int64_t bytes = element_bytes(spec);
   const bool nested = spec.scale == ScaleSource::kNestedU8;
   const bool has_offset = spec.offset != Offset::kNone;
+  if (spec.rows == 0) return;
   if (flat.scales == nullptr || (has_offset && flat.offsets == nullptr) ||
       (nested && flat.absmax2 == nullptr)) {
     fail(Errc::kConfig, "spread_stats: a flat array is null, expected all that the spec names");

@@ -25,8 +25,10 @@ struct VecAvx2 {
     __m256i a, b, c, d;
   };
   using MD = D;
-  static constexpr int kTileRows = 4;
   static constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+
+  static constexpr int kTileRows = 4;
+  static constexpr int kTileInputs = 1;
 
   // ---- float32: memory
   static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }

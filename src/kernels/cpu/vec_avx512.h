@@ -2,7 +2,12 @@
 // vec_scalar.h.
 #pragma once
 
+// GCC 12's own header reads an undefined register on purpose (bug 105593) and then warns about it.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 
 #include <cstdint>
 
@@ -22,7 +27,9 @@ struct VecAvx512 {
   struct MD {
     __mmask8 lo, hi;
   };
+
   static constexpr int kTileRows = 4;
+  static constexpr int kTileInputs = 4;
 
   // ---- float32: memory
   static __mmask16 first(int n) { return static_cast<__mmask16>((1U << n) - 1U); }

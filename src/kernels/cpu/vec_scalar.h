@@ -36,8 +36,10 @@ struct VecScalar {
     bool v[16];
   };
   using MD = M;
-  /// Weight rows x activation rows of the register tile of the dense micro-kernel.
+
+  /// Register tile of the products: weight rows x activation rows. No result depends on it.
   static constexpr int kTileRows = 4;
+  static constexpr int kTileInputs = 1;
 
   template <class R, class Fn>
   static R make(Fn fn) {
@@ -51,28 +53,45 @@ struct VecScalar {
   static F set1(float x) {
     return make<F>([&](int) { return x; });
   }
+  // Pointers need no alignment: bytes are copied.
   static F load(const float* p) {
-    return make<F>([&](int i) { return p[i]; });
+    F r;
+    std::memcpy(r.v, p, sizeof(r.v));
+    return r;
   }
   static void store(float* p, F a) { std::memcpy(p, a.v, sizeof(a.v)); }
   /// First n (0..16) lanes; the rest are +0 and no byte beyond them is touched.
   static F load_n(const float* p, int n) {
-    return make<F>([&](int i) { return i < n ? p[i] : 0; });
+    F r = {};
+    std::memcpy(r.v, p, static_cast<std::size_t>(n) * sizeof(float));
+    return r;
   }
   static void store_n(float* p, F a, int n) {
-    for (int i = 0; i < n; ++i) p[i] = a.v[i];
+    std::memcpy(p, a.v, static_cast<std::size_t>(n) * sizeof(float));
+  }
+  struct Halves {
+    std::uint16_t v[16];
+  };
+  static Halves load_halves(const std::uint16_t* p) {
+    Halves h;
+    std::memcpy(h.v, p, sizeof(h.v));
+    return h;
   }
   static F load_f16(const std::uint16_t* p) {
-    return make<F>([&](int i) { return f16_to_f32(p[i]); });
+    const Halves h = load_halves(p);
+    return make<F>([&](int i) { return f16_to_f32(h.v[i]); });
   }
   static F load_bf16(const std::uint16_t* p) {
-    return make<F>([&](int i) { return bf16_to_f32(p[i]); });
+    const Halves h = load_halves(p);
+    return make<F>([&](int i) { return bf16_to_f32(h.v[i]); });
   }
   static void store_f16(std::uint16_t* p, F a) {
-    for (int i = 0; i < 16; ++i) p[i] = f32_to_f16(a.v[i]);
+    const Halves h = make<Halves>([&](int i) { return f32_to_f16(a.v[i]); });
+    std::memcpy(p, h.v, sizeof(h.v));
   }
   static void store_bf16(std::uint16_t* p, F a) {
-    for (int i = 0; i < 16; ++i) p[i] = f32_to_bf16(a.v[i]);
+    const Halves h = make<Halves>([&](int i) { return f32_to_bf16(a.v[i]); });
+    std::memcpy(p, h.v, sizeof(h.v));
   }
   /// Nearest binary16 / bfloat16, widened again.
   static F round_f16(F a) {

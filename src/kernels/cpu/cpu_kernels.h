@@ -1,0 +1,107 @@
+// What crosses the line between the dispatcher and the files of one instruction set: plain structs
+// and function pointers. Only <cstdint> and <cstddef> may be included here (style: "How a kernel is
+// written", point 3).
+#pragma once
+
+#include <cstdint>
+
+namespace quantal {
+
+/// Activation rows that one call of a product takes; callers cut larger inputs.
+inline constexpr int kMaxInputRows = 16;
+/// Accumulators of `matmul` are added to a running total after this many columns, those of
+/// `matmul_transposed` after kTransposedBlockRows rows (kTransposedBigBlockRows for matrices of
+/// more than kTransposedManyRows rows). Part of the defined summation order.
+inline constexpr std::int64_t kSumColumns = 4096;
+inline constexpr std::int64_t kTransposedBlockRows = 64;
+inline constexpr std::int64_t kTransposedBigBlockRows = 512;
+inline constexpr std::int64_t kTransposedManyRows = 65536;
+
+/// DType of values and activations; equal to quantal::DType (checked in dispatch.cpp).
+enum class FloatKind : int { kF32 = 0, kF16 = 1, kBF16 = 2 };
+/// quantal::Offset.
+enum class OffsetKind : int { kNone = 0, kBias = 1, kShift = 2, kZeroPoint = 3 };
+/// quantal::ScaleSource.
+enum class ScaleKind : int { kF32 = 0, kF16 = 1, kBF16 = 2, kNestedU8 = 3 };
+
+/// A checked packed matrix in raw pointers; the layout is that of quantal/kernels.h.
+struct KernelMatrix {
+  const std::uint8_t* codes;
+  const std::uint8_t* stats;
+  std::int64_t code_bytes, stat_bytes;
+  std::int64_t rows, cols;
+  std::int64_t group_size, nested_group_size;
+  std::int64_t slots, nested_slots;
+  std::int64_t column_stats;  ///< column runs: number of statistics; row runs: 0
+  bool has_header;
+  int bits;
+  OffsetKind offset;
+  ScaleKind scale;
+  FloatKind value_kind;
+  float centre;         ///< 8-bit codes: value = code - centre
+  float table[16];      ///< 4-bit codes: value = table[code]
+  float nested_offset;  ///< nested scales only, as the map
+  float nested_map[256];
+};
+
+/// Rectangle of the matrix and its destination (`ld` in elements).
+struct DequantizeJob {
+  std::int64_t row_begin, row_end, col_begin, col_end;
+  FloatKind out_kind;
+  void* out;
+  std::int64_t ld;
+};
+
+/// y[m, n] = sum_k x[m, k] w(n, k) + bias[n]. x is float32 with rows of ldx >= cols rounded up to
+/// 16, zero beyond cols. y has rows of ldy elements. inputs <= kMaxInputRows.
+struct MatmulJob {
+  const float* x;
+  std::int64_t ldx;
+  int inputs;
+  const float* bias;
+  FloatKind y_kind;
+  void* y;
+  std::int64_t ldy;
+};
+
+/// y[m, k] = sum_n g[m, n] w(n, k). g is float32 with rows of ldg >= rows elements.
+struct TransposedJob {
+  const float* g;
+  std::int64_t ldg;
+  int inputs;
+  FloatKind y_kind;
+  void* y;
+  std::int64_t ldy;
+};
+
+/// One instruction set's kernels.
+struct CpuKernels {
+  const char* name;
+  bool (*supported)() noexcept;  ///< can this machine run them
+  void (*dequantize)(const KernelMatrix& w, const DequantizeJob& job) noexcept;
+  /// Output rows [row_begin, row_end).
+  void (*matmul)(const KernelMatrix& w, const MatmulJob& job, std::int64_t row_begin,
+                 std::int64_t row_end) noexcept;
+  /// Output columns [col_begin, col_end); col_begin is a multiple of 32.
+  void (*matmul_transposed)(const KernelMatrix& w, const TransposedJob& job, std::int64_t col_begin,
+                            std::int64_t col_end) noexcept;
+  /// n elements of `kind` to float32, exact.
+  void (*widen)(FloatKind kind, const void* in, std::int64_t n, float* out) noexcept;
+  int max_rows_4bit, max_rows_8bit;  ///< see packed_matmul_max_rows
+};
+
+#define QUANTAL_DECLARE_KERNELS(isa)                                                     \
+  void dequantize_##isa(const KernelMatrix& w, const DequantizeJob& job) noexcept;       \
+  void matmul_##isa(const KernelMatrix& w, const MatmulJob& job, std::int64_t row_begin, \
+                    std::int64_t row_end) noexcept;                                      \
+  void matmul_transposed_##isa(const KernelMatrix& w, const TransposedJob& job,          \
+                               std::int64_t col_begin, std::int64_t col_end) noexcept;   \
+  void widen_##isa(FloatKind kind, const void* in, std::int64_t n, float* out) noexcept;
+
+QUANTAL_DECLARE_KERNELS(scalar)
+QUANTAL_DECLARE_KERNELS(avx2)
+QUANTAL_DECLARE_KERNELS(avx512)
+QUANTAL_DECLARE_KERNELS(neon)
+#undef QUANTAL_DECLARE_KERNELS
+
+}  // namespace quantal

@@ -1,0 +1,14 @@
+#include "kernels/cpu/dequantize_inl.h"
+#include "kernels/cpu/vec_scalar.h"
+
+namespace quantal {
+
+void dequantize_scalar(const KernelMatrix& w, const DequantizeJob& job) noexcept {
+  dequantize_kernel<VecScalar>(w, job);
+}
+
+void widen_scalar(FloatKind kind, const void* in, std::int64_t n, float* out) noexcept {
+  widen_kernel<VecScalar>(kind, in, n, out);
+}
+
+}  // namespace quantal

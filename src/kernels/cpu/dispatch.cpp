@@ -1,0 +1,171 @@
+#include "kernels/cpu/dispatch.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+namespace quantal {
+namespace {
+
+template <class A, class B>
+constexpr bool same_number(A a, B b) {
+  return static_cast<int>(a) == static_cast<int>(b);
+}
+static_assert(same_number(FloatKind::kF32, DType::kF32) &&
+              same_number(FloatKind::kF16, DType::kF16) &&
+              same_number(FloatKind::kBF16, DType::kBF16));
+static_assert(same_number(OffsetKind::kBias, Offset::kBias) &&
+              same_number(OffsetKind::kShift, Offset::kShift) &&
+              same_number(OffsetKind::kZeroPoint, Offset::kZeroPoint));
+static_assert(same_number(ScaleKind::kF16, ScaleSource::kF16) &&
+              same_number(ScaleKind::kBF16, ScaleSource::kBF16) &&
+              same_number(ScaleKind::kNestedU8, ScaleSource::kNestedU8));
+// expand_plain reads a scale's storage type as the float kind of the same number.
+static_assert(same_number(ScaleKind::kF32, FloatKind::kF32) &&
+              same_number(ScaleKind::kF16, FloatKind::kF16) &&
+              same_number(ScaleKind::kBF16, FloatKind::kBF16));
+
+bool always() noexcept { return true; }
+
+#if defined(__x86_64__)
+bool has_avx2() noexcept {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+bool has_avx512() noexcept {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+// Best first. The last two numbers: inputs up to which the packed product beats dequantizing panels
+// and a dense product (bench/kernels_bench.cpp, packed against panel).
+const CpuKernels kSets[] = {
+#if defined(__x86_64__)
+    {"avx512", has_avx512, dequantize_avx512, matmul_avx512, matmul_transposed_avx512, widen_avx512,
+     16, 16},
+    {"avx2", has_avx2, dequantize_avx2, matmul_avx2, matmul_transposed_avx2, widen_avx2, 8, 8},
+#elif defined(__aarch64__)
+    {"neon", always, dequantize_neon, matmul_neon, matmul_transposed_neon, widen_neon, 8, 8},
+#endif
+    {"scalar", always, dequantize_scalar, matmul_scalar, matmul_transposed_scalar, widen_scalar, 1,
+     1},
+};
+
+std::atomic<const CpuKernels*> g_active{nullptr};
+
+std::string available_names() {
+  std::string names;
+  for (const CpuKernels& set : kSets) {
+    if (set.supported()) names += (names.empty() ? "" : ", ") + std::string(set.name);
+  }
+  return names;
+}
+
+const CpuKernels& find_set(std::string_view name, const char* where) {
+  for (const CpuKernels& set : kSets) {
+    if (name == set.name && set.supported()) return set;
+  }
+  fail(Errc::kDevice, std::string(where) + ": kernel set is '" + std::string(name) +
+                          "', expected one that this machine runs: " + available_names());
+}
+
+const CpuKernels& initial_set() {
+  const char* forced = std::getenv("QUANTAL_CPU");
+  if (forced != nullptr && *forced != '\0') return find_set(forced, "QUANTAL_CPU");
+  return *std::find_if(std::begin(kSets), std::end(kSets),
+                       [](const CpuKernels& set) { return set.supported(); });
+}
+
+float read_f32(const std::uint8_t* p) {
+  float v = 0.0F;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+void fill_table(const PackedView& w, KernelMatrix& m) {
+  for (std::size_t i = 0; i < 16; ++i) {
+    switch (w.spec.code_map) {
+      case CodeMap::kInteger:
+        m.table[i] = static_cast<float>(static_cast<int>(i) - w.spec.centre);
+        break;
+      case CodeMap::kNf4:
+        m.table[i] = kNf4Codebook[i];
+        break;
+      case CodeMap::kFp4:
+        m.table[i] = kFp4Codebook[i];
+        break;
+      case CodeMap::kTable:
+        m.table[i] = read_f32(w.shared.data() + 4 * i);
+        break;
+    }
+  }
+}
+
+}  // namespace
+
+const CpuKernels& cpu_kernels() {
+  const CpuKernels* set = g_active.load(std::memory_order_acquire);
+  if (set == nullptr) {
+    const CpuKernels* initial = &initial_set();
+    // A set selected meanwhile by another thread stays.
+    if (g_active.compare_exchange_strong(set, initial)) set = initial;
+  }
+  return *set;
+}
+
+std::string_view active_cpu_kernels() { return cpu_kernels().name; }
+
+std::vector<std::string_view> available_cpu_kernels() {
+  std::vector<std::string_view> names;
+  for (const CpuKernels& set : kSets) {
+    if (set.supported()) names.emplace_back(set.name);
+  }
+  return names;
+}
+
+void select_cpu_kernels(std::string_view name) {
+  g_active.store(&find_set(name, "select_cpu_kernels"), std::memory_order_release);
+}
+
+FloatKind float_kind(DType dtype, const char* where, const char* what) {
+  if (!is_weight_dtype(dtype)) {
+    fail(Errc::kDtype, std::string(where) + ": " + what + " is " + std::string(dtype_name(dtype)) +
+                           ", expected f32, f16 or bf16");
+  }
+  return static_cast<FloatKind>(dtype);
+}
+
+KernelMatrix kernel_matrix(const PackedView& w) {
+  check_packed(w);
+  const PackedLayout layout = layout_of(w.spec);
+  KernelMatrix m{};
+  m.codes = w.codes.data();
+  m.stats = w.stats.data();
+  m.code_bytes = layout.code_bytes;
+  m.stat_bytes = layout.stat_bytes;
+  m.rows = w.spec.rows;
+  m.cols = w.spec.cols;
+  m.group_size = w.spec.group_size;
+  m.nested_group_size = w.spec.nested_group_size;
+  m.slots = layout.slots;
+  m.nested_slots = layout.nested_slots;
+  m.column_stats = w.spec.group_map == GroupMap::kColumnRuns ? layout.stat_rows : 0;
+  m.has_header = layout.has_header;
+  m.bits = w.spec.bits;
+  m.offset = static_cast<OffsetKind>(w.spec.offset);
+  m.scale = static_cast<ScaleKind>(w.spec.scale);
+  m.value_kind = static_cast<FloatKind>(w.spec.value_dtype);
+  m.centre = static_cast<float>(w.spec.centre);
+  fill_table(w, m);
+  if (w.spec.scale == ScaleSource::kNestedU8) {
+    const std::uint8_t* shared = w.shared.data() + (w.spec.code_map == CodeMap::kTable ? 64 : 0);
+    m.nested_offset = read_f32(shared);
+    std::memcpy(m.nested_map, shared + 4, sizeof(m.nested_map));
+  }
+  return m;
+}
+
+}  // namespace quantal

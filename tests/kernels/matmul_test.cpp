@@ -1,0 +1,221 @@
+// Products of every kernel set: within the stated bound of the reference, and the same bits
+// whatever the instruction set, the number of threads and the number of inputs.
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "kernels/ref/ref.h"
+#include "kernels/support.h"
+
+namespace quantal::testing {
+namespace {
+
+class Products : public ::testing::Test {
+ protected:
+  void TearDown() override { select_cpu_kernels(initial_); }
+  std::string_view initial_ = active_cpu_kernels();
+};
+
+struct Problem {
+  PackedMatrix w;
+  std::int64_t m_rows;
+  DType dtype;
+  bool transposed;
+  std::vector<std::uint8_t> x;  // of dtype
+  std::vector<float> x32;       // the same values
+  std::vector<float> bias;
+
+  std::int64_t depth() const { return transposed ? w.spec.rows : w.spec.cols; }
+  std::int64_t width() const { return transposed ? w.spec.cols : w.spec.rows; }
+};
+
+Problem make_problem(const PackedSpec& spec, std::int64_t m_rows, DType dtype, bool transposed,
+                     std::uint64_t seed) {
+  Problem p{random_packed(spec, seed), m_rows, dtype, transposed, {}, {}, {}};
+  const std::int64_t n = m_rows * p.depth();
+  p.x32 = random_floats(n, seed + 1);
+  p.x.resize(static_cast<std::size_t>(n) * dtype_size(dtype));
+  narrow_from_f32(dtype, p.x32.data(), n, p.x.data());
+  widen_to_f32(dtype, p.x.data(), n, p.x32.data());
+  p.bias = random_floats(spec.rows, seed + 2);
+  return p;
+}
+
+std::vector<std::uint8_t> run(const Problem& p, const Executor& executor, std::int64_t m_begin = 0,
+                              std::int64_t m_end = -1) {
+  if (m_end < 0) m_end = p.m_rows;
+  const auto element = dtype_size(p.dtype);
+  std::vector<std::uint8_t> y(static_cast<std::size_t>((m_end - m_begin) * p.width()) * element);
+  const std::uint8_t* x = p.x.data() + static_cast<std::size_t>(m_begin * p.depth()) * element;
+  if (p.transposed) {
+    matmul_transposed(p.w.view(), p.dtype, x, m_end - m_begin, y.data(), executor);
+  } else {
+    matmul(p.w.view(), p.dtype, x, m_end - m_begin, p.bias.data(), y.data(), executor);
+  }
+  return y;
+}
+
+void expect_close(const Problem& p, const std::vector<std::uint8_t>& y, const std::string& what) {
+  const auto n = static_cast<std::size_t>(p.m_rows * p.width());
+  std::vector<double> exact(n), magnitude(n);
+  std::vector<float> got(n);
+  widen_to_f32(p.dtype, y.data(), static_cast<std::int64_t>(n), got.data());
+  if (p.transposed) {
+    ref::matmul_transposed(p.w.view(), p.x32.data(), p.m_rows, exact.data(), magnitude.data());
+  } else {
+    ref::matmul(p.w.view(), p.x32.data(), p.m_rows, p.bias.data(), exact.data(), magnitude.data());
+  }
+  const double rounding = p.dtype == DType::kF32   ? 0x1p-24
+                          : p.dtype == DType::kF16 ? 0x1p-11
+                                                   : 0x1p-8;
+  for (std::size_t i = 0; i < n; ++i) {
+    const double bound = 8 * std::sqrt(static_cast<double>(p.depth())) * 0x1p-24 * magnitude[i] +
+                         rounding * std::fabs(exact[i]) + 0x1p-24;
+    ASSERT_LE(std::fabs(got[i] - exact[i]), bound) << what << " output " << i;
+  }
+}
+
+void check_all_sets(const Problem& p, const std::string& what) {
+  std::vector<std::uint8_t> first;
+  for (std::string_view name : available_cpu_kernels()) {
+    select_cpu_kernels(name);
+    const auto y = run(p, serial_executor());
+    if (first.empty()) {
+      first = y;
+      expect_close(p, y, what);
+    }
+    EXPECT_EQ(y, first) << name << " differs from the first set: " << what;
+    EXPECT_EQ(run(p, OddExecutor()), first) << name << " oddly split: " << what;
+    EXPECT_EQ(run(p, ThreadExecutor()), first) << name << " threads: " << what;
+  }
+}
+
+TEST_F(Products, EverySpecOneAndThreeInputs) {
+  std::uint64_t seed = 1000;
+  for (bool transposed : {false, true}) {
+    for (const PackedSpec& spec : kernel_specs()) {
+      if (!supports_packed_matmul(spec)) continue;
+      for (std::int64_t m : {1, 3}) {
+        const Problem p = make_problem(spec, m, DType::kF32, transposed, ++seed);
+        check_all_sets(p, describe(spec) + " m " + std::to_string(m) + " transposed " +
+                              std::to_string(transposed) + " seed " + std::to_string(seed));
+      }
+    }
+  }
+}
+
+TEST_F(Products, ManyInputsAndEveryActivationType) {
+  const PackedSpec specs[] = {
+      {.rows = 37, .cols = 576, .bits = 8, .offset = Offset::kZeroPoint, .group_size = 128},
+      {.rows = 70, .cols = 192, .code_map = CodeMap::kNf4, .scale = ScaleSource::kNestedU8},
+      {.rows = 33, .cols = 130, .offset = Offset::kBias, .group_size = 32},
+      {.rows = 150, .cols = 64, .bits = 8, .centre = 128, .scale = ScaleSource::kF16}};
+  std::uint64_t seed = 5000;
+  for (const PackedSpec& spec : specs) {
+    for (DType dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
+      for (std::int64_t m : {0, 2, 4, 7, 16, 17, 33}) {
+        for (bool transposed : {false, true}) {
+          const Problem p = make_problem(spec, m, dtype, transposed, ++seed);
+          check_all_sets(
+              p, describe(spec) + " m " + std::to_string(m) + " seed " + std::to_string(seed));
+        }
+      }
+    }
+  }
+}
+
+TEST_F(Products, ARowOfOutputsDoesNotDependOnTheOtherInputs) {
+  const PackedSpec specs[] = {{.rows = 21, .cols = 256, .code_map = CodeMap::kNf4},
+                              {.rows = 21, .cols = 200, .bits = 8, .offset = Offset::kShift}};
+  for (const PackedSpec& spec : specs) {
+    for (bool transposed : {false, true}) {
+      const Problem p = make_problem(spec, 19, DType::kF32, transposed, 77);
+      const auto all = run(p, serial_executor());
+      for (std::int64_t m = 0; m < p.m_rows; ++m) {
+        const auto one = run(p, serial_executor(), m, m + 1);
+        const auto bytes = static_cast<std::ptrdiff_t>(one.size());
+        EXPECT_TRUE(std::equal(one.begin(), one.end(), all.begin() + m * bytes)) << m;
+      }
+    }
+  }
+}
+
+TEST_F(Products, LongSumsStayWithinTheBound) {
+  // Equal terms make every rounding error point the same way: the worst case of a long sum.
+  for (bool transposed : {false, true}) {
+    const PackedSpec spec = transposed
+                                ? PackedSpec{.rows = 40000, .cols = 32, .code_map = CodeMap::kNf4}
+                                : PackedSpec{.rows = 4, .cols = 200000, .code_map = CodeMap::kNf4};
+    Problem p = make_problem(spec, 1, DType::kF32, transposed, 9);
+    std::fill(p.w.codes.begin(), p.w.codes.end(), std::uint8_t{0xEE});
+    std::fill(p.x32.begin(), p.x32.end(), 0.1F);
+    std::memcpy(p.x.data(), p.x32.data(), p.x.size());
+    check_all_sets(p, describe(spec));
+  }
+}
+
+TEST_F(Products, PaddingCodesNeverTurnAnInfiniteScaleIntoNan) {
+  // 40 columns of 48 in the last strip; the scale of the group that padding falls into is infinite.
+  for (int bits : {4, 8}) {
+    const PackedSpec spec{.rows = 5, .cols = 40, .bits = bits, .centre = 0, .group_size = 64};
+    PackedMatrix w = random_packed(spec, 3);
+    const float infinity = INFINITY;
+    const PackedLayout layout = layout_of(spec);
+    ASSERT_TRUE(layout.has_header);
+    for (std::int64_t r = 0; r < spec.rows; ++r) {  // every scale of every row
+      for (std::int64_t k = 0; k < layout.slots; ++k) {
+        std::memcpy(w.stats.data() + r * layout.stat_bytes + 4 + 4 * k, &infinity, 4);
+      }
+    }
+    std::vector<std::uint8_t> ones(40, 1);
+    for (std::int64_t r = 0; r < spec.rows; ++r) {
+      pack_row(bits, ones.data(), 40, w.codes.data() + r * layout.code_bytes);
+    }
+    const std::vector<float> x(40 * 3, 0.5F), g(5, 0.5F);
+    for (std::string_view name : available_cpu_kernels()) {
+      select_cpu_kernels(name);
+      for (std::int64_t m : {1, 3}) {
+        std::vector<float> y(static_cast<std::size_t>(m * 5));
+        matmul(w.view(), DType::kF32, x.data(), m, nullptr, y.data(), serial_executor());
+        for (float v : y) EXPECT_EQ(v, INFINITY) << name;
+      }
+      std::vector<float> back(40);
+      matmul_transposed(w.view(), DType::kF32, g.data(), 1, back.data(), serial_executor());
+      for (float v : back) EXPECT_EQ(v, INFINITY) << name;
+    }
+  }
+}
+
+TEST_F(Products, MisalignedBuffersAreFine) {
+  const PackedSpec spec{.rows = 6, .cols = 64, .offset = Offset::kZeroPoint, .group_size = 32};
+  const Problem p = make_problem(spec, 2, DType::kF32, false, 11);
+  std::vector<std::uint8_t> codes(p.w.codes.size() + 1), stats(p.w.stats.size() + 3);
+  std::copy(p.w.codes.begin(), p.w.codes.end(), codes.begin() + 1);
+  std::copy(p.w.stats.begin(), p.w.stats.end(), stats.begin() + 3);
+  const PackedView moved{spec, std::span(codes).subspan(1), std::span(stats).subspan(3),
+                         p.w.shared};
+  for (std::string_view name : available_cpu_kernels()) {
+    select_cpu_kernels(name);
+    std::vector<std::uint8_t> y(p.w.spec.rows * 2 * 4);
+    matmul(moved, DType::kF32, p.x.data(), 2, p.bias.data(), y.data(), serial_executor());
+    EXPECT_EQ(y, run(p, serial_executor())) << name;
+  }
+}
+
+TEST_F(Products, RefuseWhatTheyCannotDo) {
+  const PackedMatrix columns =
+      make_packed({.rows = 4, .cols = 64, .group_map = GroupMap::kColumnRuns, .group_size = 64});
+  const PackedMatrix rows = make_packed({.rows = 4, .cols = 64});
+  float x[64] = {}, y[64];
+  EXPECT_FALSE(supports_packed_matmul(columns.spec));
+  EXPECT_EQ(packed_matmul_max_rows(columns.spec, DType::kF32), 0);
+  EXPECT_GT(packed_matmul_max_rows(rows.spec, DType::kF32), 0);
+  EXPECT_THROW(matmul(columns.view(), DType::kF32, x, 1, nullptr, y, serial_executor()), Error);
+  EXPECT_THROW(matmul(rows.view(), DType::kF64, x, 1, nullptr, y, serial_executor()), Error);
+  EXPECT_THROW(matmul(rows.view(), DType::kF32, x, -1, nullptr, y, serial_executor()), Error);
+  EXPECT_THROW(matmul_transposed(columns.view(), DType::kF32, x, 1, y, serial_executor()), Error);
+  EXPECT_THROW(select_cpu_kernels("sse9"), Error);
+}
+
+}  // namespace
+}  // namespace quantal::testing

@@ -1,0 +1,157 @@
+// Spec, layout, strips and statistics of a packed matrix.
+#include <gtest/gtest.h>
+
+#include <numeric>
+
+#include "kernels/support.h"
+
+namespace quantal::testing {
+namespace {
+
+TEST(Packed, SpecSurvivesItsIntegers) {
+  for (const PackedSpec& spec : kernel_specs()) {
+    const auto ints = spec_to_ints(spec);
+    EXPECT_EQ(ints[0], kLayoutVersion);
+    EXPECT_EQ(spec_from_ints(ints), spec) << describe(spec);
+  }
+}
+
+TEST(Packed, EveryDamagedIntegerIsRefused) {
+  const auto good = spec_to_ints({.rows = 4, .cols = 64, .code_map = CodeMap::kNf4});
+  const auto refused = [&](std::size_t index, std::int64_t value) {
+    auto ints = good;
+    ints[index] = value;
+    try {
+      spec_from_ints(ints);
+    } catch (const Error& e) {
+      return std::string(e.what()).find("expected") != std::string::npos;
+    }
+    return false;
+  };
+  for (std::size_t i : {0U, 1U, 2U, 3U, 4U, 6U, 7U, 8U, 9U, 10U, 11U, 12U, 14U, 15U}) {
+    EXPECT_TRUE(refused(i, -1)) << i;
+    EXPECT_TRUE(refused(i, INT64_MAX)) << i;
+  }
+  EXPECT_TRUE(refused(3, 5));                             // width
+  EXPECT_TRUE(refused(8, static_cast<int>(DType::kU8)));  // value type
+  EXPECT_THROW(spec_from_ints(std::span(good).first(15)), Error);
+}
+
+TEST(Packed, IllegalCombinationsAreRefused) {
+  const PackedSpec illegal[] = {
+      {.rows = 4, .cols = 64, .bits = 8, .code_map = CodeMap::kNf4},
+      {.rows = 4, .cols = 64, .offset = Offset::kBias, .scale = ScaleSource::kNestedU8},
+      {.rows = 4, .cols = 64, .group_map = GroupMap::kColumnRuns, .group_size = 48},
+      {.rows = 4, .cols = 64, .scale = ScaleSource::kNestedU8, .group_map = GroupMap::kColumnRuns},
+      {.rows = 4, .cols = 0},
+      {.rows = std::int64_t{1} << 47, .cols = std::int64_t{1} << 16},  // bytes overflow
+      {.rows = 4, .cols = 64, .nested_group_size = 257}};
+  for (const PackedSpec& spec : illegal) EXPECT_THROW(validate_spec(spec), Error) << describe(spec);
+}
+
+TEST(Packed, SlotsAreTheMostGroupsThatARowTouches) {
+  for (const PackedSpec& base : kernel_specs()) {
+    if (base.group_map != GroupMap::kRowRuns) continue;
+    PackedSpec spec = base;
+    const PackedLayout layout = layout_of(spec);
+    std::int64_t most = 0, most_nested = 0;
+    // Phases repeat after group_size rows, nested ones after nested_group_size times as many.
+    const std::int64_t period =
+        std::min<std::int64_t>(spec.group_size * spec.nested_group_size, 20000);
+    for (std::int64_t r = 0; r < period; ++r) {
+      const std::int64_t first = r * spec.cols / spec.group_size;
+      const std::int64_t last = ((r + 1) * spec.cols - 1) / spec.group_size;
+      most = std::max(most, last - first + 1);
+      most_nested =
+          std::max(most_nested, last / spec.nested_group_size - first / spec.nested_group_size + 1);
+    }
+    EXPECT_EQ(layout.slots, most) << describe(spec);
+    if (spec.scale == ScaleSource::kNestedU8) {
+      EXPECT_GE(layout.nested_slots, most_nested) << describe(spec);
+      EXPECT_LE(layout.nested_slots, most_nested + 1) << describe(spec);
+    }
+  }
+}
+
+TEST(Packed, StripHoldsCode16FPlusJInFieldFOfByteJ) {
+  std::vector<std::uint8_t> codes(70);
+  for (std::size_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<std::uint8_t>(i * 7 % 16);
+  std::vector<std::uint8_t> packed(48, 0xFF);
+  pack_row(4, codes.data(), 70, packed.data());
+  for (std::size_t i = 0; i < 96; ++i) {
+    const unsigned byte = packed[i / 32 * 16 + i % 16];
+    const unsigned code = i % 32 < 16 ? byte & 15U : byte >> 4;
+    EXPECT_EQ(code, i < 70 ? codes[i] : 0U) << i;
+  }
+}
+
+TEST(Packed, PackAndUnpackAreInverseForEveryLengthAndCode) {
+  for (int bits : {4, 8}) {
+    for (std::int64_t cols = 1; cols <= 300; ++cols) {
+      std::vector<std::uint8_t> codes(static_cast<std::size_t>(cols)), back(codes.size());
+      for (std::size_t i = 0; i < codes.size(); ++i) {
+        codes[i] =
+            static_cast<std::uint8_t>((i * 37 + static_cast<std::size_t>(cols)) % (1U << bits));
+      }
+      const PackedLayout layout = layout_of({.rows = 1, .cols = cols, .bits = bits});
+      std::vector<std::uint8_t> packed(static_cast<std::size_t>(layout.code_bytes), 0xFF);
+      pack_row(bits, codes.data(), cols, packed.data());
+      unpack_row(bits, packed.data(), cols, back.data());
+      EXPECT_EQ(back, codes) << bits << " bits, " << cols << " columns";
+      if (bits == 8) {
+        for (std::size_t i = codes.size(); i < packed.size(); ++i) EXPECT_EQ(packed[i], 0);
+      }
+    }
+  }
+}
+
+TEST(Packed, GatherIsTheInverseOfSpreadAndShardsAgree) {
+  for (const PackedSpec& spec : kernel_specs()) {
+    if (spec.group_map != GroupMap::kRowRuns || spec.rows == 0) continue;
+    const PackedMatrix w = random_packed(spec, 42);
+    const GatheredStats flat = gather_stats(w.view());
+    const FlatStats from{flat.scales.data(), flat.offsets.empty() ? nullptr : flat.offsets.data(),
+                         flat.absmax2.data()};
+    PackedMatrix again = make_packed(spec);
+    spread_stats(spec, from, 0, again.stats.data(), ThreadExecutor());
+    EXPECT_EQ(again.stats, w.stats) << describe(spec);
+    // A shard of the last rows holds the same bytes as those rows of the whole.
+    const std::int64_t cut = spec.rows / 2;
+    PackedSpec part = spec;
+    part.rows = spec.rows - cut;
+    PackedMatrix shard = make_packed(part);
+    spread_stats(part, from, cut, shard.stats.data(), OddExecutor());
+    const auto skip = static_cast<std::ptrdiff_t>(cut * layout_of(spec).stat_bytes);
+    EXPECT_TRUE(std::equal(shard.stats.begin(), shard.stats.end(), w.stats.begin() + skip))
+        << describe(spec);
+  }
+}
+
+TEST(Packed, RowsThatDisagreeAboutASharedGroupAreCorrupt) {
+  PackedMatrix w = random_packed({.rows = 2, .cols = 96, .group_size = 64}, 4);
+  const PackedLayout layout = layout_of(w.spec);  // header, then 2 slots; group 1 is in both rows
+  w.stats[static_cast<std::size_t>(layout.stat_bytes) + 4] ^= 1;
+  try {
+    gather_stats(w.view());
+    FAIL() << "expected Error";
+  } catch (const Error& e) {
+    EXPECT_EQ(e.code(), Errc::kCorrupt);
+    EXPECT_NE(std::string(e.what()).find("scale of group 1 in row 1"), std::string::npos)
+        << e.what();
+  }
+}
+
+TEST(Packed, BuffersOfTheWrongSizeAreRefused) {
+  const PackedMatrix good = random_packed({.rows = 3, .cols = 64, .code_map = CodeMap::kTable}, 5);
+  EXPECT_NO_THROW(check_packed(good.view()));
+  for (int which = 0; which < 3; ++which) {
+    PackedMatrix bad = good;
+    (which == 0 ? bad.codes : which == 1 ? bad.stats : bad.shared).push_back(0);
+    EXPECT_THROW(check_packed(bad.view()), Error) << which;
+  }
+  EXPECT_EQ(layout_of(good.spec).total_bytes(good.spec),
+            static_cast<std::int64_t>(good.codes.size() + good.stats.size() + good.shared.size()));
+}
+
+}  // namespace
+}  // namespace quantal::testing
