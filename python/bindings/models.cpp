@@ -123,9 +123,14 @@ void bind_checkpoint(py::module_& m) {
     py::gil_scoped_release released;
     return checkpoint_digest(held.view);
   }, py::arg("layers"), py::arg("tensors"));
-  m.def("inspect_text", &inspect_text, py::arg("path"), py::arg("all_tensors") = false,
-        py::call_guard<py::gil_scoped_release>());
-  m.def("inspect_json", &inspect_json, py::arg("path"), py::call_guard<py::gil_scoped_release>());
+  m.def("inspect_text", [](const std::string& path, bool all_tensors) {
+    py::gil_scoped_release released;
+    return inspect_text(path, all_tensors);
+  }, py::arg("path"), py::arg("all_tensors") = false);
+  m.def("inspect_json", [](const std::string& path) {
+    py::gil_scoped_release released;
+    return inspect_json(path);
+  }, py::arg("path"));
 }
 
 }  // namespace

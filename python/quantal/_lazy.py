@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch.utils._pytree import tree_map_only
+
+import torch
 
 from ._errors import UnsupportedError
 
@@ -61,10 +62,11 @@ class LazyWeight(torch.Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         if func in _VIEWS:
             return args[0]._again()
-        values = [*args, *(kwargs or {}).values()]
-        for argument, value in zip(func._schema.arguments, values, strict=False):
+        named = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
+        named.update(kwargs or {})
+        for argument in func._schema.arguments:
             written = argument.alias_info is not None and argument.alias_info.is_write
-            if written and isinstance(value, LazyWeight):
+            if written and isinstance(named.get(argument.name), LazyWeight):
                 raise UnsupportedError(f"{_REMEDY} (operator={func})")
         args, kwargs = tree_map_only(LazyWeight, lambda w: w._decode(), (args, kwargs or {}))
         return func(*args, **kwargs)

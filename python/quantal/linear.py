@@ -163,8 +163,10 @@ class QuantizedLinear(nn.Linear):
         return {n: tensor_from(t.data, t.dtype, t.shape) for n, t in exported.items()}
 
     def _set_buffers(self, codes: torch.Tensor, stats: torch.Tensor, shared: torch.Tensor) -> None:
-        self.codes = nn.Parameter(codes, requires_grad=False)
-        self.stats = nn.Parameter(stats, requires_grad=False)
+        for name, data in (("codes", codes), ("stats", stats)):
+            if not isinstance(data, nn.Parameter):
+                data = nn.Parameter(data, requires_grad=False)
+            setattr(self, name, data)  # a Parameter stays the same object: tied layers share it
         self.shared = shared
 
     # ------------------------------------------------------------------ the weight

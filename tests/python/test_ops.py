@@ -1,0 +1,94 @@
+"""The operators: gradients, compilation, opcheck."""
+
+import pytest
+from conftest import CONFIGS, hqq
+from quantal import QuantizedLinear
+
+import torch
+from torch import nn
+
+
+def layer_of(config, rows=128, cols=72, bias=True, dtype=torch.float32):
+    torch.manual_seed(1)
+    return QuantizedLinear.from_linear(nn.Linear(cols, rows, bias=bias, dtype=dtype), config)
+
+
+@pytest.mark.parametrize("m", [1, 5, 90])
+def test_gradients_equal_those_of_the_decoded_layer(config, m):
+    layer = layer_of(config)
+    x = torch.randn(m, 72, requires_grad=True)
+    y = layer(x)
+    g = torch.randn_like(y)
+    y.backward(g)
+    expected = g @ layer.dequantize_weights()
+    torch.testing.assert_close(x.grad, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer.bias.grad, g.sum(0), rtol=1e-5, atol=1e-5)
+    assert layer.codes.grad is None
+
+
+def test_gradcheck_and_second_derivative():
+    layer = layer_of(hqq(), rows=8, cols=64, bias=False)
+    x = torch.randn(3, 64, requires_grad=True)
+    (grad,) = torch.autograd.grad(layer(x).pow(2).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(grad.sum(), x)
+    w = layer.dequantize_weights()
+    torch.testing.assert_close(second, (2 * w.T @ w).sum(0).expand(3, -1), rtol=1e-3, atol=1e-3)
+
+
+def test_nothing_dense_is_saved_for_backward():
+    layer = layer_of(hqq(), 256, 256, bias=False)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(torch.randn(4, 256, requires_grad=True)).sum().backward()
+    largest = max(t.numel() * t.element_size() for t in saved)
+    assert largest <= layer.codes.numel()
+
+
+@pytest.mark.parametrize("name", ["hqq4", "nf4-double", "hqq4-axis0"])
+def test_opcheck(name):
+    layer = layer_of(CONFIGS[name])
+    x = torch.randn(3, 72, requires_grad=True)
+    packed = layer.codes, layer.stats, layer.shared
+    torch.library.opcheck(torch.ops.quantal.linear.default, (x, *packed, layer.bias, layer._spec))
+    grad = torch.randn(3, 128, requires_grad=True)
+    torch.library.opcheck(torch.ops.quantal.linear_grad_input.default, (grad, *packed, layer._spec))
+    dequantize = torch.ops.quantal.dequantize.default
+    torch.library.opcheck(dequantize, (*packed, layer._spec, torch.float32))
+    weight = layer.dequantize_weights()
+    torch.library.opcheck(torch.ops.quantal.quantize.default, (weight, layer._spec))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_a_graph_break(dynamic):
+    layer = layer_of(hqq())
+    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for m in (2, 5):
+        x = torch.randn(m, 72, requires_grad=True)
+        y = compiled(x)
+        torch.testing.assert_close(y, layer(x))
+        y.sum().backward()
+        expected = layer.dequantize_weights().sum(0).expand(m, -1)
+        torch.testing.assert_close(x.grad, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_exports():
+    layer = layer_of(hqq())
+    x = torch.randn(4, 72)
+    program = torch.export.export(layer, (x,))
+    torch.testing.assert_close(program.module()(x), layer(x))
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    torch.manual_seed(0)
+    dense = nn.Linear(320, 512)
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            layer = QuantizedLinear.from_linear(dense, hqq())
+            x = torch.linspace(-1, 1, 3 * 320).reshape(3, 320)
+            results.append((layer.codes, layer.stats, layer(x)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
