@@ -1,0 +1,98 @@
+#include <gtest/gtest.h>
+
+#include <set>
+
+#include "formats/layers.h"
+#include "quantal/formats.h"
+
+namespace quantal::testing {
+namespace {
+
+using M = QuantizationMethod;
+
+std::set<std::string> backends(M method) {
+  std::set<std::string> out;
+  for (const Backend b : {Backend::CUDA, Backend::MPS, Backend::MLX, Backend::CPU}) {
+    if ((documented_backends(method) & (1u << static_cast<unsigned>(b))) != 0) {
+      out.insert(std::string(backend_name(b)));
+    }
+  }
+  return out;
+}
+
+TEST(Registry, DocumentedMatrix) {
+  const std::set<std::string> all = {"cuda", "mps", "mlx", "cpu"};
+  for (const M m : {M::BNB_NF4, M::BNB_INT8}) EXPECT_EQ(backends(m), std::set<std::string>{"cuda"});
+  for (const M m : {M::HQQ, M::NONE}) EXPECT_EQ(backends(m), all);
+  for (const M m : {M::MLX_INT4, M::MLX_INT8}) {
+    EXPECT_EQ(backends(m), (std::set<std::string>{"mps", "mlx"}));
+  }
+  for (const M m : {M::QUANTO_INT2, M::QUANTO_INT4, M::QUANTO_INT8}) {
+    EXPECT_EQ(backends(m), (std::set<std::string>{"cuda", "mps", "cpu"}));
+  }
+}
+
+TEST(Registry, WidthsThatNamesImply) {
+  EXPECT_EQ(method_bits(M::BNB_NF4), 4);
+  EXPECT_EQ(method_bits(M::BNB_INT8), 8);
+  EXPECT_EQ(method_bits(M::QUANTO_INT2), 2);
+  EXPECT_EQ(method_bits(M::HQQ), std::nullopt);
+  EXPECT_EQ(method_bits(M::NONE), std::nullopt);
+}
+
+TEST(Registry, NamesParseInEitherSpellingAndAnyCase) {
+  EXPECT_EQ(methods().size(), kNumMethods);
+  for (const MethodInfo& m : methods()) {
+    EXPECT_EQ(parse_method(m.name), m.method);
+    EXPECT_EQ(parse_method(m.enum_name), m.method);
+    EXPECT_EQ(method_name(m.method), m.name);
+  }
+  EXPECT_EQ(parse_backend("Mps"), Backend::MPS);
+  expect_error(Errc::kConfig, {"bnb_nf5", "bnb_nf4, bnb_int8, hqq"},
+               [] { parse_method("bnb_nf5"); });
+  expect_error(Errc::kConfig, {"rocm", "cuda, mps, mlx, cpu"}, [] { parse_backend("rocm"); });
+}
+
+TEST(Registry, DialectsAreInOrderOfIdAndConsistent) {
+  int last = 0;
+  for (const Dialect* d : dialects()) {
+    EXPECT_GT(d->id, last);
+    last = d->id;
+    EXPECT_EQ(&dialect_by_id(d->id), d);
+    for (const M m : d->methods) {
+      EXPECT_EQ(&dialect_of(m), d);
+      EXPECT_EQ(methods()[static_cast<std::size_t>(m)].dialect, d->name);
+    }
+  }
+  EXPECT_EQ(dialect_of(M::BNB_NF4).id, 1);
+  EXPECT_EQ(dialect_of(M::HQQ).id, 2);
+}
+
+TEST(Registry, MethodsWithoutQuantizer) {
+  for (const M m :
+       {M::BNB_INT8, M::MLX_INT4, M::MLX_INT8, M::QUANTO_INT2, M::QUANTO_INT4, M::QUANTO_INT8}) {
+    EXPECT_EQ(find_dialect(m), nullptr);
+    expect_error(Errc::kUnsupported,
+                 {std::string(method_name(m)), "is not built in this version", "bnb_nf4, hqq"},
+                 [m] { dialect_of(m); });
+  }
+  expect_error(Errc::kUnsupported, {"none does not quantize"}, [] { dialect_of(M::NONE); });
+  expect_error(Errc::kCorrupt, {"id is 99"}, [] { dialect_by_id(99); });
+}
+
+TEST(Registry, QuantizeChecksItsInput) {
+  Tensor w = make_tensor(DType::kF32, {4, 64});
+  TensorView bad = w.view();
+  bad.bytes = bad.bytes.subspan(4);
+  expect_error(Errc::kShape, {"bytes of the weights"}, [&] { quantize(bad, {}); });
+  bad = w.view();
+  bad.dtype = DType::kI32;
+  expect_error(Errc::kDtype, {"i32", "f32, f16, bf16"}, [&] { quantize(bad, {}); });
+  expect_error(Errc::kShape, {"[0, 64]"}, [&] {
+    const Tensor empty = make_tensor(DType::kF32, {0, 64});
+    quantize(empty.view(), {});
+  });
+}
+
+}  // namespace
+}  // namespace quantal::testing
