@@ -1,0 +1,105 @@
+// The adapters of the public API over torch::nn::Module; names and meaning as in Python.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "quantal/policy.h"
+#include "quantal/torch/linear.h"
+
+namespace quantal {
+
+/// Turns models into quantized ones. Derive from it for a method of your own: only the three pure
+/// functions must be written, and quantize_model may call replace_linear_with_quantized.
+/// Not thread-safe.
+class QuantizationAdapter {
+ public:
+  /// `config` is resolved (Decision::config).
+  QuantizationAdapter(Backend backend, QuantizationConfig config);
+  virtual ~QuantizationAdapter();
+
+  /// A layer of the adapter's kind; packed values are zero until they are loaded or set.
+  virtual Linear create_quantized_linear(std::int64_t in_features, std::int64_t out_features,
+                                         bool bias = true) = 0;
+  /// Quantizes, in place, every quantal::Linear that the config does not skip; fills report().
+  virtual void quantize_model(torch::nn::Module& model) = 0;
+  /// Freezes everything and switches to training mode; adapters are added afterwards (add_lora).
+  virtual void prepare_model_for_training(torch::nn::Module& model) = 0;
+
+  /// Exchanges one layer's weight for its packed form, as `choice` says; used by
+  /// replace_linear_with_quantized. Returns ||W - deq(W)||_F / ||W||_F.
+  virtual double quantize_linear(LinearImpl& layer, const LayerRules::Choice& choice);
+
+  /// Writes a folder in the dialect's upstream layout (config.json, model.safetensors) with the base
+  /// weights only; adapters have save_lora_adapter. `config_json` is the model's own config.json.
+  /// An existing folder that quantal did not write is refused unless `overwrite`.
+  virtual void save_quantized_model(torch::nn::Module& model, const std::string& path,
+                                    const std::string& config_json = "{}", bool overwrite = false);
+  /// Loads such a folder or file into a model of the right structure: named layers become packed,
+  /// other tensors are copied. Strict: Error{kCorrupt} lists missing, extra and misshapen tensors.
+  virtual void load_quantized_model(const std::string& path, torch::nn::Module& model);
+
+  Backend backend() const { return backend_; }
+  const QuantizationConfig& config() const { return config_; }
+  const CoverageReport& report() const { return report_; }
+  CoverageReport& report() { return report_; }
+  /// What the factory wants the user to see.
+  const std::vector<std::string>& warnings() const { return warnings_; }
+  void set_decision(const Decision& decision);
+
+ private:
+  Backend backend_;
+  QuantizationConfig config_;
+  CoverageReport report_;
+  std::vector<std::string> warnings_;
+};
+
+/// What the concrete adapters share: quantization through a dialect of the registry.
+class DialectAdapter : public QuantizationAdapter {
+ public:
+  using QuantizationAdapter::QuantizationAdapter;
+  Linear create_quantized_linear(std::int64_t in_features, std::int64_t out_features,
+                                 bool bias = true) override;
+  void quantize_model(torch::nn::Module& model) override;
+  void prepare_model_for_training(torch::nn::Module& model) override;
+};
+
+/// HQQ, any backend.
+class HQQAdapter final : public DialectAdapter {
+ public:
+  HQQAdapter(Backend backend, const QuantizationConfig& config);
+};
+
+/// bitsandbytes NF4 and FP4. Constructed directly for a backend that the documented matrix does not
+/// have, it throws Error{kUnsupported} unless backend_options "support" is "extended".
+class BitsAndBytesAdapter final : public DialectAdapter {
+ public:
+  BitsAndBytesAdapter(Backend backend, const QuantizationConfig& config);
+};
+
+/// Leaves models as they are; warnings() says why.
+class FallbackAdapter final : public QuantizationAdapter {
+ public:
+  using QuantizationAdapter::QuantizationAdapter;
+  Linear create_quantized_linear(std::int64_t in_features, std::int64_t out_features,
+                                 bool bias = true) override;
+  void quantize_model(torch::nn::Module& model) override;
+  void prepare_model_for_training(torch::nn::Module& model) override;
+};
+
+/// The adapter that decide_adapter chooses, with its warnings and substitutions. Throws as
+/// decide_adapter.
+std::unique_ptr<QuantizationAdapter> create_quantization_adapter(
+    Backend backend, const QuantizationConfig& config = {}, std::optional<Support> support = {},
+    std::optional<Fallback> fallback = {});
+
+/// Quantizes layer by layer, in place, each dense weight freed before the next is read, and fills
+/// adapter.report(). `skip_modules` replaces the config's list; an empty list skips nothing. Plain
+/// torch::nn::Linear layers cannot be exchanged from outside and are reported as dense.
+void replace_linear_with_quantized(
+    torch::nn::Module& model, QuantizationAdapter& adapter,
+    const std::optional<std::vector<std::string>>& skip_modules = {});
+
+}  // namespace quantal

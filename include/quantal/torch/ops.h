@@ -1,0 +1,61 @@
+// Packed weights as torch tensors, and the differentiable product with them.
+#pragma once
+
+#include <torch/types.h>
+
+#include "quantal/formats.h"
+#include "quantal/kernels.h"
+
+namespace quantal {
+
+/// kF32 <-> torch::kFloat and so on for the types that torch has. Both throw Error{kDtype}.
+torch::ScalarType to_torch(DType dtype);
+DType from_torch(torch::ScalarType type);
+
+/// Views a contiguous CPU tensor as quantal's TensorView; `t` must outlive it.
+/// Throws Error{kDevice} / Error{kShape}.
+TensorView tensor_view(const torch::Tensor& t);
+
+/// A packed matrix in three contiguous uint8 CPU tensors, sizes as layout_of(spec) says.
+struct PackedTensors {
+  PackedSpec spec;
+  torch::Tensor codes;   ///< [rows, code_bytes]
+  torch::Tensor stats;   ///< [stat_rows, stat_bytes]
+  torch::Tensor shared;  ///< [shared_bytes]
+
+  bool defined() const { return codes.defined(); }
+  std::int64_t nbytes() const;
+  /// Borrowed; throws Error{kShape} / Error{kDtype} if a tensor does not fit `spec`.
+  PackedView view() const;
+};
+
+/// Zero codes and statistics for `spec`.
+PackedTensors empty_packed(const PackedSpec& spec);
+/// Copies the bytes of a packed matrix into tensors.
+PackedTensors to_tensors(const PackedView& w);
+
+/// Quantizes `weight` [..., cols] (f32, f16 or bf16) on torch's thread pool; bits as
+/// Dialect::quantize. Throws what make_spec and Dialect::quantize throw.
+PackedTensors quantize(const torch::Tensor& weight, const QuantizeOptions& options);
+
+/// The exact values w(r, c), rounded to `dtype`, as a fresh [rows, cols] tensor.
+torch::Tensor dequantize(const PackedTensors& w, torch::ScalarType dtype);
+
+/// ||W - deq(W)||_F / ||W||_F in double, decoding a few rows at a time. 0 for an all-zero W.
+double relative_error(const torch::Tensor& weight, const PackedTensors& w);
+
+/// `y[..., n] = sum_k x[..., k] * w(n, k) (+ bias[n])`, in the dtype of x (f32, f16 or bf16).
+///
+/// x      [..., cols]; a non-contiguous one is copied. bias [rows] or undefined.
+/// Differentiable, also twice, in x and in bias; keeps nothing for backward but the packed tensors.
+/// Few rows of x run straight from the codes, more through decoded panels of at most 8 MiB: both use
+/// the exact values, so they differ only by summation order. No full decoded copy ever exists.
+/// Throws Error{kShape}, Error{kDtype}, Error{kDevice}.
+///
+/// The gradient is attached here, in C++, not to the dispatcher op quantal::linear. The Python
+/// package registers its own for that op; one process uses either this function or the Python
+/// package, not both.
+torch::Tensor linear(const torch::Tensor& x, const PackedTensors& w,
+                     const torch::Tensor& bias = {});
+
+}  // namespace quantal

@@ -1,0 +1,195 @@
+#include "quantal/torch/adapter.h"
+
+#include <torch/torch.h>
+
+#include <algorithm>
+#include <set>
+#include <utility>
+
+#include "quantal/checkpoint.h"
+
+namespace quantal {
+namespace {
+
+std::int64_t tensor_bytes(const torch::Tensor& t) {
+  return t.defined() ? static_cast<std::int64_t>(t.nbytes()) : 0;
+}
+std::int64_t tensor_numel(const torch::Tensor& t) { return t.defined() ? t.numel() : 0; }
+
+/// bitsandbytes dequantizes to the dtype of the weight that was quantized, others to the compute
+/// dtype, which LayerRules has put into the options.
+QuantizeOptions options_for(const LayerRules::Choice& choice, torch::ScalarType weight_type) {
+  QuantizeOptions options = choice.options;
+  if (dialect_of(options.method).name == "bnb") options.value_dtype = from_torch(weight_type);
+  return options;
+}
+
+/// A layer's row of the report; `weight` and the bias count once.
+CoverageEntry entry_of(const std::string& name, const LinearImpl& layer) {
+  CoverageEntry entry;
+  entry.name = name;
+  entry.parameters = layer.in_features * layer.out_features + tensor_numel(layer.current_bias());
+  entry.bytes_before = layer.packed ? layer.packed->nbytes()
+                                    : tensor_bytes(layer.weight) + tensor_bytes(layer.bias);
+  entry.bytes_after = entry.bytes_before;
+  entry.method = "dense";
+  return entry;
+}
+
+/// Rows for everything that is not a quantal::Linear, tied parameters once.
+void report_others(torch::nn::Module& model, CoverageReport& report) {
+  std::set<const void*> seen;
+  for (const auto& item : model.named_modules()) {
+    const auto& module = item.value();
+    const bool ours = std::dynamic_pointer_cast<LinearImpl>(module) ||
+                      std::dynamic_pointer_cast<QuantizedLinearImpl>(module) ||
+                      std::dynamic_pointer_cast<LoraImpl>(module);
+    if (ours) continue;
+    CoverageEntry entry;
+    for (const auto& parameter : module->parameters(/*recurse=*/false)) {
+      if (!parameter.defined() || !seen.insert(parameter.unsafeGetTensorImpl()).second) continue;
+      entry.parameters += parameter.numel();
+      entry.bytes_before += tensor_bytes(parameter);
+    }
+    if (entry.parameters == 0) continue;
+    const bool plain = std::dynamic_pointer_cast<torch::nn::LinearImpl>(module) != nullptr;
+    entry.name = item.key();
+    entry.method = "dense";
+    entry.reason = plain ? "torch::nn::Linear cannot be exchanged from outside; use quantal::Linear"
+                         : module->name() + ", not a linear layer";
+    entry.bytes_after = entry.bytes_before;
+    report.entries.push_back(std::move(entry));
+  }
+}
+
+}  // namespace
+
+// ------------------------------------------------------------------ base class
+
+QuantizationAdapter::QuantizationAdapter(Backend backend, QuantizationConfig config)
+    : backend_(backend), config_(std::move(config)) {}
+QuantizationAdapter::~QuantizationAdapter() = default;
+
+void QuantizationAdapter::set_decision(const Decision& decision) {
+  warnings_ = decision.warnings;
+  report_.substitutions = decision.substitutions;
+}
+
+double QuantizationAdapter::quantize_linear(LinearImpl& layer, const LayerRules::Choice& choice) {
+  const torch::NoGradGuard no_grad;
+  const QuantizeOptions options = options_for(choice, layer.weight.scalar_type());
+  PackedTensors packed = quantize(layer.weight, options);
+  const double error = relative_error(layer.weight, packed);
+  layer.set_quantized(
+      QuantizedLinear(std::move(packed), layer.bias, to_torch(choice.compute_dtype)));
+  return error;
+}
+
+void replace_linear_with_quantized(torch::nn::Module& model, QuantizationAdapter& adapter,
+                                   const std::optional<std::vector<std::string>>& skip_modules) {
+  QuantizationConfig config = adapter.config();
+  if (skip_modules) config.skip_modules = *skip_modules;
+  LayerRules rules(config);
+  CoverageReport& report = adapter.report();
+  report.entries.clear();
+  for (const auto& [name, layer] : named_linears(model)) {
+    CoverageEntry entry = entry_of(name, *layer);
+    if (layer->is_quantized()) {
+      entry.reason = "already quantized";
+      report.entries.push_back(std::move(entry));
+      continue;
+    }
+    const auto choice = rules.choose(name, layer->out_features, layer->in_features);
+    entry.reason = choice.reason;
+    if (choice.quantize) {
+      entry.relative_error = adapter.quantize_linear(*layer, choice);
+      entry.method = describe_options(choice.options);
+      entry.bytes_after = layer->packed ? layer->packed->nbytes() : entry.bytes_before;
+    }
+    report.entries.push_back(std::move(entry));
+  }
+  report_others(model, report);
+  report.unmatched_patterns = rules.unmatched();
+}
+
+// ------------------------------------------------------------------ concrete adapters
+
+Linear DialectAdapter::create_quantized_linear(std::int64_t in_features, std::int64_t out_features,
+                                               bool bias) {
+  const auto choice = LayerRules(config()).choose("", out_features, in_features);
+  if (!choice.quantize) {
+    fail(Errc::kConfig, "create_quantized_linear: layer [" + std::to_string(out_features) + ", " +
+                            std::to_string(in_features) + "] is not quantized: " + choice.reason);
+  }
+  const torch::ScalarType compute = to_torch(choice.compute_dtype);
+  const QuantizeOptions options = options_for(choice, compute);
+  const PackedSpec spec = dialect_of(options.method).make_spec(out_features, in_features, options);
+  torch::Tensor bias_values;
+  if (bias) bias_values = torch::zeros({out_features}, torch::TensorOptions().dtype(compute));
+  return Linear(QuantizedLinear(empty_packed(spec), bias_values, compute));
+}
+
+void DialectAdapter::quantize_model(torch::nn::Module& model) {
+  replace_linear_with_quantized(model, *this);
+}
+
+void DialectAdapter::prepare_model_for_training(torch::nn::Module& model) {
+  for (auto& parameter : model.parameters()) parameter.set_requires_grad(false);
+  model.train();
+}
+
+HQQAdapter::HQQAdapter(Backend backend, const QuantizationConfig& config)
+    : DialectAdapter(backend, config) {
+  const std::string refusal = adapter_refusal("HQQAdapter", backend, config);
+  if (!refusal.empty()) fail(Errc::kUnsupported, refusal);
+}
+
+BitsAndBytesAdapter::BitsAndBytesAdapter(Backend backend, const QuantizationConfig& config)
+    : DialectAdapter(backend, config) {
+  const std::string refusal = adapter_refusal("BitsAndBytesAdapter", backend, config);
+  if (!refusal.empty()) fail(Errc::kUnsupported, refusal);
+}
+
+Linear FallbackAdapter::create_quantized_linear(std::int64_t in_features, std::int64_t out_features,
+                                                bool bias) {
+  return Linear(in_features, out_features, bias);
+}
+
+void FallbackAdapter::quantize_model(torch::nn::Module& model) {
+  report().entries.clear();
+  for (const auto& [name, layer] : named_linears(model)) {
+    CoverageEntry entry = entry_of(name, *layer);
+    entry.reason = "no quantization applied (fallback)";
+    report().entries.push_back(std::move(entry));
+  }
+  report_others(model, report());
+}
+
+void FallbackAdapter::prepare_model_for_training(torch::nn::Module& model) { model.train(); }
+
+std::unique_ptr<QuantizationAdapter> create_quantization_adapter(Backend backend,
+                                                                 const QuantizationConfig& config,
+                                                                 std::optional<Support> support,
+                                                                 std::optional<Fallback> fallback) {
+  Decision decision = decide_adapter(backend, config, support, fallback);
+  // A direct construction asks the config; what the caller said in an argument stands there too.
+  if (support) {
+    decision.config.backend_options["support"] =
+        *support == Support::kExtended ? "extended" : "documented";
+  }
+  std::unique_ptr<QuantizationAdapter> adapter;
+  if (decision.adapter == "HQQAdapter") {
+    adapter = std::make_unique<HQQAdapter>(backend, decision.config);
+  } else if (decision.adapter == "BitsAndBytesAdapter") {
+    adapter = std::make_unique<BitsAndBytesAdapter>(backend, decision.config);
+  } else if (decision.adapter == "FallbackAdapter") {
+    adapter = std::make_unique<FallbackAdapter>(backend, decision.config);
+  } else {
+    fail(Errc::kUnsupported,
+         "create_quantization_adapter: " + decision.adapter + " is not part of this build");
+  }
+  adapter->set_decision(decision);
+  return adapter;
+}
+
+}  // namespace quantal

@@ -1,0 +1,162 @@
+#include "torch/llama_model.h"
+
+#include <cmath>
+#include <string>
+
+#include "torch/recompute.h"
+
+namespace quantal {
+namespace {
+
+/// x cos + rotate_half(x) sin, where rotate_half puts minus the second half before the first.
+torch::Tensor rotate(const torch::Tensor& x, const Rotary& rotary) {
+  const auto cos = rotary.cos.to(x.scalar_type());
+  const auto sin = rotary.sin.to(x.scalar_type());
+  const std::int64_t half = x.size(-1) / 2;
+  const auto turned = torch::cat({-x.narrow(-1, half, half), x.narrow(-1, 0, half)}, -1);
+  return x * cos + turned * sin;
+}
+
+/// Appends new keys (or values) of one layer and returns all of them.
+torch::Tensor append(torch::Tensor& store, const torch::Tensor& fresh, std::int64_t past) {
+  const std::int64_t length = fresh.size(2);
+  if (past + length > store.size(2)) {
+    fail(Errc::kShape, "llama: cache holds " + std::to_string(store.size(2)) +
+                           " positions, expected at least " + std::to_string(past + length));
+  }
+  store.narrow(2, past, length).copy_(fresh);
+  return store.narrow(2, 0, past + length);
+}
+
+/// mask[i, j] = true where the query at position past + i may see key j.
+torch::Tensor causal_mask(std::int64_t length, std::int64_t past) {
+  return torch::ones({length, past + length}, torch::kBool).tril(past);
+}
+
+Linear make_linear(std::int64_t in, std::int64_t out, bool bias, torch::ScalarType dtype) {
+  return Linear(in, out, bias, dtype, Init::kNone);
+}
+
+}  // namespace
+
+Rotary rotary_angles(const LlamaConfig& config, std::int64_t first, std::int64_t length) {
+  const auto even = torch::arange(0, config.head_dim, 2, torch::kLong).to(torch::kFloat);
+  const auto inverse = 1.0 / torch::pow(config.rope_theta, even / static_cast<double>(config.head_dim));
+  const auto positions = torch::arange(first, first + length, torch::kLong).to(torch::kFloat);
+  const auto half = torch::outer(positions, inverse);
+  const auto angles = torch::cat({half, half}, -1);
+  return {angles.cos(), angles.sin()};
+}
+
+RmsNormImpl::RmsNormImpl(std::int64_t size, double eps, torch::ScalarType dtype)
+    : torch::nn::Module("RmsNorm"), eps_(eps) {
+  weight = register_parameter("weight", torch::ones({size}, torch::TensorOptions().dtype(dtype)));
+}
+
+torch::Tensor RmsNormImpl::forward(const torch::Tensor& x) {
+  const auto wide = x.to(torch::kFloat);
+  const auto scaled = wide * torch::rsqrt(wide.square().mean(-1, /*keepdim=*/true) + eps_);
+  return weight * scaled.to(x.scalar_type());
+}
+
+LlamaAttentionImpl::LlamaAttentionImpl(const LlamaConfig& c, torch::ScalarType dtype)
+    : torch::nn::Module("LlamaAttention"),
+      heads_(c.num_attention_heads),
+      kv_heads_(c.num_key_value_heads),
+      head_dim_(c.head_dim) {
+  const std::int64_t q = heads_ * head_dim_, kv = kv_heads_ * head_dim_;
+  q_proj = register_module("q_proj", make_linear(c.hidden_size, q, c.attention_bias, dtype));
+  k_proj = register_module("k_proj", make_linear(c.hidden_size, kv, c.attention_bias, dtype));
+  v_proj = register_module("v_proj", make_linear(c.hidden_size, kv, c.attention_bias, dtype));
+  o_proj = register_module("o_proj", make_linear(q, c.hidden_size, c.attention_bias, dtype));
+}
+
+torch::Tensor LlamaAttentionImpl::forward(const torch::Tensor& x, const Rotary& rotary,
+                                          KvCache* cache, std::size_t index) {
+  const std::int64_t batch = x.size(0), length = x.size(1);
+  const auto split = [&](const torch::Tensor& t, std::int64_t heads) {
+    return t.view({batch, length, heads, head_dim_}).transpose(1, 2);
+  };
+  const auto q = rotate(split(q_proj->forward(x), heads_), rotary);
+  auto k = rotate(split(k_proj->forward(x), kv_heads_), rotary);
+  auto v = split(v_proj->forward(x), kv_heads_);
+  const std::int64_t past = cache ? cache->length : 0;
+  if (cache) {
+    k = append(cache->keys[index], k, past);
+    v = append(cache->values[index], v, past);
+  }
+  const std::int64_t shared_by = heads_ / kv_heads_;
+  if (shared_by > 1) {
+    k = k.repeat_interleave(shared_by, 1);
+    v = v.repeat_interleave(shared_by, 1);
+  }
+  std::optional<torch::Tensor> mask;
+  if (past > 0 && length > 1) mask = causal_mask(length, past);
+  const bool causal = past == 0 && length > 1;
+  const auto y = at::scaled_dot_product_attention(q, k, v, mask, /*dropout_p=*/0, causal);
+  return o_proj->forward(y.transpose(1, 2).reshape({batch, length, heads_ * head_dim_}));
+}
+
+LlamaMlpImpl::LlamaMlpImpl(const LlamaConfig& c, torch::ScalarType dtype)
+    : torch::nn::Module("LlamaMLP") {
+  const std::int64_t hidden = c.hidden_size, inner = c.intermediate_size;
+  gate_proj = register_module("gate_proj", make_linear(hidden, inner, c.mlp_bias, dtype));
+  up_proj = register_module("up_proj", make_linear(hidden, inner, c.mlp_bias, dtype));
+  down_proj = register_module("down_proj", make_linear(inner, hidden, c.mlp_bias, dtype));
+}
+
+torch::Tensor LlamaMlpImpl::forward(const torch::Tensor& x) {
+  return down_proj->forward(torch::silu(gate_proj->forward(x)) * up_proj->forward(x));
+}
+
+LlamaBlockImpl::LlamaBlockImpl(const LlamaConfig& c, torch::ScalarType dtype)
+    : torch::nn::Module("LlamaBlock") {
+  self_attn = register_module("self_attn", LlamaAttention(c, dtype));
+  mlp = register_module("mlp", LlamaMlp(c, dtype));
+  input_layernorm = register_module("input_layernorm", RmsNorm(c.hidden_size, c.rms_norm_eps, dtype));
+  post_attention_layernorm =
+      register_module("post_attention_layernorm", RmsNorm(c.hidden_size, c.rms_norm_eps, dtype));
+}
+
+torch::Tensor LlamaBlockImpl::forward(const torch::Tensor& x, const Rotary& rotary, KvCache* cache,
+                                      std::size_t index) {
+  const auto h = x + self_attn->forward(input_layernorm->forward(x), rotary, cache, index);
+  return h + mlp->forward(post_attention_layernorm->forward(h));
+}
+
+LlamaModelImpl::LlamaModelImpl(const LlamaConfig& c, torch::ScalarType dtype)
+    : torch::nn::Module("LlamaModel"), config_(c) {
+  // Given a weight, Embedding does not fill a random one first.
+  const auto table = torch::empty({c.vocab_size, c.hidden_size}, torch::TensorOptions().dtype(dtype));
+  embed_tokens = register_module(
+      "embed_tokens",
+      torch::nn::Embedding(torch::nn::EmbeddingOptions(c.vocab_size, c.hidden_size)._weight(table)));
+  layers = register_module("layers", torch::nn::ModuleList());
+  for (std::int64_t i = 0; i < c.num_hidden_layers; ++i) layers->push_back(LlamaBlock(c, dtype));
+  norm = register_module("norm", RmsNorm(c.hidden_size, c.rms_norm_eps, dtype));
+}
+
+torch::Tensor LlamaModelImpl::forward(const torch::Tensor& ids, KvCache* cache, bool recompute) {
+  const std::int64_t past = cache ? cache->length : 0;
+  const Rotary rotary = rotary_angles(config_, past, ids.size(1));
+  torch::Tensor h = embed_tokens->forward(ids);
+  const bool recorded = recompute && cache == nullptr && torch::GradMode::is_enabled();
+  // Recomputed blocks are recorded only behind an input that asks for gradients.
+  if (recorded && !h.requires_grad()) h.set_requires_grad(true);
+  for (std::size_t i = 0; i < layers->size(); ++i) {
+    const auto block = layers->ptr<LlamaBlockImpl>(i);
+    if (recorded) {
+      h = recompute_in_backward(
+          [block, rotary, i](const torch::Tensor& x) {
+            return block->forward(x, rotary, nullptr, i);
+          },
+          h);
+    } else {
+      h = block->forward(h, rotary, cache, i);
+    }
+  }
+  if (cache) cache->length += ids.size(1);
+  return norm->forward(h);
+}
+
+}  // namespace quantal

@@ -1,0 +1,228 @@
+// Packed weights as tensors and the differentiable product. The only file with autograd functions of
+// the packed product.
+#include "quantal/torch/ops.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/torch.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "torch/ops_link.h"
+#include "torch/stable_executor.h"
+
+namespace quantal {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using Ints = std::vector<std::int64_t>;
+using OptionalTensor = std::optional<at::Tensor>;
+
+using LinearSignature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                   const at::Tensor&, const OptionalTensor&, at::IntArrayRef);
+using GradInputSignature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                      const at::Tensor&, at::IntArrayRef);
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find_op(const char* name) {
+  link_torch_ops();
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+at::Tensor call_linear(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& stats,
+                       const at::Tensor& shared, const OptionalTensor& bias, const Ints& spec) {
+  static const auto op = find_op<LinearSignature>("quantal::linear");
+  return op.call(x, codes, stats, shared, bias, spec);
+}
+
+at::Tensor call_grad_input(const at::Tensor& grad, const at::Tensor& codes,
+                           const at::Tensor& stats, const at::Tensor& shared, const Ints& spec) {
+  static const auto op = find_op<GradInputSignature>("quantal::linear_grad_input");
+  return op.call(grad, codes, stats, shared, spec);
+}
+
+/// dx = g W, whose own gradient with respect to g is a product with W^T again.
+struct GradInputFunction : public torch::autograd::Function<GradInputFunction> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& grad, const at::Tensor& codes,
+                            const at::Tensor& stats, const at::Tensor& shared, const Ints& spec) {
+    ctx->save_for_backward({codes, stats, shared});
+    ctx->saved_data["spec"] = spec;
+    return call_grad_input(grad, codes, stats, shared, spec);
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads);
+};
+
+struct LinearFunction : public torch::autograd::Function<LinearFunction> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& codes,
+                            const at::Tensor& stats, const at::Tensor& shared,
+                            const OptionalTensor& bias, const Ints& spec) {
+    ctx->save_for_backward({codes, stats, shared});
+    ctx->saved_data["spec"] = spec;
+    if (bias) ctx->saved_data["bias_dtype"] = bias->scalar_type();
+    return call_linear(x, codes, stats, shared, bias, spec);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const Ints spec = ctx->saved_data["spec"].toIntVector();
+    at::Tensor grad_x, grad_bias;
+    if (ctx->needs_input_grad(0)) {
+      grad_x = GradInputFunction::apply(grads[0], saved[0], saved[1], saved[2], spec);
+    }
+    const auto bias_dtype = ctx->saved_data.find("bias_dtype");
+    // Index 4 counts tensors given to apply; without a bias there is no such tensor.
+    if (bias_dtype != ctx->saved_data.end() && ctx->needs_input_grad(4)) {
+      const auto rows = grads[0].reshape({-1, grads[0].size(-1)});
+      grad_bias = rows.sum(0).to(bias_dtype->second.toScalarType());
+    }
+    return {grad_x, {}, {}, {}, grad_bias, {}};
+  }
+};
+
+variable_list GradInputFunction::backward(AutogradContext* ctx, const variable_list& grads) {
+  const variable_list saved = ctx->get_saved_variables();
+  const Ints spec = ctx->saved_data["spec"].toIntVector();
+  return {LinearFunction::apply(grads[0], saved[0], saved[1], saved[2], OptionalTensor{}, spec),
+          {}, {}, {}, {}};
+}
+
+std::span<const std::uint8_t> byte_span(const torch::Tensor& t, const char* what) {
+  if (t.scalar_type() != torch::kByte) {
+    fail(Errc::kDtype, std::string("packed tensors: ") + what + " is " +
+                           c10::toString(t.scalar_type()) + ", expected Byte");
+  }
+  return tensor_view(t).bytes;
+}
+
+torch::Tensor bytes_tensor(at::IntArrayRef sizes) {
+  return torch::zeros(sizes, torch::TensorOptions().dtype(torch::kByte));
+}
+
+Ints spec_ints(const PackedSpec& spec) {
+  const auto ints = spec_to_ints(spec);
+  return {ints.begin(), ints.end()};
+}
+
+}  // namespace
+
+torch::ScalarType to_torch(DType dtype) {
+  switch (dtype) {
+    case DType::kF32: return torch::kFloat;
+    case DType::kF16: return torch::kHalf;
+    case DType::kBF16: return torch::kBFloat16;
+    case DType::kF64: return torch::kDouble;
+    case DType::kU8: return torch::kByte;
+    case DType::kI8: return torch::kChar;
+    case DType::kI16: return torch::kShort;
+    case DType::kI32: return torch::kInt;
+    case DType::kI64: return torch::kLong;
+    case DType::kBool: return torch::kBool;
+    default:
+      fail(Errc::kDtype, "torch: dtype " + std::string(dtype_name(dtype)) + " has no torch type");
+  }
+}
+
+DType from_torch(torch::ScalarType type) {
+  for (const DType d : {DType::kF32, DType::kF16, DType::kBF16, DType::kF64, DType::kU8, DType::kI8,
+                        DType::kI16, DType::kI32, DType::kI64, DType::kBool}) {
+    if (to_torch(d) == type) return d;
+  }
+  fail(Errc::kDtype, std::string("torch: scalar type ") + c10::toString(type) +
+                         " has no dtype in quantal");
+}
+
+TensorView tensor_view(const torch::Tensor& t) {
+  if (!t.device().is_cpu()) {
+    fail(Errc::kDevice, "torch: tensor is on " + t.device().str() + ", expected cpu");
+  }
+  if (!t.is_contiguous()) fail(Errc::kShape, "torch: tensor is not contiguous");
+  return {from_torch(t.scalar_type()), t.sizes().vec(),
+          {static_cast<const std::uint8_t*>(t.const_data_ptr()), t.nbytes()}};
+}
+
+std::int64_t PackedTensors::nbytes() const {
+  return static_cast<std::int64_t>(codes.nbytes() + stats.nbytes() + shared.nbytes());
+}
+
+PackedView PackedTensors::view() const {
+  const PackedView out{spec, byte_span(codes, "codes"), byte_span(stats, "stats"),
+                       byte_span(shared, "shared")};
+  check_packed(out);
+  return out;
+}
+
+PackedTensors empty_packed(const PackedSpec& spec) {
+  const PackedLayout layout = layout_of(spec);
+  return {spec, bytes_tensor({spec.rows, layout.code_bytes}),
+          bytes_tensor({layout.stat_rows, layout.stat_bytes}), bytes_tensor({layout.shared_bytes})};
+}
+
+PackedTensors to_tensors(const PackedView& w) {
+  check_packed(w);
+  PackedTensors out = empty_packed(w.spec);
+  std::ranges::copy(w.codes, out.codes.mutable_data_ptr<std::uint8_t>());
+  std::ranges::copy(w.stats, out.stats.mutable_data_ptr<std::uint8_t>());
+  std::ranges::copy(w.shared, out.shared.mutable_data_ptr<std::uint8_t>());
+  return out;
+}
+
+PackedTensors quantize(const torch::Tensor& weight, const QuantizeOptions& options) {
+  if (weight.dim() < 2) {
+    fail(Errc::kShape, "quantize: weight has " + std::to_string(weight.dim()) +
+                           " dimensions, expected at least 2");
+  }
+  const torch::NoGradGuard no_grad;
+  const torch::Tensor source = weight.contiguous();
+  const TensorView view = tensor_view(source);
+  const Dialect& dialect = dialect_of(options.method);
+  const std::int64_t cols = weight.size(-1);
+  const std::int64_t rows = cols == 0 ? 0 : weight.numel() / cols;
+  PackedTensors out = empty_packed(dialect.make_spec(rows, cols, options));
+  dialect.quantize(out.spec, view.dtype, view.bytes.data(),
+                   out.codes.mutable_data_ptr<std::uint8_t>(),
+                   out.stats.mutable_data_ptr<std::uint8_t>(),
+                   out.shared.mutable_data_ptr<std::uint8_t>(), stable_executor());
+  return out;
+}
+
+torch::Tensor dequantize(const PackedTensors& w, torch::ScalarType dtype) {
+  const PackedView view = w.view();
+  const DType out_dtype = from_torch(dtype);
+  torch::Tensor out =
+      torch::empty({w.spec.rows, w.spec.cols}, torch::TensorOptions().dtype(dtype));
+  dequantize(view, {0, w.spec.rows, 0, w.spec.cols}, out_dtype, out.mutable_data_ptr(), w.spec.cols,
+             stable_executor());
+  return out;
+}
+
+double relative_error(const torch::Tensor& weight, const PackedTensors& w) {
+  const torch::NoGradGuard no_grad;
+  const auto& spec = w.spec;
+  const torch::Tensor matrix = weight.reshape({spec.rows, spec.cols});
+  const std::int64_t step = std::clamp<std::int64_t>((1 << 20) / spec.cols, 1, spec.rows);
+  torch::Tensor values = torch::empty({step, spec.cols});
+  const PackedView view = w.view();
+  double difference = 0, norm = 0;
+  for (std::int64_t begin = 0; begin < spec.rows; begin += step) {
+    const std::int64_t count = std::min(step, spec.rows - begin);
+    dequantize(view, {begin, begin + count, 0, spec.cols}, DType::kF32, values.mutable_data_ptr(),
+               spec.cols, stable_executor());
+    const auto rows = matrix.narrow(0, begin, count).to(torch::kFloat);
+    const auto error = (rows - values.narrow(0, 0, count)).to(torch::kDouble);
+    difference += error.square_().sum().item<double>();
+    norm += rows.to(torch::kDouble).square_().sum().item<double>();
+  }
+  return norm > 0 ? std::sqrt(difference / norm) : 0;
+}
+
+torch::Tensor linear(const torch::Tensor& x, const PackedTensors& w, const torch::Tensor& bias) {
+  const OptionalTensor optional_bias = bias.defined() ? OptionalTensor(bias) : std::nullopt;
+  return LinearFunction::apply(x, w.codes, w.stats, w.shared, optional_bias, spec_ints(w.spec));
+}
+
+}  // namespace quantal
