@@ -28,6 +28,7 @@ enum class ScaleKind : int { kF32 = 0, kF16 = 1, kBF16 = 2, kNestedU8 = 3 };
 struct KernelMatrix {
   const std::uint8_t* codes;
   const std::uint8_t* stats;
+  const std::uint8_t* stats_end;  ///< nothing is read at or beyond it
   std::int64_t code_bytes, stat_bytes;
   std::int64_t rows, cols;
   std::int64_t group_size, nested_group_size;

@@ -76,14 +76,25 @@ void store_kind_n(FloatKind kind, typename T::F v, void* p, std::int64_t n) {
   __builtin_memcpy(p, halves, static_cast<std::size_t>(n * 2));
 }
 
-/// `count` statistics in storage type `scale` to float32; writes up to 15 floats beyond.
+/// `count` statistics in storage type `scale` to float32; writes up to 15 floats beyond. Whole vectors
+/// are read wherever the buffer goes on far enough.
 template <class T>
-void expand_plain(ScaleKind scale, const std::uint8_t* from, std::int64_t count, float* to) {
-  const auto kind = static_cast<FloatKind>(scale);
+void expand_plain(const KernelMatrix& w, const std::uint8_t* from, std::int64_t count, float* to) {
+  const auto kind = static_cast<FloatKind>(w.scale);
   const std::int64_t bytes = kind == FloatKind::kF32 ? 4 : 2;
-  for (std::int64_t k = 0; k < count; k += kLanes) {
-    T::store(to + k, load_kind_n<T>(kind, from + k * bytes, count - k));
+  for (std::int64_t k = 0; k < count; k += kLanes, from += kLanes * bytes) {
+    const bool whole = w.stats_end - from >= kLanes * bytes;
+    T::store(to + k, load_kind_n<T>(kind, from, whole ? kLanes : count - k));
   }
+}
+
+/// n nested codes, or 16 where the buffer goes on far enough.
+template <class T>
+typename T::U load_codes(const KernelMatrix& w, const std::uint8_t* from, std::int64_t n) {
+  if (w.stats_end - from >= kLanes) return T::load_u8(from);
+  std::uint8_t bytes[kLanes] = {};
+  __builtin_memcpy(bytes, from, static_cast<std::size_t>(min64(kLanes, n)));
+  return T::load_u8(bytes);
 }
 
 /// scale = map[u8] * absmax2[block] + nested_offset, product and sum each rounded to float32.
@@ -99,9 +110,7 @@ void expand_nested(const KernelMatrix& w, const std::uint8_t* codes, const std::
     __builtin_memcpy(&value, absmax2 + block * 4, sizeof(value));
     const typename T::F outer = T::set1(value);
     for (; k < end; k += kLanes) {
-      std::uint8_t bytes[kLanes] = {};
-      __builtin_memcpy(bytes, codes + k, static_cast<std::size_t>(min64(kLanes, end - k)));
-      const typename T::F inner = T::gather(w.nested_map, T::load_u8(bytes));
+      const typename T::F inner = T::gather(w.nested_map, load_codes<T>(w, codes + k, end - k));
       T::store(to + k, T::add(T::mul(inner, outer), shift));
     }
     k = end;
@@ -159,9 +168,9 @@ void expand_stretch(const KernelMatrix& w, std::int64_t row, std::int64_t col, s
     return;
   }
   const std::int64_t bytes = w.scale == ScaleKind::kF32 ? 4 : 2;
-  expand_plain<T>(w.scale, stats + first * bytes, slots, out.scale);
+  expand_plain<T>(w, stats + first * bytes, slots, out.scale);
   if (w.offset != OffsetKind::kNone) {
-    expand_plain<T>(w.scale, stats + (w.slots + first) * bytes, slots, out.offset);
+    expand_plain<T>(w, stats + (w.slots + first) * bytes, slots, out.offset);
   }
 }
 

@@ -144,6 +144,7 @@ KernelMatrix kernel_matrix(const PackedView& w) {
   KernelMatrix m{};
   m.codes = w.codes.data();
   m.stats = w.stats.data();
+  m.stats_end = w.stats.data() + w.stats.size();
   m.code_bytes = layout.code_bytes;
   m.stat_bytes = layout.stat_bytes;
   m.rows = w.spec.rows;

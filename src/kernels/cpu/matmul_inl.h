@@ -118,6 +118,10 @@ inline bool whole_strips(const KernelMatrix& w) {
   return w.column_stats == 0 && w.group_size % strip == 0 && w.cols % w.group_size == 0;
 }
 
+/// Columns whose codes fill a cache line of 64 bytes.
+constexpr std::int64_t kLineColumns4 = 128;
+constexpr std::int64_t kLineColumns8 = 64;
+
 /// One group of kRows rows against kInputs inputs, codes decoded in registers.
 template <class T, int kRows, int kInputs, class Decoder>
 struct GroupProduct {
@@ -126,8 +130,14 @@ struct GroupProduct {
   const Decoder& decoder;
   const float* x;
   std::int64_t ldx;
-  const std::uint8_t* codes;  // first row, first column of the matrix
+  const std::uint8_t* codes;  // column 0 of the first row
+  std::int64_t ahead;         // bytes from a row to the row that is wanted next
   F (&acc)[kInputs][kRows];
+
+  /// Short rows defeat the hardware's prefetcher: ask for the next rows' line at the same column.
+  void prefetch(const std::uint8_t* strip) const {
+    for (int r = 0; r < kRows; ++r) __builtin_prefetch(strip + r * decoder.w.code_bytes + ahead);
+  }
 
   void four_bits(const Stretch* stats, std::int64_t slot, std::int64_t col,
                  std::int64_t end) const {
@@ -138,6 +148,7 @@ struct GroupProduct {
     const std::int64_t ld = decoder.w.code_bytes;
     for (; col < end; col += 2 * kLanes) {
       const std::uint8_t* strip = codes + col / 2;
+      if (col % kLineColumns4 == 0) prefetch(strip);
       U raw[kRows];
       for (int r = 0; r < kRows; ++r) raw[r] = T::load_u8(strip + r * ld);
       for (int m = 0; m < kInputs; ++m) {
@@ -161,6 +172,7 @@ struct GroupProduct {
     const std::int64_t ld = decoder.w.code_bytes;
     for (; col < end; col += kLanes) {
       F values[kRows];
+      if (col % kLineColumns8 == 0) prefetch(codes + col);
       for (int r = 0; r < kRows; ++r) {
         const F c = T::sub(T::to_f(T::load_u8(codes + r * ld + col)), decoder.centre);
         values[r] = decoder.exact(c, T::set1(stats[r].scale[slot]), T::set1(stats[r].offset[slot]));
@@ -182,8 +194,9 @@ void product_rows_direct(const Decoder& decoder, const MatmulJob& job, std::int6
   F totals[kInputs][kRows];
   F acc[kInputs][kRows];
   for (int i = 0; i < kInputs * kRows; ++i) totals[i / kRows][i % kRows] = T::zero();
-  const GroupProduct<T, kRows, kInputs, Decoder> product{decoder, job.x, job.ldx,
-                                                         w.codes + row * w.code_bytes, acc};
+  const std::int64_t ahead = row + 2 * kRows <= w.rows ? kRows * w.code_bytes : 0;
+  const GroupProduct<T, kRows, kInputs, Decoder> product{
+      decoder, job.x, job.ldx, w.codes + row * w.code_bytes, ahead, acc};
   for (std::int64_t block = 0; block < w.cols; block += kSumColumns) {
     const std::int64_t block_end = min64(block + kSumColumns, w.cols);
     for (int i = 0; i < kInputs * kRows; ++i) acc[i / kRows][i % kRows] = T::zero();
@@ -213,6 +226,10 @@ template <class T, int kRows, class Decoder>
 void product_any(const Decoder& decoder, const MatmulJob& job, bool direct, std::int64_t row) {
   if (direct && job.inputs == 1) return product_rows_direct<T, kRows, 1>(decoder, job, row);
   if (direct && job.inputs == 2) return product_rows_direct<T, kRows, 2>(decoder, job, row);
+  if constexpr (T::kTileInputs >= 4) {
+    if (direct && job.inputs == 3) return product_rows_direct<T, kRows, 3>(decoder, job, row);
+    if (direct && job.inputs == 4) return product_rows_direct<T, kRows, 4>(decoder, job, row);
+  }
   product_rows<T, kRows>(decoder, job, row);
 }
 
