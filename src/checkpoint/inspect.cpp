@@ -1,0 +1,155 @@
+#include "checkpoint/inspect.h"
+
+#include <algorithm>
+#include <filesystem>
+#include <set>
+
+#include "checkpoint/folder.h"
+#include "checkpoint/json.h"
+#include "checkpoint/sources.h"
+#include "checkpoint/tensor_set.h"
+#include "quantal/checkpoint.h"
+
+namespace quantal::checkpoint {
+namespace {
+
+std::string value_text(const GgufValue& value) {
+  return std::visit(
+      [](const auto& v) -> std::string {
+        using T = std::decay_t<decltype(v)>;
+        if constexpr (std::is_same_v<T, std::shared_ptr<GgufArray>>) {
+          return "array of " + std::to_string(v->values.size());
+        } else if constexpr (std::is_same_v<T, std::string>) {
+          return v;
+        } else {
+          return dump_json(Json(v), -1);
+        }
+      },
+      value);
+}
+
+Inspection inspect_gguf(const std::string& path) {
+  const GgufFile file = open_gguf(path);
+  Inspection out;
+  out.container = "GGUF version " + std::to_string(file.version());
+  for (const auto& [key, value] : file.metadata()) out.metadata.emplace_back(key, value_text(value));
+  for (const GgufTensor& tensor : file.tensors()) {
+    out.tensors.push_back({tensor.name, tensor.shape,
+                           std::string(find_ggml_block(tensor.type)->name),
+                           checked_numel(tensor.shape, "inspect"),
+                           static_cast<std::int64_t>(tensor.bytes.size()), false});
+  }
+  return out;
+}
+
+Inspection inspect_npy(const std::string& path) {
+  const Tensor tensor = read_npy(path);
+  Inspection out;
+  out.container = "npy";
+  out.tensors.push_back({"(array)", tensor.shape, std::string(dtype_name(tensor.dtype)),
+                         tensor.view().numel(), std::ssize(tensor.bytes), false});
+  return out;
+}
+
+/// The scalar settings of config.json; its nested ones as JSON text.
+void add_config(Inspection& out, const std::string& config_json, const std::string& path) {
+  const Json config = parse_json_object(config_json, path);
+  for (const auto& [key, value] : config.items()) {
+    out.metadata.emplace_back(key, value.is_string() ? value.get<std::string>() : dump_json(value, -1));
+  }
+}
+
+void add_marker(Inspection& out, const std::string& folder) {
+  const std::string path = folder + "/" + kMarker;
+  std::error_code ignored;
+  if (!std::filesystem::exists(path, ignored)) return;
+  const Json marker = parse_json_object(read_text_file(path), path);
+  const auto digest = marker.find("digest");
+  if (digest != marker.end() && digest->is_string()) {
+    out.metadata.emplace_back("quantal digest", digest->get<std::string>());
+  }
+}
+
+std::string layer_type(const PackedSpec& spec) {
+  std::string text = std::string(dialect_by_id(spec.dialect).name) + " ";
+  if (spec.code_map == CodeMap::kNf4) text += "nf4 ";
+  if (spec.code_map == CodeMap::kFp4) text += "fp4 ";
+  text += std::to_string(spec.bits) + "-bit, group " + std::to_string(spec.group_size);
+  if (spec.group_map == GroupMap::kColumnRuns) text += " by columns";
+  if (spec.scale == ScaleSource::kNestedU8) text += ", nested scales";
+  return text + ", " + std::string(dtype_name(spec.value_dtype));
+}
+
+/// Quantized layers first collected by dialect, then everything else. False if they cannot be read.
+bool add_layers(Inspection& out, const TensorSet& set, const std::string& path) {
+  Checkpoint checkpoint;
+  try {
+    checkpoint = load_checkpoint(path);
+  } catch (const Error& e) {
+    if (e.code() != Errc::kUnsupported) throw;
+    out.quantization = e.what();
+    return false;
+  }
+  std::set<std::string> dialects_seen;
+  for (const auto& [name, layer] : checkpoint.layers) {
+    const PackedSpec& spec = layer.spec;
+    std::int64_t bytes = 0;
+    for (auto it = set.tensors.lower_bound(name + "."); it != set.tensors.end(); ++it) {
+      if (!it->first.starts_with(name + ".")) break;
+      if (checkpoint.tensors.count(it->first) == 0) bytes += std::ssize(it->second.bytes);
+    }
+    dialects_seen.insert(std::string(dialect_by_id(spec.dialect).title));
+    out.tensors.push_back({name, {spec.rows, spec.cols}, layer_type(spec), spec.rows * spec.cols,
+                           bytes, true});
+  }
+  for (const std::string& title : dialects_seen) {
+    out.quantization += (out.quantization.empty() ? "" : ", ") + title;
+  }
+  for (const auto& [name, view] : checkpoint.tensors) {
+    out.tensors.push_back({name, view.shape, std::string(dtype_name(view.dtype)), view.numel(),
+                           std::ssize(view.bytes), false});
+  }
+  return true;
+}
+
+Inspection inspect_safetensors(const std::string& path) {
+  const TensorSet set = open_tensor_set(path);
+  Inspection out;
+  const std::size_t files = set.files.size();
+  out.container = "safetensors, " + std::to_string(files) + (files == 1 ? " file" : " files");
+  add_config(out, set.config_json, path);
+  if (files == 1) {
+    for (const auto& [key, value] : set.files.front()->metadata()) {
+      out.metadata.emplace_back("metadata " + key, value);
+    }
+  }
+  add_marker(out, path);
+  if (add_layers(out, set, path)) return out;
+  for (const auto& [name, view] : set.tensors) {
+    out.tensors.push_back({name, view.shape, std::string(dtype_name(view.dtype)), view.numel(),
+                           std::ssize(view.bytes), false});
+  }
+  return out;
+}
+
+Inspection inspect_any(const std::string& path) {
+  std::error_code ignored;
+  if (std::filesystem::is_directory(path, ignored)) return inspect_safetensors(path);
+  if (path.ends_with(".npy")) return inspect_npy(path);
+  const MappedFile file(path);
+  constexpr std::string_view kMagic = "GGUF";
+  const auto bytes = file.bytes();
+  const bool gguf = bytes.size() >= kMagic.size() &&
+                    std::equal(kMagic.begin(), kMagic.end(), bytes.begin());
+  return gguf || path.ends_with(".gguf") ? inspect_gguf(path) : inspect_safetensors(path);
+}
+
+}  // namespace
+
+Inspection inspect(const std::string& path) {
+  Inspection out = inspect_any(path);
+  out.path = path;
+  return out;
+}
+
+}  // namespace quantal::checkpoint

@@ -1,0 +1,166 @@
+// The two faces of an Inspection: a table for people and JSON for programs.
+#include <algorithm>
+#include <cstdio>
+#include <map>
+
+#include "checkpoint/inspect.h"
+#include "checkpoint/json.h"
+#include "quantal/checkpoint.h"
+
+namespace quantal {
+namespace {
+
+using checkpoint::InspectedTensor;
+using checkpoint::Inspection;
+using checkpoint::Json;
+
+using Row = std::vector<std::string>;
+
+struct Totals {
+  std::int64_t tensors = 0, parameters = 0, bytes = 0;
+
+  void add(const InspectedTensor& tensor) {
+    ++tensors;
+    parameters += tensor.parameters;
+    bytes += tensor.bytes;
+  }
+  double bytes_per_parameter() const {
+    return parameters == 0 ? 0.0 : static_cast<double>(bytes) / static_cast<double>(parameters);
+  }
+};
+
+/// 1234567 -> "1,234,567".
+std::string grouped(std::int64_t number) {
+  std::string digits = std::to_string(number);
+  for (std::size_t at = digits.size(); at > 3; at -= 3) digits.insert(at - 3, ",");
+  return digits;
+}
+
+std::string decimal(double value) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.4f", value);
+  return text;
+}
+
+/// File names and metadata may hold anything: control characters must not reach a terminal.
+std::string printable(const std::string& text, std::size_t most) {
+  std::string out;
+  for (const char c : text) {
+    const bool control = static_cast<unsigned char>(c) < 0x20 || c == 0x7F;
+    out += c == '\n' ? std::string("\\n") : control ? std::string("?") : std::string(1, c);
+    if (out.size() >= most) return out + "...";
+  }
+  return out;
+}
+
+/// Columns padded to their widest cell; those named in `right` are right-aligned.
+std::string table(const std::vector<Row>& rows, const std::vector<bool>& right) {
+  std::vector<std::size_t> width(right.size(), 0);
+  for (const Row& row : rows) {
+    for (std::size_t c = 0; c < row.size(); ++c) width[c] = std::max(width[c], row[c].size());
+  }
+  std::string out;
+  for (const Row& row : rows) {
+    std::string line;
+    for (std::size_t c = 0; c < row.size(); ++c) {
+      const std::string pad(width[c] - row[c].size(), ' ');
+      line += "  " + (right[c] ? pad + row[c] : row[c] + pad);
+    }
+    line.erase(line.find_last_not_of(' ') + 1);
+    out += line + "\n";
+  }
+  return out;
+}
+
+Row totals_row(const std::string& name, const Totals& totals) {
+  return {name, grouped(totals.tensors), grouped(totals.parameters), grouped(totals.bytes),
+          decimal(totals.bytes_per_parameter())};
+}
+
+std::map<std::string, Totals> by_type(const Inspection& found) {
+  std::map<std::string, Totals> types;
+  for (const InspectedTensor& tensor : found.tensors) types[tensor.type].add(tensor);
+  return types;
+}
+
+std::string summary_table(const Inspection& found) {
+  std::vector<Row> rows = {{"type", "tensors", "parameters", "bytes", "bytes/param"}};
+  Totals all;
+  for (const InspectedTensor& tensor : found.tensors) all.add(tensor);
+  for (const auto& [type, totals] : by_type(found)) rows.push_back(totals_row(type, totals));
+  rows.push_back(totals_row("total", all));
+  return table(rows, {false, true, true, true, true});
+}
+
+std::string tensor_table(const Inspection& found, bool all) {
+  constexpr std::size_t kShown = 12;
+  std::vector<Row> rows = {{"name", "shape", "type", "bytes"}};
+  const std::size_t count = all ? found.tensors.size() : std::min(kShown, found.tensors.size());
+  for (std::size_t i = 0; i < count; ++i) {
+    const InspectedTensor& tensor = found.tensors[i];
+    rows.push_back({printable(tensor.name, 120), shape_string(tensor.shape), tensor.type,
+                    grouped(tensor.bytes)});
+  }
+  std::string out = table(rows, {false, false, false, true});
+  if (count < found.tensors.size()) {
+    out += "  ... " + std::to_string(found.tensors.size() - count) + " more (--tensors lists all)\n";
+  }
+  return out;
+}
+
+Json tensor_json(const InspectedTensor& tensor) {
+  return {{"name", tensor.name},
+          {"shape", tensor.shape},
+          {"type", tensor.type},
+          {"parameters", tensor.parameters},
+          {"bytes", tensor.bytes},
+          {"quantized_layer", tensor.quantized_layer}};
+}
+
+Json totals_json(const Totals& totals) {
+  return {{"tensors", totals.tensors},
+          {"parameters", totals.parameters},
+          {"bytes", totals.bytes},
+          {"bytes_per_parameter", totals.bytes_per_parameter()}};
+}
+
+}  // namespace
+
+std::string inspect_text(const std::string& path, bool all_tensors) {
+  const Inspection found = checkpoint::inspect(path);
+  std::string out = printable(found.path, 400) + "\n  " + found.container + "\n";
+  if (!found.quantization.empty()) {
+    out += "  quantized with " + printable(found.quantization, 400) + "\n";
+  }
+  if (!found.metadata.empty()) {
+    std::vector<Row> rows;
+    for (const auto& [key, value] : found.metadata) {
+      rows.push_back({printable(key, 60), printable(value, 76)});
+    }
+    out += "\nmetadata\n" + table(rows, {false, false});
+  }
+  out += "\ntensors\n" + tensor_table(found, all_tensors);
+  return out + "\nsize\n" + summary_table(found);
+}
+
+std::string inspect_json(const std::string& path) {
+  const Inspection found = checkpoint::inspect(path);
+  Json out;
+  out["path"] = found.path;
+  out["container"] = found.container;
+  out["quantization"] = found.quantization;
+  out["metadata"] = Json::object();
+  for (const auto& [key, value] : found.metadata) out["metadata"][key] = value;
+  out["types"] = Json::object();
+  for (const auto& [type, totals] : by_type(found)) out["types"][type] = totals_json(totals);
+  Totals all;
+  out["tensors"] = Json::array();
+  for (const InspectedTensor& tensor : found.tensors) {
+    all.add(tensor);
+    out["tensors"].push_back(tensor_json(tensor));
+  }
+  out["totals"] = totals_json(all);
+  return checkpoint::dump_json(out);
+}
+
+}  // namespace quantal
