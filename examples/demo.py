@@ -22,14 +22,14 @@ import sys
 import time
 import warnings
 
-import demo_plot
 import numpy as np
-import quantal
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from quantal import Backend, QuantizationConfig, QuantizationMethod, create_quantization_adapter
 from tqdm.auto import tqdm
 
-import torch
+import demo_plot
+import quantal
+from quantal import Backend, QuantizationConfig, QuantizationMethod, create_quantization_adapter
 
 ROW = 256  # tokens per row; row[0] is given, tokens 1..255 are predicted
 HELD_OUT_EVERY = 10  # every tenth topic is never trained on
@@ -120,7 +120,7 @@ def generate(model, tokenizer) -> list[str]:
 
 
 def model_bytes(model, dense_dtype: torch.dtype | None) -> int:
-    """Bytes of all parameters and buffers, tied ones once; dense floats counted as `dense_dtype`."""
+    """Bytes of all parameters and buffers, tied once; dense floats count as `dense_dtype`."""
     width = dense_dtype.itemsize if dense_dtype else None
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     return sum(
@@ -209,7 +209,7 @@ def adapter_digest(model) -> str:
 @torch.inference_mode()
 def sample_logits(model, rows: torch.Tensor) -> torch.Tensor:
     model.eval()
-    return model(input_ids=rows[:2], use_cache=False).logits
+    return model(input_ids=rows[:1], use_cache=False).logits
 
 
 def attach_adapters(model, adapter):
@@ -347,8 +347,8 @@ def summary(report: dict) -> str:
             lines.append(f"{key:<14} perplexity {value:8.4f} {mib}")
     lines.append(
         f"tuned / quantized {report['ppl_tuned'] / report['ppl_hqq']:.3f}, "
-        f"{report['train_tokens_per_s']:.0f} training tokens/s, peak {report['peak_rss_mb']:.0f} MB, "
-        f"reload identical: {report['reload_identical']}"
+        f"{report['train_tokens_per_s']:.0f} training tokens/s, "
+        f"peak {report['peak_rss_mb']:.0f} MB, reload identical: {report['reload_identical']}"
     )
     for prompt, before, after in zip(
         PROMPTS, report["generation"]["before"], report["generation"]["after"], strict=True
@@ -362,7 +362,7 @@ def main() -> None:
     parser.add_argument("--output", default="build/demo")
     parser.add_argument("--finetune-binary", default="", help="path of the C++ example")
     parser.add_argument("--eval-rows", type=int, default=24, help="held-out rows of 256 tokens")
-    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch", type=int, default=4, help="rows per step")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)

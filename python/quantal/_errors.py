@@ -1,10 +1,10 @@
-"""Exception classes of quantal: one per kind of failure, each also the built-in kind it resembles."""
+"""Exception classes: one per kind of failure, each also the built-in kind that it resembles."""
 
 from __future__ import annotations
 
 
 class QuantalError(RuntimeError):
-    """Base class. ``code`` names the kind; ``path``, ``tensor`` and ``offset`` say where in a file."""
+    """Base class. ``code`` is the kind; ``path``, ``tensor`` and ``offset`` say where in a file."""
 
     code = "Internal"
 

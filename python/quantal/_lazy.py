@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch.utils._pytree import tree_map_only
-
 import torch
+from torch.utils._pytree import tree_map_only
 
 from ._errors import UnsupportedError
 

@@ -35,14 +35,14 @@ class QuantizationAdapter(ABC):
         self.report = Report({"adapter": type(self).__name__})
         self._validate_backend_support()
 
-    def _validate_backend_support(self) -> None:
+    def _validate_backend_support(self) -> None:  # noqa: B027 (a hook, empty by default)
         """Raises ConfigError if this adapter cannot be used with its backend."""
 
     @abstractmethod
     def create_quantized_linear(
         self, in_features: int, out_features: int, bias: bool = True
     ) -> nn.Module:
-        """A layer of this adapter's kind, holding zeros until its ``quantize_weights`` is called."""
+        """A layer of this adapter's kind; it holds zeros until ``quantize_weights`` is called."""
 
     @abstractmethod
     def quantize_model(self, model: nn.Module, **kwargs: Any) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Which optional packages are there. quantal needs none of them to quantize: all formats are its own."""
+"""Which optional packages are there; quantal needs none of them, all its formats are its own."""
 
 from __future__ import annotations
 

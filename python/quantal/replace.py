@@ -51,33 +51,85 @@ def _rules(adapter: QuantizationAdapter, skip_modules: Iterable[str] | None) -> 
     return _core.LayerRules(config.to_json())
 
 
-def _dense_reason(linear: nn.Linear, choice: _core.Choice, users: dict[int, str]) -> str:
-    if not choice.quantize:
-        return choice.reason
-    holder = users.get(id(linear.weight))
-    return "" if holder is None else f"shares its weight with {holder or 'the model'}"
+class _Walk:
+    """One pass over the linear layers of a model."""
+
+    def __init__(self, model: nn.Module, adapter: QuantizationAdapter, rules: _core.LayerRules):
+        self.model, self.adapter, self.rules = model, adapter, rules
+        self.report: Report = adapter.report
+        self.users = _dense_users(model)
+        self.covered: set[int] = set()  # ids of parameters that a row counts already
+        self.tied: dict[int, tuple[weakref.ref, nn.Module]] = {}
+
+    def visit(self, names: list[str]) -> None:
+        """Quantizes the layer of these names, or records why it stays dense."""
+        linear = self.model.get_submodule(names[0])
+        choice = self.rules.choose(names[0], *linear.weight.shape)
+        reason = self._dense_reason(linear, choice)
+        if reason:
+            self._keep(names[0], linear, reason)
+            return
+        layer = self._quantize(linear, choice)
+        self.report.add(
+            names[0],
+            choice.method,
+            parameters=sum(p.numel() for p in linear.parameters()),
+            bytes_before=_module_bytes(linear),
+            bytes_after=_module_bytes(layer),
+            relative_error=_relative_error(layer, linear.weight),
+        )
+        for name in names:
+            if name == "":
+                self.model = layer
+            else:
+                _set_module(self.model, name, layer)
+
+    def _dense_reason(self, linear: nn.Linear, choice: _core.Choice) -> str:
+        holder = self.users.get(id(linear.weight))
+        shared = "" if holder is None else f"shares its weight with {holder or 'the model'}"
+        if choice.quantize:
+            return shared
+        return f"{choice.reason}; {shared}" if shared else choice.reason
+
+    def _keep(self, name: str, linear: nn.Linear, reason: str) -> None:
+        own = [
+            p for p in linear.parameters() if id(p) not in self.users and id(p) not in self.covered
+        ]
+        self._add_dense(name, own, reason)
+
+    def _add_dense(self, name: str, own: list[nn.Parameter], reason: str) -> None:
+        self.covered.update(map(id, own))
+        count, size = sum(p.numel() for p in own), sum(map(tensor_bytes, own))
+        self.report.add(
+            name, "dense", reason, parameters=count, bytes_before=size, bytes_after=size
+        )
+
+    def _quantize(self, linear: nn.Linear, choice: _core.Choice) -> nn.Module:
+        weight = linear.weight
+        known = self.tied.get(id(weight))
+        if known is not None and known[0]() is weight:
+            return self.adapter.tie_quantized_linear(known[1], linear)
+        layer = self.adapter.quantize_linear(linear, choice)
+        self.tied[id(weight)] = weakref.ref(weight), layer
+        return layer
+
+    def report_others(self) -> None:
+        """Rows for everything that is not a linear layer, tied parameters once."""
+        for name, module in self.model.named_modules():
+            own = [p for p in module.parameters(recurse=False) if id(p) not in self.covered]
+            if own and type(module) is not nn.Linear and not isinstance(module, QuantizedLinear):
+                self._add_dense(name, own, f"{type(module).__name__}, not a linear layer")
+        self.report.unmatched_patterns = self.rules.unmatched()
 
 
-def _measure(layer: nn.Module, weight: torch.Tensor) -> float:
+def _relative_error(layer: nn.Module, weight: torch.Tensor) -> float:
     if not isinstance(layer, QuantizedLinear) or weight.device.type == "meta":
         return 0.0
     return layer.relative_error(weight)
 
 
-def _parameter_bytes(module: nn.Module) -> int:
+def _module_bytes(module: nn.Module) -> int:
     return sum(map(tensor_bytes, [*module.parameters(), *module.buffers()]))
-
-
-def _report_others(model: nn.Module, report: Report, covered: set[int]) -> None:
-    """Rows for everything that is not a linear layer, tied parameters once."""
-    for name, module in model.named_modules():
-        own = [p for p in module.parameters(recurse=False) if id(p) not in covered]
-        if not own or isinstance(module, QuantizedLinear):
-            continue
-        covered.update(map(id, own))
-        count, size = sum(p.numel() for p in own), sum(map(tensor_bytes, own))
-        reason = f"{type(module).__name__}, not a linear layer"
-        report.add(name, "dense", reason, parameters=count, bytes_before=size, bytes_after=size)
 
 
 def replace_linear_with_quantized(
@@ -97,53 +149,12 @@ def replace_linear_with_quantized(
     that is itself an ``nn.Linear`` is returned as a new layer; else `model` itself. What was done
     stands in ``adapter.report``.
     """
-    rules = _rules(adapter, skip_modules)
-    report = adapter.report
-    report.entries.clear()
-    users = _dense_users(model)
-    tied: dict[int, tuple[weakref.ref, nn.Module]] = {}
-    covered: set[int] = set()
-    groups = _linear_names(model)
-    for names in _progress(groups, progress):
-        linear = model.get_submodule(names[0])
-        weight = linear.weight
-        size = _parameter_bytes(linear)
-        count = sum(p.numel() for p in linear.parameters())
-        choice = rules.choose(names[0], *weight.shape)
-        reason = _dense_reason(linear, choice, users)
-        if reason:
-            if id(weight) in users or id(weight) in covered:
-                size -= tensor_bytes(weight)
-                count -= weight.numel()
-            covered.update(map(id, linear.parameters()))
-            report.add(
-                names[0], "dense", reason, parameters=count, bytes_before=size, bytes_after=size
-            )
-            continue
-        known = tied.get(id(weight))
-        if known is not None and known[0]() is weight:
-            layer: nn.Module = adapter.tie_quantized_linear(known[1], linear)
-        else:
-            layer = adapter.quantize_linear(linear, choice)
-            tied[id(weight)] = weakref.ref(weight), layer
-        report.add(
-            names[0],
-            choice.method,
-            parameters=count,
-            bytes_before=size,
-            bytes_after=_parameter_bytes(layer),
-            relative_error=_measure(layer, weight),
-        )
-        del linear, weight
-        for name in names:
-            if name == "":
-                model = layer
-            else:
-                _set_module(model, name, layer)
-        del layer
-    _report_others(model, report, covered)
-    report.unmatched_patterns = rules.unmatched()
-    return model
+    adapter.report.entries.clear()
+    walk = _Walk(model, adapter, _rules(adapter, skip_modules))
+    for names in _progress(_linear_names(model), progress):
+        walk.visit(names)
+    walk.report_others()
+    return walk.model
 
 
 def _progress(items: list, show: bool) -> Iterable:

@@ -10,8 +10,7 @@ from .linear import QuantizedLinear
 
 
 def _is_norm(module: nn.Module) -> bool:
-    name = type(module).__name__.lower()
-    return "norm" in name
+    return "norm" in type(module).__name__.lower()
 
 
 def prepare_model_for_training(
@@ -21,8 +20,8 @@ def prepare_model_for_training(
 
     Every parameter is frozen; norms narrower than float32 become float32; where the model offers
     gradient checkpointing it is switched on (non-reentrant) and the embeddings are made to pass
-    gradients; ``is_loaded_in_4bit`` or ``is_loaded_in_8bit`` tells Trainer and PEFT that the base is
-    quantized. The adapters attached afterwards are all that trains.
+    gradients; ``is_loaded_in_4bit`` or ``is_loaded_in_8bit`` tells Trainer and PEFT that the base
+    is quantized. The adapters attached afterwards are all that trains.
     """
     _peft.install()
     for parameter in model.parameters():

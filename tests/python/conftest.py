@@ -3,10 +3,10 @@
 import pathlib
 
 import pytest
-from quantal import QuantizationConfig, QuantizationMethod
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import torch
+from quantal import QuantizationConfig, QuantizationMethod
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 EXTENDED = {"support": "extended"}

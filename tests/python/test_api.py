@@ -6,6 +6,9 @@ import json
 import pickle
 
 import pytest
+import torch
+from torch import nn
+
 import quantal
 from backend_manager import Backend, BackendManager
 from conftest import hqq, nf4, tiny_llama
@@ -22,9 +25,6 @@ from quantization_wrapper import (
     replace_linear_with_quantized,
     validate_quantization_config,
 )
-
-import torch
-from torch import nn
 
 
 def test_dataclass_has_the_documented_order_and_defaults():

@@ -5,11 +5,11 @@ import io
 import pickle
 
 import pytest
-from conftest import CONFIGS, hqq, nf4
-from quantal import ConfigError, QuantizedLinear, ShapeError, UnsupportedError
-
 import torch
 from torch import nn
+
+from conftest import CONFIGS, hqq, nf4
+from quantal import ConfigError, QuantizedLinear, ShapeError, UnsupportedError
 
 #: 72 columns: groups of 64 and 128 cross rows.
 SHAPES = [(48, 128), (64, 72), (128, 192)]

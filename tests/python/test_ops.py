@@ -1,11 +1,11 @@
 """The operators: gradients, compilation, opcheck."""
 
 import pytest
-from conftest import CONFIGS, hqq
-from quantal import QuantizedLinear
-
 import torch
 from torch import nn
+
+from conftest import CONFIGS, hqq
+from quantal import QuantizedLinear
 
 
 def layer_of(config, rows=128, cols=72, bias=True, dtype=torch.float32):

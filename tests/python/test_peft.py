@@ -1,12 +1,12 @@
 """PEFT without patches on the user's side."""
 
 import pytest
-from conftest import hqq, nf4, tiny_llama
-from peft import LoraConfig, PeftModel, get_peft_model
-from quantal import QuantizedLinear, create_quantization_adapter
-
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+
+from conftest import hqq, nf4, tiny_llama
+from quantal import QuantizedLinear, create_quantization_adapter
 
 
 def quantized(config, hidden=64):
