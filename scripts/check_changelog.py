@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Checks that CHANGELOG.md and the version of CMakeLists.txt agree.
 
-The newest released entry must be the project's version, entries must be in falling order with a date,
-and each must have a "Format" heading, which says whether stored bytes changed.
+The newest released entry must be the project's version, entries must be in falling order with a
+date, and each must have a "Format" heading, which says whether stored bytes changed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def problems(changelog: str, cmake: str) -> list[str]:
         return ["CHANGELOG.md: no released entry"]
     bad = []
     if released[0].group(1) != version:
-        bad.append(f"CHANGELOG.md: newest entry is {released[0].group(1)}, CMakeLists.txt has {version}")
+        bad.append(
+            f"CHANGELOG.md: newest entry is {released[0].group(1)}, CMakeLists.txt has {version}"
+        )
     ends = [e.start() for e in entries[1:]] + [len(changelog)]
     numbers = []
     for entry, end in zip(entries, ends, strict=True):

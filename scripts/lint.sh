@@ -3,7 +3,8 @@
 #   scripts/lint.sh            check; clang-tidy on the C++ files changed since LINT_BASE (default HEAD~1)
 #   scripts/lint.sh --all      clang-tidy on every source of src/ and tools/ (minutes)
 #   scripts/lint.sh --fix      rewrite formatting instead of checking it
-# Tools come from scripts/requirements-lint.txt, into the environment of `make setup`.
+# Tools come from scripts/requirements-lint.txt, into the environment of `make setup`; clang-tidy is
+# the Debian package (the one of the Python registry lacks the compiler's own headers).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=.venv
@@ -42,6 +43,7 @@ fi
 # The torch room needs torch's headers in the compile database, NEON files an ARM compiler.
 sources=$(echo "$sources" | grep -v -e '^src/torch/' -e '_neon\.cpp$' || true)
 if [ -n "$sources" ]; then
+  command -v clang-tidy > /dev/null || { echo "lint: run 'apt-get install clang-tidy'" >&2; exit 1; }
   [ -e build/lint/compile_commands.json ] || cmake -S . -B build/lint -G Ninja > /dev/null
   echo "lint: clang-tidy on $(echo "$sources" | wc -l) files"
   echo "$sources" | xargs -P 2 -n 1 clang-tidy -p build/lint --quiet \

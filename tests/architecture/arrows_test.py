@@ -1,7 +1,7 @@
 """The architecture as a test: arrows between rooms, no torch below the torch room, instruction-set
 flags on single files only, sizes of files and functions. Standard library only.
 
-Run by ctest (QUANTAL_BUILD_DIR is set and the built archives are examined too), by pytest, or alone:
+Run by ctest (QUANTAL_BUILD_DIR is set, the built archives are examined too), by pytest, or alone:
     python3 tests/architecture/arrows_test.py
 """
 
@@ -181,7 +181,9 @@ class Arrows(unittest.TestCase):
             ["quantal/formats.h"],
         )
         self.assertEqual(arrow_violations("policy", '  #  include "io/file.h"'), ["io/file.h"])
-        self.assertEqual(arrow_violations("formats", '#include "quantal/torch.h"'), ["quantal/torch.h"])
+        self.assertEqual(
+            arrow_violations("formats", '#include "quantal/torch.h"'), ["quantal/torch.h"]
+        )
         self.assertEqual(torch_violations("#include <torch/torch.h>"), ["torch/torch.h"])
         self.assertEqual(isa_violations("#include <vector>\n#include <cstdint>"), ["vector"])
 
@@ -234,7 +236,9 @@ class Archives(unittest.TestCase):
         found = symbols(self.folder / "libquantal_kernels.a")
         isa = [row for row in found if ISA_FILE.search(row[0].removesuffix(".o"))]
         self.assertTrue(isa, "no object with instruction-set flags")
-        bad = [f"{m}: {name}" for m, kind, name in isa if kind in "WVu" and "personality" not in name]
+        bad = [
+            f"{m}: {name}" for m, kind, name in isa if kind in "WVu" and "personality" not in name
+        ]
         self.assertEqual(bad, [])
 
 

@@ -33,7 +33,7 @@ def _blank(match: re.Match[str]) -> str:
 
 @dataclass(frozen=True)
 class Function:
-    """One function definition: name, first line (1-based) and number of lines with its signature."""
+    """A function definition: name, first line (1-based), number of lines with its signature."""
 
     name: str
     line: int
