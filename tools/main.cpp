@@ -49,7 +49,9 @@ int main(int argc, char** argv) {
   add_inspect(app, options);
   try {
     app.parse(argc, argv);
-    return std::fflush(stdout) == 0 ? 0 : kFailed;
+    if (std::fflush(stdout) == 0 && std::ferror(stdout) == 0) return 0;
+    std::perror("quantal: error: cannot write to standard output");
+    return kFailed;
   } catch (const CLI::ParseError& error) {
     return app.exit(error) == 0 ? 0 : kWrongUsage;
   } catch (const std::exception& error) {

@@ -87,7 +87,7 @@ bool add_layers(Inspection& out, const TensorSet& set, const std::string& path) 
     checkpoint = load_checkpoint(path);
   } catch (const Error& e) {
     if (e.code() != Errc::kUnsupported) throw;
-    out.quantization = e.what();
+    out.unread = e.what();
     return false;
   }
   std::set<std::string> dialects_seen;

@@ -22,7 +22,8 @@ struct Inspection {
   std::string path;
   std::string container;  ///< "GGUF version 3", "safetensors, 2 files", "npy"
   std::vector<std::pair<std::string, std::string>> metadata;
-  std::string quantization;  ///< dialects of the quantized layers, or why they cannot be read
+  std::string quantization;  ///< dialects of the quantized layers
+  std::string unread;        ///< why quantized layers cannot be read, if so
   std::vector<InspectedTensor> tensors;
 };
 

@@ -42,13 +42,19 @@ std::string decimal(double value) {
   return text;
 }
 
-/// File names and metadata may hold anything: control characters must not reach a terminal.
+/// File names and metadata may hold anything: control characters must not reach a terminal. Cut to
+/// about `most` bytes, between characters of UTF-8.
 std::string printable(const std::string& text, std::size_t most) {
   std::string out;
   for (const char c : text) {
-    const bool control = static_cast<unsigned char>(c) < 0x20 || c == 0x7F;
-    out += c == '\n' ? std::string("\\n") : control ? std::string("?") : std::string(1, c);
-    if (out.size() >= most) return out + "...";
+    const auto byte = static_cast<unsigned char>(c);
+    const bool continues = (byte & 0xC0u) == 0x80u;
+    if (out.size() >= most && !continues) return out + "...";
+    if (c == '\n') {
+      out += "\\n";
+    } else {
+      out += byte < 0x20 || byte == 0x7F ? '?' : c;
+    }
   }
   return out;
 }
@@ -132,6 +138,9 @@ std::string inspect_text(const std::string& path, bool all_tensors) {
   if (!found.quantization.empty()) {
     out += "  quantized with " + printable(found.quantization, 400) + "\n";
   }
+  if (!found.unread.empty()) {
+    out += "  layers are shown as raw tensors: " + printable(found.unread, 400) + "\n";
+  }
   if (!found.metadata.empty()) {
     std::vector<Row> rows;
     for (const auto& [key, value] : found.metadata) {
@@ -149,6 +158,7 @@ std::string inspect_json(const std::string& path) {
   out["path"] = found.path;
   out["container"] = found.container;
   out["quantization"] = found.quantization;
+  out["unread"] = found.unread;
   out["metadata"] = Json::object();
   for (const auto& [key, value] : found.metadata) out["metadata"][key] = value;
   out["types"] = Json::object();

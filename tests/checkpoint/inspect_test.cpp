@@ -61,7 +61,9 @@ TEST(Inspect, QuantizedFolderNamesDialectAndLayers) {
 
 TEST(Inspect, ForeignFoldersShowTheirTensors) {
   const json found = json::parse(inspect_json(golden_path("checkpoints/quanto-int4")));
-  EXPECT_TRUE(contains(found.at("quantization"), "quanto"));
+  EXPECT_EQ(found.at("quantization"), "");
+  EXPECT_TRUE(contains(found.at("unread"), "quanto"));
+  EXPECT_TRUE(contains(inspect_text(golden_path("checkpoints/quanto-int4"), false), "raw tensors"));
   EXPECT_GT(found.at("tensors").size(), 14u);
   const json shards = json::parse(inspect_json(golden_path("checkpoints/dense-bf16-sharded")));
   EXPECT_EQ(shards.at("container"), "safetensors, 3 files");
