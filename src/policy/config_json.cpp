@@ -179,7 +179,17 @@ void check_config(const QuantizationConfig& config) {
 }
 
 QuantizationConfig config_from_json(const std::string& json) {
-  const Json object = Json::parse(json, nullptr, /*allow_exceptions=*/false);
+  // Settings are a few levels deep; the limit keeps recursion over hostile text bounded.
+  constexpr int kMaxDepth = 16;
+  bool too_deep = false;
+  const auto keep = [&too_deep](int depth, Json::parse_event_t /*event*/, Json& /*value*/) {
+    too_deep = too_deep || depth > kMaxDepth;
+    return depth <= kMaxDepth;
+  };
+  const Json object = Json::parse(json, keep, /*allow_exceptions=*/false);
+  if (too_deep) {
+    fail(Errc::kConfig, "config: nesting is deeper than " + std::to_string(kMaxDepth) + " levels");
+  }
   if (object.is_discarded()) fail(Errc::kConfig, "config: text is not JSON, expected an object");
   check_members("config", object, kMembers);
   QuantizationConfig config;

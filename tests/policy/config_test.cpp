@@ -1,5 +1,7 @@
 #include <gtest/gtest.h>
 
+#include <random>
+
 #include "quantal/policy.h"
 
 namespace quantal {
@@ -101,6 +103,34 @@ TEST(ConfigJson, BitWidths) {
 TEST(ConfigJson, SizesMustNotBeNegative) {
   EXPECT_EQ(error_of(R"({"group_size": -1})"), "config: group_size is -1, expected >= 0");
   EXPECT_EQ(error_of(R"({"block_size": 0})"), "config: block_size is 0, expected >= 1");
+}
+
+TEST(ConfigJson, HostileTextIsATypedError) {
+  EXPECT_NE(error_of(R"({"backend_options": {"a": )" + std::string(200000, '[')).find("deeper"),
+            std::string::npos);
+  EXPECT_NE(error_of(std::string(200000, '[')).find("deeper"), std::string::npos);
+  error_of("{\"\xff\": 1}");
+}
+
+TEST(ConfigJson, MutatedTextNeverCrashes) {
+  const std::string good = config_to_json(config_from_json(
+      R"({"layer_configs": {"a.0": {"bits": 8}}, "backend_options": {"axis": 0}, "block_size": 64})"));
+  std::mt19937 generator(20240607);
+  int accepted = 0, refused = 0;
+  for (int round = 0; round < 20000; ++round) {
+    std::string text = good;
+    for (int edits = 1 + static_cast<int>(generator() % 3); edits > 0; --edits) {
+      text[generator() % text.size()] = "{}[]\",:0123456789-enultrfas"[generator() % 27];
+    }
+    try {
+      config_to_json(config_from_json(text));
+      ++accepted;
+    } catch (const Error&) {
+      ++refused;
+    }
+  }
+  EXPECT_GT(accepted, 0);
+  EXPECT_GT(refused, 0);
 }
 
 }  // namespace
