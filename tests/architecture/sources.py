@@ -43,7 +43,10 @@ class Function:
 def _name_of(head: str) -> str:
     before = head[: head.index("(")].rstrip()
     found = re.search(r"[\w:~]+$|operator\S*$", before)
-    return found.group(0) if found else "?"
+    name = found.group(0) if found else "?"
+    if name in {"TEST", "TEST_F", "TEST_P"}:
+        name += re.sub(r"\s+", " ", head[head.index("(") :].strip())
+    return name
 
 
 def functions(text: str) -> list[Function]:
