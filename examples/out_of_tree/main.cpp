@@ -19,11 +19,11 @@ int main() {
 
   try {
     const quantal::PackedMatrix packed = quantal::quantize(
-        weights.view(), {.method = quantal::QuantizationMethod::BNB_NF4, .group_size = 64,
-                         .double_quant = false});
+        weights.view(),
+        {.method = quantal::QuantizationMethod::BNB_NF4, .group_size = 64, .double_quant = false});
     std::vector<float> back(kRows * kCols);
-    quantal::dequantize(packed.view(), {0, kRows, 0, kCols}, quantal::DType::kF32, back.data(), kCols,
-                        quantal::serial_executor());
+    quantal::dequantize(packed.view(), {0, kRows, 0, kCols}, quantal::DType::kF32, back.data(),
+                        kCols, quantal::serial_executor());
 
     double error = 0, norm = 0;
     for (std::size_t i = 0; i < back.size(); ++i) {

@@ -63,8 +63,8 @@ void check_config(const QuantizationConfig& config);
 /// "bits": null means unset, and an extra member "bits_set" may say so beside a number;
 /// "group_size": null means 0. Dtypes are names such as "float32". Values of backend_options may be
 /// of any type and are kept as text. Members of a layer_configs entry are those of LayerOverride,
-/// or null for "skip". Throws Error{kConfig} for text that is not such an object, naming the member,
-/// for unknown members the nearest known one; and what check_config throws.
+/// or null for "skip". Throws Error{kConfig} for text that is not such an object, naming the
+/// member, for unknown members the nearest known one; and what check_config throws.
 QuantizationConfig config_from_json(const std::string& json);
 /// Inverse of config_from_json: all members, one line.
 std::string config_to_json(const QuantizationConfig& config);
@@ -86,7 +86,8 @@ bool method_built(QuantizationMethod method);
 /// The documented matrix as a Markdown table, generated from the registry.
 std::string compatibility_matrix_markdown();
 
-/// A change that policy made to what was asked, e.g. {"bits", "4", "8", "method bnb_int8 has 8 bits"}.
+/// A change that policy made to what was asked, e.g. {"bits", "4", "8", "method bnb_int8 has 8
+/// bits"}.
 struct Substitution {
   std::string what, asked, used, reason;
 };
@@ -104,30 +105,31 @@ struct Decision {
 /// Chooses the adapter for a pair.
 ///
 /// A pair that is not supported gives FallbackAdapter, the closest method or Error{kUnsupported},
-/// as `fallback` says. backend_options "support" and "fallback" are read where the arguments are not
-/// given. Settings that no layer could use (group size, quant_type, axis) throw Error{kConfig};
+/// as `fallback` says. backend_options "support" and "fallback" are read where the arguments are
+/// not given. Settings that no layer could use (group size, quant_type, axis) throw Error{kConfig};
 /// bits that contradict the method throw only with Fallback::kError.
 Decision decide_adapter(Backend backend, const QuantizationConfig& config,
                         std::optional<Support> support = {}, std::optional<Fallback> fallback = {});
 
 /// Why an adapter cannot be constructed directly for this backend (not documented for it, or none
-/// of its methods is built); empty if it can. Uses backend_options "support" of the config. Throws Error{kConfig} for an unknown adapter name.
+/// of its methods is built); empty if it can. Uses backend_options "support" of the config. Throws
+/// Error{kConfig} for an unknown adapter name.
 std::string adapter_refusal(std::string_view adapter, Backend backend,
                             const QuantizationConfig& config);
 
-/// Default compute dtype: CUDA bf16 if supported else fp16; MPS, MLX fp16; CPU bf16 where the ISA has
-/// bf16 instructions, else fp32.
+/// Default compute dtype: CUDA bf16 if supported else fp16; MPS, MLX fp16; CPU bf16 where the ISA
+/// has bf16 instructions, else fp32.
 DType default_compute_dtype(Backend backend, bool cuda_has_bf16 = true);
 
-/// The documented rule of thumb, from weights alone (B = model size in 10^9 parameters, A = memory in
-/// GB). CUDA: NONE if A >= 2.4 B, BNB_NF4 if A < 1.5 B, else BNB_INT8. MPS, MLX, with 0.65 A usable:
-/// NONE if 2 B fits, MLX_INT8 if 1.5 B fits, else MLX_INT4. CPU: HQQ 8-bit if A < 2 B, else NONE.
-/// Throws Error{kConfig} for sizes that are negative or not finite.
+/// The documented rule of thumb, from weights alone (B = model size in 10^9 parameters, A = memory
+/// in GB). CUDA: NONE if A >= 2.4 B, BNB_NF4 if A < 1.5 B, else BNB_INT8. MPS, MLX, with 0.65 A
+/// usable: NONE if 2 B fits, MLX_INT8 if 1.5 B fits, else MLX_INT4. CPU: HQQ 8-bit if A < 2 B, else
+/// NONE. Throws Error{kConfig} for sizes that are negative or not finite.
 QuantizationConfig get_recommended_config(Backend backend, double model_size_b = 7.0,
                                           double available_memory_gb = 16.0,
                                           bool cuda_has_bf16 = true);
-/// Empty if the weights of such a model fit into the memory with this config, else one sentence with
-/// both figures (weights at bits / 8 bytes per parameter, 2 bytes where nothing is quantized).
+/// Empty if the weights of such a model fit into the memory with this config, else one sentence
+/// with both figures (weights at bits / 8 bytes per parameter, 2 bytes where nothing is quantized).
 std::string memory_note(const QuantizationConfig& config, double model_size_b,
                         double available_memory_gb);
 
@@ -151,9 +153,9 @@ class NamePattern {
   std::function<bool(const std::string&)> match_;
 };
 
-/// Decides layer by layer. skip_modules win over layer_configs (plain patterns of skip_modules match
-/// anywhere, those of layer_configs from the start); of several matching layer_configs the most
-/// specific one alone applies, of equally specific ones the later. Not thread-safe.
+/// Decides layer by layer. skip_modules win over layer_configs (plain patterns of skip_modules
+/// match anywhere, those of layer_configs from the start); of several matching layer_configs the
+/// most specific one alone applies, of equally specific ones the later. Not thread-safe.
 class LayerRules {
  public:
   /// `resolved` is Decision::config. Throws Error{kConfig} as NamePattern.
@@ -201,8 +203,8 @@ struct CoverageReport {
   std::vector<CoverageEntry> entries;
   std::vector<Substitution> substitutions;
   std::vector<std::string> unmatched_patterns;
-  /// Table for a terminal, at most 100 columns wide: layers that differ only in their numbers share a
-  /// row; then totals, largest left-overs, substitutions and unmatched patterns.
+  /// Table for a terminal, at most 100 columns wide: layers that differ only in their numbers share
+  /// a row; then totals, largest left-overs, substitutions and unmatched patterns.
   std::string to_text() const;
   /// Object with every entry, totals, totals by method, substitutions and unmatched_patterns.
   std::string to_json() const;

@@ -12,12 +12,12 @@ namespace {
 using Json = nlohmann::ordered_json;  // layer_configs keep the order in which they were given
 
 constexpr std::array<std::string_view, 14> kMembers = {
-    "method",       "bits",           "bits_set",        "group_size", "compute_dtype",
-    "storage_dtype", "double_quant",  "quant_type",      "skip_modules", "layer_configs",
-    "backend_options", "block_size",  "quant_zero",      "quant_scale"};
+    "method",          "bits",         "bits_set",   "group_size",   "compute_dtype",
+    "storage_dtype",   "double_quant", "quant_type", "skip_modules", "layer_configs",
+    "backend_options", "block_size",   "quant_zero", "quant_scale"};
 constexpr std::array<std::string_view, 8> kLayerMembers = {
-    "method", "bits", "group_size", "compute_dtype", "double_quant", "quant_type", "skip",
-    "skip_reason"};
+    "method",       "bits",       "group_size", "compute_dtype",
+    "double_quant", "quant_type", "skip",       "skip_reason"};
 
 std::string dump(const Json& value) {
   return value.dump(-1, ' ', false, Json::error_handler_t::replace);
@@ -33,8 +33,8 @@ void check_members(const std::string& where, const Json& object,
   for (const auto& [key, value] : object.items()) {
     if (std::find(known.begin(), known.end(), key) != known.end()) continue;
     fail(Errc::kConfig, where + ": '" + key + "' is not known, did you mean '" +
-                            std::string(policy::nearest_name(key, known)) + "'? Known: " +
-                            policy::join(known));
+                            std::string(policy::nearest_name(key, known)) +
+                            "'? Known: " + policy::join(known));
   }
 }
 
@@ -48,7 +48,8 @@ std::int64_t read_int(const std::string& where, const Json& value) {
 
 int read_bits(const std::string& where, const Json& value) {
   const std::int64_t bits = read_int(where, value);
-  // Any width beyond a machine word is equally unsupported; clamping keeps the message's number short.
+  // Any width beyond a machine word is equally unsupported; clamping keeps the message's number
+  // short.
   return static_cast<int>(std::clamp<std::int64_t>(bits, -1'000'000, 1'000'000));
 }
 

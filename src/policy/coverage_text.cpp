@@ -130,8 +130,8 @@ std::string left_overs(std::vector<CoverageGroup> groups, std::int64_t total_byt
                                          : 0.0;
     char head[64];
     std::snprintf(head, sizeof(head), " (%.1f %% of all bytes)", share);
-    out += folded("  " + shorten(group.name, 60) + "  " + bytes_text(group.totals.bytes_after) + head +
-                  (group.reason.empty() ? "" : ": " + group.reason));
+    out += folded("  " + shorten(group.name, 60) + "  " + bytes_text(group.totals.bytes_after) +
+                  head + (group.reason.empty() ? "" : ": " + group.reason));
   }
   if (groups.size() > kLeftOvers) {
     out += "  and " + std::to_string(groups.size() - kLeftOvers) + " more\n";
@@ -160,7 +160,8 @@ std::string CoverageReport::to_text() const {
   out += left_overs(groups, summary.all.bytes_after);
   if (!substitutions.empty()) out += "\nSubstitutions\n";
   for (const Substitution& s : substitutions) {
-    out += folded("  " + s.what + ": asked " + s.asked + ", used " + s.used + " (" + s.reason + ")");
+    out +=
+        folded("  " + s.what + ": asked " + s.asked + ", used " + s.used + " (" + s.reason + ")");
   }
   if (!unmatched_patterns.empty()) out += "\nPatterns that matched no layer\n";
   for (const std::string& pattern : unmatched_patterns) out += folded("  " + pattern);

@@ -69,8 +69,8 @@ class Factory {
     return text + build;
   }
 
-  /// The allowed pair closest in bits, then of the same dialect, then first of the registry; NONE if
-  /// no pair is allowed.
+  /// The allowed pair closest in bits, then of the same dialect, then first of the registry; NONE
+  /// if no pair is allowed.
   std::pair<M, int> nearest(M method, int bits) const {
     std::pair<M, int> best = {M::NONE, bits};
     std::tuple<int, int> best_cost = {1 << 30, 0};
@@ -79,8 +79,8 @@ class Factory {
       for (const int width : policy::built_bits(candidate.method)) {
         if (method_bits(candidate.method).value_or(width) != width) continue;
         if (!refusal(candidate.method, width).empty()) continue;
-        const std::tuple<int, int> cost = {
-            std::abs(width - bits), candidate.dialect == dialect_of_method(method) ? 0 : 1};
+        const std::tuple<int, int> cost = {std::abs(width - bits),
+                                           candidate.dialect == dialect_of_method(method) ? 0 : 1};
         if (cost < best_cost) {
           best = {candidate.method, width};
           best_cost = cost;
@@ -108,8 +108,8 @@ class Factory {
     const std::string reason = refusal(asked, config().bits);
     if (reason.empty()) return;
     if (fallback_ == Fallback::kError) {
-      fail(Errc::kUnsupported, "create_quantization_adapter: " + reason + "; " +
-                                   remedies(asked, config().bits));
+      fail(Errc::kUnsupported,
+           "create_quantization_adapter: " + reason + "; " + remedies(asked, config().bits));
     }
     const auto [method, bits] = fallback_ == Fallback::kNearest
                                     ? nearest(asked, config().bits)
@@ -127,10 +127,9 @@ class Factory {
     if (method == M::NONE) {
       refused_ = true;
       decision_.substitutions.back().used = "none";
-      decision_.warnings.push_back("No quantization support for " +
-                                   std::string(backend_name(backend_)) +
-                                   ", using fallback (no quantization): " + reason + "; " +
-                                   remedies(asked, asked_bits));
+      decision_.warnings.push_back(
+          "No quantization support for " + std::string(backend_name(backend_)) +
+          ", using fallback (no quantization): " + reason + "; " + remedies(asked, asked_bits));
       return;
     }
     decision_.warnings.push_back("using " + pair_name(method, bits) + " instead of " +
@@ -211,8 +210,8 @@ class Factory {
   void substitute_layer(const std::string& pattern, LayerOverride& layer,
                         const std::string& reason) {
     const std::string where = "layer_configs['" + pattern + "']";
-    const std::string asked = std::string(method_name(*layer.method)) + " " +
-                              std::to_string(*layer.bits) + "-bit";
+    const std::string asked =
+        std::string(method_name(*layer.method)) + " " + std::to_string(*layer.bits) + "-bit";
     if (fallback_ == Fallback::kError) fail(Errc::kUnsupported, where + ": " + reason);
     std::string used = "dense";
     std::pair<M, int> choice = {M::NONE, 0};

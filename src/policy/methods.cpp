@@ -162,8 +162,7 @@ std::span<const std::string_view> known_options() { return kOptions; }
 std::string setting_refusal(const QuantizeOptions& options) {
   const Dialect* dialect = find_dialect(options.method);
   if (dialect == nullptr) return {};
-  if (is_bnb(options.method) && options.quant_type != "nf4" &&
-      options.quant_type != "fp4") {
+  if (is_bnb(options.method) && options.quant_type != "nf4" && options.quant_type != "fp4") {
     return "quant_type is '" + options.quant_type + "', expected nf4 or fp4";
   }
   const std::span<const std::int64_t> sizes = dialect->group_sizes;

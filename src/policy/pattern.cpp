@@ -22,7 +22,8 @@ bool component_at(const std::string& name, std::size_t at, std::size_t length) {
 }
 
 bool match_plain(const std::string& name, const std::string& pattern, NamePattern::Plain plain) {
-  for (std::size_t at = name.find(pattern); at != std::string::npos; at = name.find(pattern, at + 1)) {
+  for (std::size_t at = name.find(pattern); at != std::string::npos;
+       at = name.find(pattern, at + 1)) {
     if (plain == NamePattern::Plain::kPrefix && at != 0) return false;
     if (component_at(name, at, pattern.size())) return true;
   }
@@ -89,21 +90,22 @@ std::function<bool(const std::string&)> regex_matcher(const std::string& text) {
   try {
     regex = std::make_shared<const std::regex>(text.substr(3), std::regex::ECMAScript);
   } catch (const std::regex_error& error) {
-    fail(Errc::kConfig, "pattern: '" + text + "' is not a regular expression (" + error.what() + ")");
+    fail(Errc::kConfig,
+         "pattern: '" + text + "' is not a regular expression (" + error.what() + ")");
   }
   return [regex, text](const std::string& name) {
     if (name.size() > kMaxRegexName) return false;
     try {
       return std::regex_match(name, *regex);
     } catch (const std::regex_error& error) {
-      fail(Errc::kConfig, "pattern: '" + text + "' is too complex for '" + name + "' (" +
-                              error.what() + ")");
+      fail(Errc::kConfig,
+           "pattern: '" + text + "' is too complex for '" + name + "' (" + error.what() + ")");
     }
   };
 }
 
-/// Characters that stand for themselves: of a glob those outside wildcards and classes, of a regular
-/// expression letters, digits and underscores.
+/// Characters that stand for themselves: of a glob those outside wildcards and classes, of a
+/// regular expression letters, digits and underscores.
 std::size_t count_literals(const std::string& text, bool regex) {
   std::size_t count = 0;
   for (std::size_t i = regex ? 3 : 0; i < text.size(); ++i) {

@@ -107,10 +107,10 @@ std::string memory_note(const QuantizationConfig& config, double model_size_b,
   const double needed = model_size_b * bytes_per_parameter;
   if (needed <= available_memory_gb) return {};
   char text[160];
-  std::snprintf(text, sizeof(text),
-                "weights of %.4g billion parameters need about %.1f GB with %s, %.1f GB are available",
-                model_size_b, needed, std::string(method_name(config.method)).c_str(),
-                available_memory_gb);
+  std::snprintf(
+      text, sizeof(text),
+      "weights of %.4g billion parameters need about %.1f GB with %s, %.1f GB are available",
+      model_size_b, needed, std::string(method_name(config.method)).c_str(), available_memory_gb);
   return text;
 }
 

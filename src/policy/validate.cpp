@@ -39,8 +39,8 @@ class Validation {
 
   void read_options() {
     try {
-      extended_ = policy::support_option(config_).value_or(Support::kDocumented) ==
-                  Support::kExtended;
+      extended_ =
+          policy::support_option(config_).value_or(Support::kDocumented) == Support::kExtended;
       policy::fallback_option(config_);
       policy::base_options(config_);
     } catch (const Error& failure) {

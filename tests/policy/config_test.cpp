@@ -81,7 +81,8 @@ TEST(ConfigJson, WrongTypesNameMemberActualAndExpected) {
   EXPECT_NE(error_of(R"({"compute_dtype": "float17"})").find("config.compute_dtype"),
             std::string::npos);
   EXPECT_NE(error_of(R"({"skip_modules": "lm_head"})").find("list of strings"), std::string::npos);
-  EXPECT_NE(error_of(R"({"layer_configs": {"a": 3}})").find("layer_configs['a']"), std::string::npos);
+  EXPECT_NE(error_of(R"({"layer_configs": {"a": 3}})").find("layer_configs['a']"),
+            std::string::npos);
   EXPECT_NE(error_of(R"({"double_quant": 1})").find("true or false"), std::string::npos);
   error_of("[]");
   error_of("{");

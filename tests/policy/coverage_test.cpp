@@ -35,7 +35,8 @@ std::size_t widest_line(const std::string& text) {
 
 TEST(CoverageText, CollapsesLayersAndStaysNarrow) {
   const std::string text = sample_report().to_text();
-  EXPECT_NE(text.find("model.layers.{0..29}.self_attn.q_proj    30 hqq"), std::string::npos) << text;
+  EXPECT_NE(text.find("model.layers.{0..29}.self_attn.q_proj    30 hqq"), std::string::npos)
+      << text;
   EXPECT_EQ(text.find("model.layers.0.self_attn"), std::string::npos) << text;
   EXPECT_LE(widest_line(text), 100u) << text;
 }
@@ -66,7 +67,8 @@ TEST(CoverageText, LongNamesAndReasonsAreFolded) {
   CoverageReport report = sample_report();
   report.entries.push_back({std::string(300, 'x') + ".proj", "bnb_nf4 4-bit g4096 fp4 double", "",
                             100, 200, 56, std::nan("")});
-  report.entries.push_back({"experts", "dense", std::string(400, 'r'), 1 << 30, 1 << 30, 1 << 30, 0});
+  report.entries.push_back(
+      {"experts", "dense", std::string(400, 'r'), 1 << 30, 1 << 30, 1 << 30, 0});
   report.substitutions.push_back(
       {"layer_configs['" + std::string(200, 'p') + "']", "a", "b", "some words in a row"});
   const std::string text = report.to_text();
@@ -78,8 +80,9 @@ TEST(CoverageText, NumbersOfSeveralComponentsAndGaps) {
   CoverageReport report;
   for (const int layer : {0, 2, 5}) {
     for (int expert = 0; expert < 4; ++expert) {
-      report.entries.push_back({"m." + std::to_string(layer) + ".e." + std::to_string(expert) + ".w",
-                                "hqq 4-bit g64", "", 64, 128, 40, 0.1});
+      report.entries.push_back(
+          {"m." + std::to_string(layer) + ".e." + std::to_string(expert) + ".w", "hqq 4-bit g64",
+           "", 64, 128, 40, 0.1});
     }
   }
   EXPECT_NE(report.to_text().find("m.{0,2,5}.e.{0..3}.w"), std::string::npos) << report.to_text();

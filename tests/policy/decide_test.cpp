@@ -30,8 +30,8 @@ TEST(Decide, UnsupportedPairFallsBackWithReasonAndBothRemedies) {
   EXPECT_EQ(decision.config.method, M::NONE);
   ASSERT_EQ(decision.warnings.size(), 1u);
   const std::string& warning = decision.warnings[0];
-  EXPECT_TRUE(warning.starts_with(
-      "No quantization support for cpu, using fallback (no quantization)"))
+  EXPECT_TRUE(
+      warning.starts_with("No quantization support for cpu, using fallback (no quantization)"))
       << warning;
   EXPECT_NE(warning.find("only supported on CUDA"), std::string::npos);
   EXPECT_NE(warning.find("'support': 'extended'"), std::string::npos);

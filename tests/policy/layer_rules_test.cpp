@@ -81,7 +81,8 @@ TEST(LayerRules, MostSpecificWinsAndTiesGoToTheLater) {
   config.layer_configs = {{"layers.0.mlp", with_bits(8)}, {"layers.0", group128}, {"*", group32}};
   LayerRules rules(config);
   EXPECT_EQ(rules.choose("layers.0.mlp.up", 64, 64).options.bits, 8);
-  EXPECT_EQ(rules.choose("layers.0.mlp.up", 64, 64).options.group_size, 64) << "one pattern applies";
+  EXPECT_EQ(rules.choose("layers.0.mlp.up", 64, 64).options.group_size, 64)
+      << "one pattern applies";
   EXPECT_EQ(rules.choose("layers.0.attn", 64, 64).options.group_size, 128);
   EXPECT_EQ(rules.choose("other", 64, 64).options.group_size, 32);
 

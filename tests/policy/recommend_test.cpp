@@ -18,12 +18,12 @@ struct Case {
 
 TEST(Recommend, Table) {
   const Case cases[] = {
-      {Backend::CUDA, 7, 10.4, M::BNB_NF4, 4},   {Backend::CUDA, 7, 10.5, M::BNB_INT8, 8},
-      {Backend::CUDA, 7, 16.7, M::BNB_INT8, 8},  {Backend::CUDA, 7, 16.8, M::NONE, 4},
-      {Backend::MPS, 7, 16, M::MLX_INT4, 4},     {Backend::MLX, 7, 16, M::MLX_INT4, 4},
-      {Backend::MPS, 7, 17, M::MLX_INT8, 8},     {Backend::MPS, 7, 22, M::NONE, 4},
-      {Backend::MPS, 7, 21, M::MLX_INT8, 8},     {Backend::CPU, 7, 13.9, M::HQQ, 8},
-      {Backend::CPU, 7, 14, M::NONE, 4},         {Backend::CUDA, 70, 8, M::BNB_NF4, 4},
+      {Backend::CUDA, 7, 10.4, M::BNB_NF4, 4},  {Backend::CUDA, 7, 10.5, M::BNB_INT8, 8},
+      {Backend::CUDA, 7, 16.7, M::BNB_INT8, 8}, {Backend::CUDA, 7, 16.8, M::NONE, 4},
+      {Backend::MPS, 7, 16, M::MLX_INT4, 4},    {Backend::MLX, 7, 16, M::MLX_INT4, 4},
+      {Backend::MPS, 7, 17, M::MLX_INT8, 8},    {Backend::MPS, 7, 22, M::NONE, 4},
+      {Backend::MPS, 7, 21, M::MLX_INT8, 8},    {Backend::CPU, 7, 13.9, M::HQQ, 8},
+      {Backend::CPU, 7, 14, M::NONE, 4},        {Backend::CUDA, 70, 8, M::BNB_NF4, 4},
   };
   for (const Case& c : cases) {
     const QuantizationConfig config = get_recommended_config(c.backend, c.billions, c.gigabytes);
@@ -48,8 +48,9 @@ TEST(Recommend, BadSizes) {
 
 TEST(Recommend, SaysWhenEvenFourBitsDoNotFit) {
   const QuantizationConfig config = get_recommended_config(Backend::CUDA, 70, 8);
-  EXPECT_EQ(memory_note(config, 70, 8),
-            "weights of 70 billion parameters need about 35.0 GB with bnb_nf4, 8.0 GB are available");
+  EXPECT_EQ(
+      memory_note(config, 70, 8),
+      "weights of 70 billion parameters need about 35.0 GB with bnb_nf4, 8.0 GB are available");
   EXPECT_EQ(memory_note(config, 7, 8), "");
 }
 

@@ -99,8 +99,9 @@ TEST(Validate, WidthsThatAreNotBuilt) {
             std::string::npos);
   for (const MethodInfo& method : methods()) {
     if (method_built(method.method)) continue;
-    EXPECT_EQ(expect_issue(make(method.method, method.bits), Backend::CUDA, "method.not_built").message,
-              std::string(method.name) + " is not built in this version of quantal");
+    EXPECT_EQ(
+        expect_issue(make(method.method, method.bits), Backend::CUDA, "method.not_built").message,
+        std::string(method.name) + " is not built in this version of quantal");
   }
 }
 
@@ -149,8 +150,9 @@ TEST(Validate, Layers) {
 }
 
 TEST(Matrix, MarkdownIsThatOfTheDocumentation) {
-  EXPECT_EQ(compatibility_matrix_markdown(),
-            R"(| Backend | BNB_NF4 | BNB_INT8 | HQQ | MLX_INT4 | MLX_INT8 | QUANTO_INT2 | QUANTO_INT4 | QUANTO_INT8 |
+  EXPECT_EQ(
+      compatibility_matrix_markdown(),
+      R"(| Backend | BNB_NF4 | BNB_INT8 | HQQ | MLX_INT4 | MLX_INT8 | QUANTO_INT2 | QUANTO_INT4 | QUANTO_INT8 |
 |---------|---------|----------|-----|----------|----------|-------------|-------------|-------------|
 | CUDA    | ✓       | ✓        | ✓   | ✗        | ✗        | ✓           | ✓           | ✓           |
 | MPS     | ✗       | ✗        | ✓   | ✓        | ✓        | ✓           | ✓           | ✓           |
