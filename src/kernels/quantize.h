@@ -26,8 +26,8 @@ struct WeightRun {
   }
 };
 
-/// Smallest and largest of a group; `finite` is false if a weight was NaN or infinite (then the
-/// other members mean nothing).
+/// Smallest and largest of a group (the first of equal ones, so -0 and +0 are told apart); `finite`
+/// is false if a weight was NaN or infinite (then the other members mean nothing).
 struct Range {
   float low = 0;
   float high = 0;

@@ -156,6 +156,49 @@ TEST(DialectBehaviour, IllegalOptionsAreNamed) {
                [&] { quantize(odd.view(), hqq(4, 64, 1, true, DType::kF32)); });
 }
 
+TEST(DialectBehaviour, WorkedExamplesOfTheDocumentation) {
+  const std::vector<float> four = {0.5F, -1.0F, 0.25F, 0.0F};
+  Tensor w{DType::kF32, {1, 4}, std::vector<std::uint8_t>(16)};
+  std::memcpy(w.bytes.data(), four.data(), 16);
+  const auto nf4 =
+      dialect_of(M::BNB_NF4)
+          .export_layer(quantize(w.view(), bnb("nf4", 64, false, DType::kF32)).view(), "");
+  EXPECT_EQ(tensor_named(nf4, "weight").bytes, (std::vector<std::uint8_t>{0xC0, 0xA7}));
+
+  const std::vector<float> two_rows = {-0.2F, 0.0F, 0.11F, 0.4F, -0.2F, 0.0F, 0.11F, 0.4F};
+  w = {DType::kF32, {2, 4}, std::vector<std::uint8_t>(32)};
+  std::memcpy(w.bytes.data(), two_rows.data(), 32);
+  const auto tensors = dialect_of(M::HQQ).export_layer(
+      quantize(w.view(), hqq(4, 0, 1, false, DType::kF32)).view(), "");
+  EXPECT_EQ(tensor_named(tensors, "W_q").bytes,
+            (std::vector<std::uint8_t>{0x00, 0x55, 0x88, 0xFF}));
+  const float* zero = tensor_named(tensors, "zero").view().data<float>();
+  EXPECT_EQ(zero[0], 5.0F);
+  EXPECT_NEAR(tensor_named(tensors, "scale").view().data<float>()[0], 0.04F, 1e-8F);
+}
+
+TEST(DialectBehaviour, OfTwoZerosTheFirstIsTheExtreme) {
+  // -min * scale keeps the sign of the first zero of a group, as upstream's minimum does.
+  for (const std::string_view set : available_cpu_kernels()) {
+    select_cpu_kernels(set);
+    for (const auto& [first, second] : {std::pair{0.0F, -0.0F}, std::pair{-0.0F, 0.0F}}) {
+      std::vector<float> values(64, 0.5F);
+      values[21] = first;
+      values[32] = second;
+      const TensorView w{
+          DType::kF32,
+          {1, 64},
+          {reinterpret_cast<const std::uint8_t*>(values.data()), 64 * sizeof(float)}};
+      const auto tensors = dialect_of(M::HQQ).export_layer(
+          quantize(w, hqq(8, 64, 1, false, DType::kF32)).view(), "");
+      EXPECT_EQ(std::signbit(tensor_named(tensors, "zero").view().data<float>()[0]),
+                !std::signbit(first))
+          << set;
+    }
+  }
+  select_cpu_kernels(available_cpu_kernels().front());
+}
+
 // ------------------------------------------------------------------ hostile layers
 
 /// A layer of each dialect as tensors, to be damaged.

@@ -131,48 +131,40 @@ inline bool any_not_finite(const I* most) {
   return false;
 }
 
+/// The first weight that is a zero: of -0 and +0 the earlier one is the extreme of a group.
+template <class In>
+inline float first_zero(const In& in, std::int64_t n) {
+  for (std::int64_t i = 0; i < n; ++i) {
+    if (in.one(i) == 0.0F) return in.one(i);
+  }
+  return 0.0F;
+}
+
 Range range(WeightRun w, std::int64_t n) {
   return with_reader(w, [n](const auto& in) {
+    const float first = in.one(0);  // fills the lanes beyond the end: it changes no extreme
     F low[kParts], high[kParts];
     I most[kParts] = {};
-    for (int p = 0; p < kParts; ++p) {
-      low[p] = all(kInfinity);
-      high[p] = all(-kInfinity);
-    }
-    const auto body = [&](std::int64_t, const F* x, std::int64_t valid) {
+    for (int p = 0; p < kParts; ++p) low[p] = high[p] = all(first);
+    for_each_16(in, n, first, [&](std::int64_t, const F* x, std::int64_t) {
       for (int p = 0; p < kParts; ++p) {
-        // A padded lane holds +infinity: neutral for the minimum, masked for the rest.
-        const I used = valid == kVirtual ? all(-1) : x[p] < kInfinity;
-        const I m = magnitude(x[p]) & used;
+        const I m = magnitude(x[p]);
         low[p] = x[p] < low[p] ? x[p] : low[p];
-        high[p] = (x[p] > high[p]) & used ? x[p] : high[p];
+        high[p] = x[p] > high[p] ? x[p] : high[p];
         most[p] = m > most[p] ? m : most[p];
       }
-    };
-    for_each_16(in, n / kVirtual * kVirtual, 0.0F, body);
-    bool finite = true;
-    const std::int64_t done = n / kVirtual * kVirtual;
-    if (done < n) {
-      alignas(64) float tail[kVirtual];
-      read_tail(in, done, n - done, kInfinity, tail);
-      for (std::int64_t l = 0; l < n - done; ++l) {
-        const std::uint32_t bits = std::bit_cast<std::uint32_t>(tail[l]) & 0x7FFFFFFFu;
-        finite = finite && bits < static_cast<std::uint32_t>(kInfinityBits);
-      }
-      F parts[kParts];
-      std::memcpy(parts, tail, sizeof(parts));
-      body(done, parts, n - done);
+    });
+    float lows[kVirtual], highs[kVirtual];
+    std::memcpy(lows, low, sizeof(lows));
+    std::memcpy(highs, high, sizeof(highs));
+    float lowest = lows[0], highest = highs[0];
+    for (int l = 1; l < kVirtual; ++l) {
+      lowest = lows[l] < lowest ? lows[l] : lowest;
+      highest = highs[l] > highest ? highs[l] : highest;
     }
-    alignas(64) float lo[kVirtual], hi[kVirtual];
-    std::memcpy(lo, low, sizeof(lo));
-    std::memcpy(hi, high, sizeof(hi));
-    for (int half = kVirtual / 2; half > 0; half /= 2) {
-      for (int l = 0; l < half; ++l) {
-        lo[l] = lo[l + half] < lo[l] ? lo[l + half] : lo[l];
-        hi[l] = hi[l + half] > hi[l] ? hi[l + half] : hi[l];
-      }
-    }
-    return Range{lo[0], hi[0], finite && !any_not_finite(most)};
+    if (lowest == 0.0F) lowest = first_zero(in, n);
+    if (highest == 0.0F) highest = first_zero(in, n);
+    return Range{lowest, highest, !any_not_finite(most)};
   });
 }
 

@@ -41,32 +41,26 @@ void encode_table(const TableQuantizer& table, WeightRun w, std::int64_t n, floa
   }
 }
 
-/// Folds `lanes` as lane l op= lane l + 8, 4, 2, 1.
-template <class T, class Op>
-T fold(std::array<T, kLanes> lanes, Op op) {
+/// Adds up `lanes` as lane l += lane l + 8, 4, 2, 1.
+double fold(std::array<double, kLanes> lanes) {
   for (std::size_t half = kLanes / 2; half > 0; half /= 2) {
-    for (std::size_t l = 0; l < half; ++l) lanes[l] = op(lanes[l], lanes[l + half]);
+    for (std::size_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
   }
   return lanes[0];
 }
 
 float lower(float a, float b) { return b < a ? b : a; }
 float higher(float a, float b) { return b > a ? b : a; }
-double sum(double a, double b) { return a + b; }
 
 Range range(WeightRun w, std::int64_t n) {
-  std::array<float, kLanes> low, high;
-  low.fill(std::numeric_limits<float>::infinity());
-  high.fill(-std::numeric_limits<float>::infinity());
-  std::uint32_t most = 0;
+  Range r{std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity(), true};
   for (std::int64_t i = 0; i < n; ++i) {
     const float x = weight(w, i);
-    const auto l = static_cast<std::size_t>(i % kLanes);
-    low[l] = lower(low[l], x);
-    high[l] = higher(high[l], x);
-    most = std::max(most, magnitude_bits(x));
+    r.low = lower(r.low, x);
+    r.high = higher(r.high, x);
+    r.finite = r.finite && magnitude_bits(x) < kInfinityBits;
   }
-  return {fold(low, lower), fold(high, higher), most < kInfinityBits};
+  return r;
 }
 
 bool range_columns(WeightRun w, std::int64_t n, std::int64_t stride, std::int64_t count, float* low,
@@ -128,7 +122,7 @@ SolverSums solver_step(WeightRun w, std::int64_t n, AffineCode code) {
     zero[static_cast<std::size_t>(i % kLanes)] += static_cast<double>(term.zero);
     error[static_cast<std::size_t>(i % kLanes)] += static_cast<double>(term.residual);
   }
-  return {fold(zero, sum), fold(error, sum)};
+  return {fold(zero), fold(error)};
 }
 
 void solver_step_columns(WeightRun w, std::int64_t n, std::int64_t stride, std::int64_t count,
