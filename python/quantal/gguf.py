@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -24,12 +25,18 @@ def load_gguf(
     """``(LlamaForCausalLM, tokenizer)`` from a GGUF file of the llama architecture.
 
     Quantized tensors are decoded to `dtype` one at a time, straight into the model, so memory holds
-    one copy. Raises IoError, CorruptError or UnsupportedError with the path.
+    one copy. The tokenizer is None, with a warning, where its kind is not byte-level BPE. Raises
+    IoError, CorruptError or UnsupportedError with the path.
     """
     dtype = parse_dtype(dtype)
     source = _core.ModelSource.open(os.fspath(path))
     model = _load_model(source, dtype, os.fspath(path))
-    return model, make_tokenizer(json.loads(source.tokenizer_json))
+    try:
+        tokenizer = make_tokenizer(json.loads(source.tokenizer_json))
+    except UnsupportedError as error:
+        warnings.warn(f"{error}; the model is loaded without a tokenizer", stacklevel=2)
+        tokenizer = None
+    return model, tokenizer
 
 
 def _load_model(source: _core.ModelSource, dtype: torch.dtype, path: str) -> nn.Module:

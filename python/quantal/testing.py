@@ -14,26 +14,47 @@ from .linear import QuantizedLinear, follow_weight_dtype
 _ALIASES = {"blocksize": "group_size", "compute_dtype": "value_dtype"}
 
 
+Packed = tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def options(method: str, **settings: Any) -> _core.QuantizeOptions:
+    """Options of a quantizer.
+
+    method    "bnb_nf4" or "hqq"
+    settings  members of QuantizeOptions: bits, group_size, double_quant, quant_type, axis, optimize,
+              round_zero, value_dtype (a torch dtype; bitsandbytes takes the weight's own)
+    """
+    out = _core.QuantizeOptions()
+    out.method = method
+    for name, value in settings.items():
+        name = _ALIASES.get(name, name)
+        if not hasattr(out, name):
+            raise ConfigError(f"testing.options: {name!r} is not known to QuantizeOptions")
+        setattr(out, name, dtype_name(value) if isinstance(value, torch.dtype) else value)
+    return out
+
+
+def quantize_packed(weight: torch.Tensor, settings: _core.QuantizeOptions) -> Packed:
+    """(spec, codes, stats, shared) of a matrix."""
+    settings = follow_weight_dtype(settings, weight.dtype)
+    spec = _core.make_spec(weight.shape[0], weight.shape[1], settings)
+    return (spec, *_ops.quantize(weight, spec))
+
+
+def dequantize_packed(packed: Packed, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The exact values of `quantize_packed`'s result, as `dtype`."""
+    spec, *buffers = packed
+    return _ops.dequantize(*buffers, spec, dtype)
+
+
 def quantize_tensors(
-    weight: torch.Tensor, method: str, *, prefix: str = "", **options: Any
+    weight: torch.Tensor, method: str, *, prefix: str = "", **settings: Any
 ) -> dict[str, torch.Tensor]:
     """Quantizes a matrix and returns the tensors that the upstream package would store.
 
-    method   "bnb_nf4" or "hqq"
-    options  members of QuantizeOptions: bits, group_size, double_quant, quant_type, axis, optimize,
-             round_zero, value_dtype (a torch dtype; bitsandbytes takes the weight's own)
-    """
-    settings = _core.QuantizeOptions()
-    settings.method = method
-    for name, value in options.items():
-        name = _ALIASES.get(name, name)
-        if not hasattr(settings, name):
-            raise ConfigError(f"quantize_tensors: option is {name!r}, which QuantizeOptions lacks")
-        setattr(settings, name, dtype_name(value) if isinstance(value, torch.dtype) else value)
-    settings = follow_weight_dtype(settings, weight.dtype)
-    spec = _core.make_spec(weight.shape[0], weight.shape[1], settings)
-    layer = QuantizedLinear.from_packed(spec, *_ops.quantize(weight, spec))
-    return layer.to_upstream(prefix)
+    The arguments are those of `options`."""
+    packed = quantize_packed(weight, options(method, **settings))
+    return QuantizedLinear.from_packed(*packed).to_upstream(prefix)
 
 
 def dequantize_tensors(
