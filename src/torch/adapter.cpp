@@ -36,6 +36,14 @@ CoverageEntry entry_of(const std::string& name, const LinearImpl& layer) {
   return entry;
 }
 
+/// "torch::nn::EmbeddingImpl" -> "Embedding".
+std::string class_name(const torch::nn::Module& module) {
+  std::string name = module.name();
+  name.erase(0, name.rfind(':') + 1);
+  if (name.ends_with("Impl")) name.resize(name.size() - 4);
+  return name;
+}
+
 /// Rows for everything that is not a quantal::Linear, tied parameters once.
 void report_others(torch::nn::Module& model, CoverageReport& report) {
   std::set<const void*> seen;
@@ -56,7 +64,7 @@ void report_others(torch::nn::Module& model, CoverageReport& report) {
     entry.name = item.key();
     entry.method = "dense";
     entry.reason = plain ? "torch::nn::Linear cannot be exchanged from outside; use quantal::Linear"
-                         : module->name() + ", not a linear layer";
+                         : class_name(*module) + ", not a linear layer";
     entry.bytes_after = entry.bytes_before;
     report.entries.push_back(std::move(entry));
   }

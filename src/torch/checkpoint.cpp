@@ -66,6 +66,42 @@ class Complaints {
   std::map<std::string, std::set<std::string>> lines_;
 };
 
+/// Compares names and shapes of a file and a model before anything changes.
+void check_fit(const Checkpoint& file, torch::nn::Module& model, const std::string& path) {
+  Complaints complaints;
+  std::map<std::string, std::vector<std::int64_t>> expected;  // dense tensors, as they will be
+  for (const auto& [name, tensor] : base_tensors(model)) expected[name] = tensor.sizes().vec();
+  std::set<std::string> packed;
+  for (const auto& [name, layer] : named_linears(model)) {
+    const auto found = file.layers.find(name);
+    if (found == file.layers.end()) {
+      expected[name + ".weight"] = {layer->out_features, layer->in_features};
+      continue;
+    }
+    packed.insert(name);
+    expected.erase(name + ".weight");
+    const PackedSpec& spec = found->second.spec;
+    if (spec.rows != layer->out_features || spec.cols != layer->in_features) {
+      complaints.add("misshapen", name);
+    }
+  }
+  for (const auto& [name, matrix] : file.layers) {
+    if (!packed.contains(name)) complaints.add("extra", name);
+  }
+  for (const auto& [name, shape] : expected) {
+    const auto found = file.tensors.find(name);
+    if (found == file.tensors.end()) {
+      complaints.add("missing", name);
+    } else if (found->second.shape != shape) {
+      complaints.add("misshapen", name);
+    }
+  }
+  for (const auto& [name, view] : file.tensors) {
+    if (!expected.contains(name)) complaints.add("extra", name);
+  }
+  complaints.raise(path);
+}
+
 }  // namespace
 
 void QuantizationAdapter::save_quantized_model(torch::nn::Module& model, const std::string& path,
@@ -92,40 +128,21 @@ void QuantizationAdapter::save_quantized_model(torch::nn::Module& model, const s
 
 void QuantizationAdapter::load_quantized_model(const std::string& path, torch::nn::Module& model) {
   const Checkpoint file = load_checkpoint(path);
-  Complaints complaints;
-  std::set<std::string> used;
+  check_fit(file, model, path);
   for (const auto& [name, layer] : named_linears(model)) {
     const auto found = file.layers.find(name);
-    if (found == file.layers.end()) continue;
-    used.insert(name);
-    const PackedMatrix& matrix = found->second;
-    if (matrix.spec.rows != layer->out_features || matrix.spec.cols != layer->in_features) {
-      complaints.add("misshapen", name);
-      continue;
-    }
-    const auto compute = config_.compute_dtype.value_or(matrix.spec.value_dtype);
-    layer->set_quantized(
-        QuantizedLinear(to_tensors(matrix.view()), layer->current_bias(), to_torch(compute)));
-  }
-  for (const auto& [name, matrix] : file.layers) {
-    if (!used.contains(name)) complaints.add("extra", name);
-  }
-  std::set<std::string> known;
-  for (auto& [name, tensor] : base_tensors(model)) {
-    known.insert(name);
-    const auto found = file.tensors.find(name);
-    if (found == file.tensors.end()) {
-      complaints.add("missing", name);
-    } else if (found->second.shape != tensor.sizes().vec()) {
-      complaints.add("misshapen", name);
-    } else {
-      copy_into(found->second, tensor);
+    if (found != file.layers.end()) {
+      const PackedMatrix& matrix = found->second;
+      const auto compute = config_.compute_dtype.value_or(matrix.spec.value_dtype);
+      layer->set_quantized(
+          QuantizedLinear(to_tensors(matrix.view()), layer->current_bias(), to_torch(compute)));
+    } else if (layer->is_quantized()) {
+      const TensorView& view = file.tensors.at(name + ".weight");
+      layer->set_dense(torch::empty(view.shape, torch::TensorOptions().dtype(to_torch(view.dtype))),
+                       layer->current_bias());
     }
   }
-  for (const auto& [name, view] : file.tensors) {
-    if (!known.contains(name)) complaints.add("extra", name);
-  }
-  complaints.raise(path);
+  for (auto& [name, tensor] : base_tensors(model)) copy_into(file.tensors.at(name), tensor);
 }
 
 }  // namespace quantal

@@ -64,14 +64,29 @@ Tensor call(const char* name, const char* overload, const Args&... args) {
 /// that require gradients.
 Tensor detached(const Tensor& t) { return call("aten::detach", "", t); }
 
+const char* type_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::BFloat16: return "bfloat16";
+    default: return "of another type";
+  }
+}
+
 DType weight_dtype(const char* what, ScalarType type) {
   switch (type) {
     case ScalarType::Float: return DType::kF32;
     case ScalarType::Half: return DType::kF16;
     case ScalarType::BFloat16: return DType::kBF16;
     default:
-      quantal::fail(Errc::kDtype, std::string(what) + " is torch scalar type " +
-                                      std::to_string(static_cast<int>(type)) +
+      quantal::fail(Errc::kDtype, std::string(what) + " is " + type_name(type) +
                                       ", expected float32, float16 or bfloat16");
   }
 }
@@ -100,9 +115,8 @@ struct Packed {
 std::span<const std::uint8_t> bytes_of(const char* what, Tensor& t) {
   check_cpu(what, t);
   if (t.scalar_type() != ScalarType::Byte) {
-    quantal::fail(Errc::kDtype, std::string(what) + " is torch scalar type " +
-                                    std::to_string(static_cast<int>(t.scalar_type())) +
-                                    ", expected uint8");
+    quantal::fail(Errc::kDtype,
+                  std::string(what) + " is " + type_name(t.scalar_type()) + ", expected uint8");
   }
   if (!t.is_contiguous()) t = stable::contiguous(t);
   return {static_cast<const std::uint8_t*>(t.const_data_ptr()),

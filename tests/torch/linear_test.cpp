@@ -167,6 +167,18 @@ TEST(Adapter, LoadingIntoAnotherModelListsWhatDoesNotFit) {
   auto other = tiny_llama(3, false);
   expect_error(Errc::kCorrupt, "missing 1: lm_head.weight",
                [&] { adapter->load_quantized_model(folder.file("base"), *other); });
+  EXPECT_FALSE(named_linears(*other)[0].second->is_quantized()) << "changed before the check";
+}
+
+TEST(Adapter, LoadingADenseFolderIntoAQuantizedModelMakesItDense) {
+  auto model = load_llama(golden_path("checkpoints/dense-bf16"));
+  const auto expected = model->forward(golden_ids());
+  auto adapter = create_quantization_adapter(Backend::CPU, hqq_config());
+  adapter->quantize_model(*model);
+  adapter->load_quantized_model(golden_path("checkpoints/dense-bf16"), *model);
+  EXPECT_FALSE(named_linears(*model)[0].second->is_quantized());
+  model->to(torch::kFloat);
+  EXPECT_TRUE(torch::equal(model->forward(golden_ids()), expected));
 }
 
 TEST(Lora, OnlyAdaptersTrainAndStartWithoutEffect) {
