@@ -77,6 +77,15 @@ void accumulate_tile(const float* decoded, const float* x, std::int64_t ldx, std
   }
 }
 
+/// Short rows defeat the hardware's prefetcher: asks for the codes of columns [col, col + count).
+inline void prefetch_row(const KernelMatrix& w, std::int64_t row, std::int64_t col,
+                         std::int64_t count) {
+  const std::uint8_t* codes = w.codes + row * w.code_bytes + col * w.bits / 8;
+  for (std::int64_t byte = 0; byte < count * w.bits / 8; byte += 64) {
+    __builtin_prefetch(codes + byte);
+  }
+}
+
 /// Any matrix, any number of inputs: decode some columns of kRows rows, use them for all inputs.
 template <class T, int kRows, class Decoder>
 void product_rows(const Decoder& decoder, const MatmulJob& job, std::int64_t row) {
@@ -94,6 +103,7 @@ void product_rows(const Decoder& decoder, const MatmulJob& job, std::int64_t row
       const std::int64_t n = min64(kDecodeColumns, block_end - c);
       const std::int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
       for (int r = 0; r < kRows; ++r) {
+        if (row + r + kRows < decoder.w.rows) prefetch_row(decoder.w, row + r + kRows, c, n);
         decode_row<T>(decoder, row + r, c, n, decoded + r * kDecodeColumns);
       }
       int m = 0;
