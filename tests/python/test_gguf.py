@@ -184,6 +184,17 @@ def test_missing_extra_and_misshapen_tensors_are_named(tmp_path):
         assert error.value.path == str(path)
 
 
+@pytest.mark.parametrize(
+    "key", ["block_count", "embedding_length", "attention.head_count", "attention.head_count_kv"]
+)
+def test_sizes_that_the_tensors_contradict_are_refused(key, tmp_path):
+    for value in (1, 2**31):
+        write_model(tmp_path / "m.gguf", tiny_llama(), **{f"llama.{key}": value})
+        with pytest.raises(quantal.QuantalError) as error:
+            quantal.load_gguf(tmp_path / "m.gguf")
+        assert error.value.path == str(tmp_path / "m.gguf")
+
+
 def test_inspect_describes_a_file():
     text = quantal.inspect(TINY / "tiny-q4_0.gguf")
     assert "llama" in text and "Q4_0" in text
