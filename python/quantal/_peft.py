@@ -28,7 +28,7 @@ def _make_layer_class() -> type:
         ``unmerge`` puts the saved bytes back, which is exact."""
 
         def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-            base = self.get_base_layer()
+            base: Any = self.get_base_layer()
             saved = _saved_state(base)
             merged = len(self.merged_adapters)
             base.__dict__["_dense"] = nn.Parameter(base.dequantize_weights(), requires_grad=False)
@@ -47,7 +47,7 @@ def _make_layer_class() -> type:
             if saved is None or not self.merged:
                 super().unmerge()
                 return
-            base = self.get_base_layer()
+            base: Any = self.get_base_layer()
             self.merged_adapters.clear()
             base._set_buffers(*saved[:3])
             if saved[3] is not None:

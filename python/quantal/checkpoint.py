@@ -129,7 +129,7 @@ def parameters_on_meta() -> Iterator[None]:
             value = nn.Parameter(value.to("meta"), requires_grad=value.requires_grad)
         register(module, name, value)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -165,11 +165,11 @@ def read_tensor(stored: _core.MappedTensor) -> torch.Tensor:
 
 
 def _put_layers(
-    model: nn.Module, layers: dict[str, Any], config: QuantizationConfig, path: str
+    model: nn.Module, layers: dict[str, Any], config: QuantizationConfig | None, path: str
 ) -> None:
     for name, (spec, *buffers) in layers.items():
         try:
-            old = model.get_submodule(name)
+            old: Any = model.get_submodule(name)
         except AttributeError:
             raise CorruptError(
                 f'load: file has a quantized layer "{name}", expected one of the model\'s '
@@ -215,9 +215,7 @@ def _expected_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {n: t for n, t in model.state_dict(keep_vars=True).items() if n not in packed}
 
 
-def _put_tensors(
-    model: nn.Module, tensors: dict[str, Any], tied: dict[str, str], path: str
-) -> None:
+def _put_tensors(model: Any, tensors: dict[str, Any], tied: dict[str, str], path: str) -> None:
     expected = _expected_tensors(model)
     extra = sorted(set(tensors) - set(expected))
     if extra:

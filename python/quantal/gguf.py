@@ -104,7 +104,7 @@ def _check_sizes(config: Any, shapes: dict[str, list[int]], path: str) -> None:
     for what, claimed, actual in claims:
         if actual is not None and claimed != actual:
             raise CorruptError(
-                f"load_gguf: {what} is {claimed}, expected {actual} as in the tensors (file={path})",
+                f"load_gguf: {what} is {claimed}, the tensors say {actual} (file={path})",
                 path,
                 what,
             )

@@ -42,6 +42,11 @@ class QuantizedLinear(nn.Linear):
     config where the form is already known. A new layer holds zeros: call ``quantize_weights``.
     """
 
+    codes: nn.Parameter
+    stats: nn.Parameter
+    shared: torch.Tensor
+    spec: torch.Tensor
+
     def __init__(
         self,
         in_features: int,

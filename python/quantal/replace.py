@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -63,7 +63,7 @@ class _Walk:
 
     def visit(self, names: list[str]) -> None:
         """Quantizes the layer of these names, or records why it stays dense."""
-        linear = self.model.get_submodule(names[0])
+        linear = cast(nn.Linear, self.model.get_submodule(names[0]))
         choice = self.rules.choose(names[0], *linear.weight.shape)
         reason = self._dense_reason(linear, choice)
         if reason:

@@ -21,8 +21,8 @@ def options(method: str, **settings: Any) -> _core.QuantizeOptions:
     """Options of a quantizer.
 
     method    "bnb_nf4" or "hqq"
-    settings  members of QuantizeOptions: bits, group_size, double_quant, quant_type, axis, optimize,
-              round_zero, value_dtype (a torch dtype; bitsandbytes takes the weight's own)
+    settings  members of QuantizeOptions: bits, group_size, double_quant, quant_type, axis,
+              optimize, round_zero, value_dtype (a torch dtype; bitsandbytes takes the weight's own)
     """
     out = _core.QuantizeOptions()
     out.method = method
@@ -43,8 +43,8 @@ def quantize_packed(weight: torch.Tensor, settings: _core.QuantizeOptions) -> Pa
 
 def dequantize_packed(packed: Packed, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The exact values of `quantize_packed`'s result, as `dtype`."""
-    spec, *buffers = packed
-    return _ops.dequantize(*buffers, spec, dtype)
+    spec, codes, stats, shared = packed
+    return _ops.dequantize(codes, stats, shared, spec, dtype)
 
 
 def quantize_tensors(

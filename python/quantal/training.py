@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -13,9 +15,7 @@ def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
 
 
-def prepare_model_for_training(
-    model: nn.Module, use_gradient_checkpointing: bool = True
-) -> nn.Module:
+def prepare_model_for_training(model: Any, use_gradient_checkpointing: bool = True) -> Any:
     """Freezes the base and makes gradients reach adapters through it. Returns the same object.
 
     Every parameter is frozen; norms narrower than float32 become float32; where the model offers
@@ -37,6 +37,6 @@ def prepare_model_for_training(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     widths = {m.bits for m in model.modules() if isinstance(m, QuantizedLinear)}
     if widths:
-        model.is_loaded_in_4bit = 4 in widths  # type: ignore[assignment]
-        model.is_loaded_in_8bit = widths == {8}  # type: ignore[assignment]
+        model.is_loaded_in_4bit = 4 in widths
+        model.is_loaded_in_8bit = widths == {8}
     return model
