@@ -1,4 +1,4 @@
-"""Folders that quantal writes load in transformers, with the packages' own layers, at equal logits."""
+"""Folders that quantal writes load in transformers, with the layers and logits of the packages."""
 
 import pytest
 import torch

@@ -24,36 +24,42 @@ void copy_into(const MappedTensor& tensor, const py::buffer& out) {
 
 void bind_source(py::module_& m) {
   py::class_<ModelSource>(m, "ModelSource")
-      .def_static("open", [](const std::string& path) {
-        py::gil_scoped_release released;
-        return ModelSource::open(path);
-      })
+      .def_static("open",
+                  [](const std::string& path) {
+                    py::gil_scoped_release released;
+                    return ModelSource::open(path);
+                  })
       .def_property_readonly("config_json", &ModelSource::config_json)
       .def_property_readonly("tokenizer_json", &ModelSource::tokenizer_json)
-      .def_property_readonly("tensors", [](const ModelSource& s) {
-        py::list out;
-        for (const ModelSource::Info& i : s.tensors()) {
-          out.append(py::make_tuple(i.name, i.shape, i.stored_type, i.stored_bytes));
-        }
-        return out;
-      })
-      .def("read", [](const ModelSource& s, const std::string& name, const std::string& dtype,
-                      const py::buffer& out) {
-        const DType type = parse_dtype(dtype);
-        const BytesIn target(out);
-        const std::span<std::uint8_t> bytes = target.writable();
-        for (const ModelSource::Info& i : s.tensors()) {
-          if (i.name != name) continue;
-          const std::int64_t numel = checked_numel(i.shape, name);
-          const std::int64_t rows = i.shape.size() < 2 ? 1 : numel / i.shape.back();
-          check_size("python: bytes of the target", bytes.size(),
-                     static_cast<std::size_t>(numel) * dtype_size(type), {"", name, -1});
-          py::gil_scoped_release released;
-          s.read_rows(name, 0, rows, type, bytes.data(), serial_executor());
-          return;
-        }
-        fail(Errc::kConfig, "python: the model has no tensor of this name", {"", name, -1});
-      }, py::arg("name"), py::arg("dtype"), py::arg("out"));
+      .def_property_readonly(
+          "tensors",
+          [](const ModelSource& s) {
+            py::list out;
+            for (const ModelSource::Info& i : s.tensors()) {
+              out.append(py::make_tuple(i.name, i.shape, i.stored_type, i.stored_bytes));
+            }
+            return out;
+          })
+      .def(
+          "read",
+          [](const ModelSource& s, const std::string& name, const std::string& dtype,
+             const py::buffer& out) {
+            const DType type = parse_dtype(dtype);
+            const BytesIn target(out);
+            const std::span<std::uint8_t> bytes = target.writable();
+            for (const ModelSource::Info& i : s.tensors()) {
+              if (i.name != name) continue;
+              const std::int64_t numel = checked_numel(i.shape, name);
+              const std::int64_t rows = i.shape.size() < 2 ? 1 : numel / i.shape.back();
+              check_size("python: bytes of the target", bytes.size(),
+                         static_cast<std::size_t>(numel) * dtype_size(type), {"", name, -1});
+              py::gil_scoped_release released;
+              s.read_rows(name, 0, rows, type, bytes.data(), serial_executor());
+              return;
+            }
+            fail(Errc::kConfig, "python: the model has no tensor of this name", {"", name, -1});
+          },
+          py::arg("name"), py::arg("dtype"), py::arg("out"));
 }
 
 /// (CheckpointView over Python's buffers, and what keeps them alive).
@@ -110,27 +116,39 @@ py::tuple load(const std::string& path) {
 
 void bind_checkpoint(py::module_& m) {
   m.def("load_checkpoint", &load, py::arg("path"));
-  m.def("save_checkpoint", [](const std::string& folder, const std::string& config_json,
-                              const std::string& quantization_config, const Layers& layers,
-                              const Layers& tensors, bool overwrite) {
-    const HeldView held = hold(config_json, quantization_config, layers, tensors);
-    py::gil_scoped_release released;
-    save_checkpoint(folder, held.view, overwrite);
-  }, py::arg("folder"), py::arg("config_json"), py::arg("quantization_config"), py::arg("layers"),
-     py::arg("tensors"), py::arg("overwrite") = false);
-  m.def("checkpoint_digest", [](const Layers& layers, const Layers& tensors) {
-    const HeldView held = hold("{}", "", layers, tensors);
-    py::gil_scoped_release released;
-    return checkpoint_digest(held.view);
-  }, py::arg("layers"), py::arg("tensors"));
-  m.def("inspect_text", [](const std::string& path, bool all_tensors) {
-    py::gil_scoped_release released;
-    return inspect_text(path, all_tensors);
-  }, py::arg("path"), py::arg("all_tensors") = false);
-  m.def("inspect_json", [](const std::string& path) {
-    py::gil_scoped_release released;
-    return inspect_json(path);
-  }, py::arg("path"));
+  m.def(
+      "save_checkpoint",
+      [](const std::string& folder, const std::string& config_json,
+         const std::string& quantization_config, const Layers& layers, const Layers& tensors,
+         bool overwrite) {
+        const HeldView held = hold(config_json, quantization_config, layers, tensors);
+        py::gil_scoped_release released;
+        save_checkpoint(folder, held.view, overwrite);
+      },
+      py::arg("folder"), py::arg("config_json"), py::arg("quantization_config"), py::arg("layers"),
+      py::arg("tensors"), py::arg("overwrite") = false);
+  m.def(
+      "checkpoint_digest",
+      [](const Layers& layers, const Layers& tensors) {
+        const HeldView held = hold("{}", "", layers, tensors);
+        py::gil_scoped_release released;
+        return checkpoint_digest(held.view);
+      },
+      py::arg("layers"), py::arg("tensors"));
+  m.def(
+      "inspect_text",
+      [](const std::string& path, bool all_tensors) {
+        py::gil_scoped_release released;
+        return inspect_text(path, all_tensors);
+      },
+      py::arg("path"), py::arg("all_tensors") = false);
+  m.def(
+      "inspect_json",
+      [](const std::string& path) {
+        py::gil_scoped_release released;
+        return inspect_json(path);
+      },
+      py::arg("path"));
 }
 
 }  // namespace

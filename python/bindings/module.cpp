@@ -8,17 +8,16 @@ namespace {
 
 /// Text that may quote bytes of a damaged file: what is not UTF-8 becomes U+FFFD.
 py::str readable(const std::string& text) {
-  return py::reinterpret_steal<py::str>(PyUnicode_DecodeUTF8(
-      text.data(), static_cast<py::ssize_t>(text.size()), "replace"));
+  return py::reinterpret_steal<py::str>(
+      PyUnicode_DecodeUTF8(text.data(), static_cast<py::ssize_t>(text.size()), "replace"));
 }
 
 /// Raises the Python class of an Error's kind, with its place as attributes.
 void set_python_error(const Error& error) {
   const py::object make = py::module_::import("quantal._errors").attr("make_error");
   const ErrorSite& site = error.site();
-  const py::object instance =
-      make(std::string(errc_name(error.code())), readable(error.what()), readable(site.path),
-           readable(site.tensor), site.offset);
+  const py::object instance = make(std::string(errc_name(error.code())), readable(error.what()),
+                                   readable(site.path), readable(site.tensor), site.offset);
   PyErr_SetObject(py::type::of(instance).ptr(), instance.ptr());
 }
 

@@ -1,7 +1,8 @@
 // Bindings of policy.h: configurations travel as JSON, everything else as plain values.
+#include "quantal/policy.h"
+
 #include "bindings/bindings.h"
 #include "quantal/formats.h"
-#include "quantal/policy.h"
 
 namespace quantal::python {
 namespace {
@@ -12,7 +13,8 @@ std::optional<Support> parse_support(const std::optional<std::string>& text) {
   if (!text) return std::nullopt;
   if (*text == "documented") return Support::kDocumented;
   if (*text == "extended") return Support::kExtended;
-  fail(Errc::kConfig, "policy: support is \"" + *text + "\", expected \"documented\" or \"extended\"");
+  fail(Errc::kConfig,
+       "policy: support is \"" + *text + "\", expected \"documented\" or \"extended\"");
 }
 
 std::optional<Fallback> parse_fallback(const std::optional<std::string>& text) {
@@ -111,13 +113,12 @@ void bind_report(py::module_& m) {
 
 void bind_policy(py::module_& m) {
   m.def("method_names", &method_names);
-  m.def("built_methods", &built_methods, "Values of the methods that this build can quantize with.");
-  m.def("parse_method", [](const std::string& name) {
-    return std::string(method_name(parse_method(name)));
-  });
-  m.def("parse_backend", [](const std::string& name) {
-    return std::string(backend_name(parse_backend(name)));
-  });
+  m.def("built_methods", &built_methods,
+        "Values of the methods that this build can quantize with.");
+  m.def("parse_method",
+        [](const std::string& name) { return std::string(method_name(parse_method(name))); });
+  m.def("parse_backend",
+        [](const std::string& name) { return std::string(backend_name(parse_backend(name))); });
   m.def("normalize_config",
         [](const std::string& json) { return config_to_json(config_from_json(json)); });
   m.def("validate", &validate, py::arg("config_json"), py::arg("backend"));
@@ -138,10 +139,10 @@ void bind_policy(py::module_& m) {
   m.def("memory_note", [](const std::string& json, double model_size_b, double memory_gb) {
     return memory_note(config_from_json(json), model_size_b, memory_gb);
   });
-  m.def("adapter_refusal", [](const std::string& adapter, const std::string& backend,
-                              const std::string& json) {
-    return adapter_refusal(adapter, parse_backend(backend), config_from_json(json));
-  });
+  m.def("adapter_refusal",
+        [](const std::string& adapter, const std::string& backend, const std::string& json) {
+          return adapter_refusal(adapter, parse_backend(backend), config_from_json(json));
+        });
   bind_rules(m);
   bind_report(m);
 }
