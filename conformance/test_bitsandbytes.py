@@ -66,7 +66,7 @@ def flat_values(tensors):
 
 def without_subnormals(values):
     """Upstream defect, not matched: on CPUs with AVX512-BF16 the conversion to bfloat16
-    (VCVTNEPS2BF16) turns subnormal results into zero. Only comparisons with their decoder need it."""
+    (VCVTNEPS2BF16) turns subnormal results into zero."""
     if values.dtype != torch.bfloat16:
         return values
     tiny = torch.finfo(torch.bfloat16).tiny

@@ -127,9 +127,7 @@ def their_layer(shape, bits, group, axis, dtype, seed, optimize=False):
     linear.weight.data = random_weight(*shape, torch.float32, seed)
     config = BaseQuantizeConfig(nbits=bits, group_size=group, axis=axis)
     config["weight_quant_params"]["optimize"] = optimize
-    return HQQLinear(
-        linear, quant_config=config, compute_dtype=dtype, device="cpu", del_orig=False
-    )
+    return HQQLinear(linear, quant_config=config, compute_dtype=dtype, device="cpu", del_orig=False)
 
 
 @pytest.mark.parametrize("group", [64, None], ids=["group 64", "group None"])
@@ -137,7 +135,7 @@ def their_layer(shape, bits, group, axis, dtype, seed, optimize=False):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layer_state_dicts(dtype, bits, axis, group):
-    """HQQLinear's encoded state dict and ours hold the same tensors; each side loads the other's."""
+    """HQQLinear's encoded state dict and ours are the same tensors; each loads the other's."""
     layer = their_layer((64, 128), bits, group, axis, dtype, 17)
     theirs = {k: v.detach() for k, v in layer.state_dict().items()}
     ours = ours_of(layer.linear_layer.weight.data, bits, group or 0, axis, False, dtype)
@@ -159,8 +157,14 @@ def test_layer_state_dicts(dtype, bits, axis, group):
 def test_view_as_float():
     weight = random_weight(64, 256, torch.float32, 23)
     codes, meta = Quantizer.quantize(
-        weight, nbits=4, group_size=64, axis=1, device="cpu", round_zero=True,
-        compute_dtype=torch.float16, view_as_float=True,
+        weight,
+        nbits=4,
+        group_size=64,
+        axis=1,
+        device="cpu",
+        round_zero=True,
+        compute_dtype=torch.float16,
+        view_as_float=True,
     )
     meta["compute_dtype"] = torch.float16
     codes, meta = Quantizer.cpu(codes, meta)
