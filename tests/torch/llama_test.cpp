@@ -116,6 +116,11 @@ TEST(Llama, CheckpointingGivesTheSameGradients) {
 
 TEST(Llama, TrainingReducesTheLoss) {
   auto model = tiny_llama(13);
+  {
+    // The tied, frozen embedding bounds how sure the model can become: log(96) - 1.3 at its scale.
+    const torch::NoGradGuard no_grad;
+    model->named_parameters()["model.embed_tokens.weight"].mul_(20);
+  }
   auto adapter = create_quantization_adapter(Backend::CPU, hqq_config());
   adapter->quantize_model(*model);
   adapter->prepare_model_for_training(*model);
@@ -125,11 +130,11 @@ TEST(Llama, TrainingReducesTheLoss) {
   config.target_modules = {"all-linear"};
   EXPECT_EQ(add_lora(*model, config), 14);
   model->set_gradient_checkpointing(true);
-  torch::optim::AdamW optimizer(lora_parameters(*model), torch::optim::AdamWOptions(2e-2));
+  torch::optim::AdamW optimizer(lora_parameters(*model), torch::optim::AdamWOptions(1e-2));
   const auto ids = torch::arange(48).view({2, 24});
   const double first = model->loss(ids).item<double>();
   double last = first;
-  for (int i = 0; i < 100; ++i) {
+  for (int i = 0; i < 40; ++i) {
     optimizer.zero_grad();
     auto loss = model->loss(ids);
     loss.backward();
