@@ -1,4 +1,5 @@
-// GGUF container, metadata to config and tokenizer, block decoding. Only quantal::Error may come out.
+// GGUF container, metadata to config and tokenizer, block decoding. Only quantal::Error may come
+// out.
 #include <algorithm>
 #include <vector>
 

@@ -20,8 +20,9 @@ struct InspectOptions {
 void add_inspect(CLI::App& app, InspectOptions& options) {
   CLI::App* inspect =
       app.add_subcommand("inspect", "Describe a model file or folder without loading its weights");
-  inspect->add_option("path", options.path,
-                      "a .gguf or .safetensors file, or a folder with config.json")
+  inspect
+      ->add_option("path", options.path,
+                   "a .gguf or .safetensors file, or a folder with config.json")
       ->required();
   inspect->add_flag("--json", options.json, "print JSON (always with all tensors)");
   inspect->add_flag("--tensors", options.tensors, "list every tensor instead of a summary");
@@ -31,9 +32,8 @@ void add_inspect(CLI::App& app, InspectOptions& options) {
       "  quantal inspect --tensors quantized-folder\n"
       "  quantal inspect --json model.safetensors | jq .totals\n");
   inspect->callback([&options] {
-    const std::string text = options.json
-                                 ? quantal::inspect_json(options.path) + "\n"
-                                 : quantal::inspect_text(options.path, options.tensors);
+    const std::string text = options.json ? quantal::inspect_json(options.path) + "\n"
+                                          : quantal::inspect_text(options.path, options.tensors);
     std::fputs(text.c_str(), stdout);
   });
 }

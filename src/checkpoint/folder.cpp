@@ -27,7 +27,8 @@ std::string unique_beside(const std::string& target, const char* word) {
 void move(const std::string& from, const std::string& to) {
   std::error_code error;
   fs::rename(from, to, error);
-  if (error) fail(Errc::kIo, "checkpoint: rename to " + to + ": " + error.message(), {.path = from});
+  if (error)
+    fail(Errc::kIo, "checkpoint: rename to " + to + ": " + error.message(), {.path = from});
 }
 
 bool is_weights(const std::string& name) {

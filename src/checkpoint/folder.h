@@ -22,8 +22,8 @@ class AtomicFolder {
   /// Where a file of this name is to be written.
   std::string path(const std::string& name) const { return temporary_ + "/" + name; }
 
-  /// Swaps the folders. What stood in the old one and is not written anew (a tokenizer, a generation
-  /// config) moves over, except weights: they would contradict the new ones.
+  /// Swaps the folders. What stood in the old one and is not written anew (a tokenizer, a
+  /// generation config) moves over, except weights: they would contradict the new ones.
   void commit();
 
  private:

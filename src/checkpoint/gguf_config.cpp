@@ -162,7 +162,8 @@ std::int64_t gguf_integer(const GgufFile& file, const std::string& key, std::int
   } else {
     fail_type(file, key, "an integer");
   }
-  fail(Errc::kCorrupt, "gguf: metadata is out of range, expected 0 to 2^31 - 1", site_of(file, key));
+  fail(Errc::kCorrupt, "gguf: metadata is out of range, expected 0 to 2^31 - 1",
+       site_of(file, key));
 }
 
 std::string gguf_config_json(const GgufFile& file) {

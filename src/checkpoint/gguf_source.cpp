@@ -42,8 +42,8 @@ struct Entry {
 };
 
 bool is_number(std::string_view text) {
-  return !text.empty() && std::all_of(text.begin(), text.end(),
-                                      [](char c) { return c >= '0' && c <= '9'; });
+  return !text.empty() &&
+         std::all_of(text.begin(), text.end(), [](char c) { return c >= '0' && c <= '9'; });
 }
 
 /// Hugging Face name; empty if the tensor is not one of a llama model.
@@ -106,14 +106,14 @@ class GgufSource : public ModelSource {
     const RowShape shape = bias ? RowShape{seen.columns, 1} : seen;
     if (bias) row_begin = row_begin * shape.rows, row_end = row_end * shape.rows;
     check_decodable(entry, shape, site);
-    executor.parallel_for(
-        row_begin, row_end, ceil_div(std::int64_t{1} << 16, std::max<std::int64_t>(shape.columns, 1)),
-        [&](std::int64_t begin, std::int64_t end) {
-          auto* target = static_cast<std::uint8_t*>(out) +
-                         (begin - row_begin) * shape.columns *
-                             static_cast<std::int64_t>(dtype_size(dtype));
-          decode(entry, shape, begin, end, dtype, target);
-        });
+    executor.parallel_for(row_begin, row_end,
+                          ceil_div(std::int64_t{1} << 16, std::max<std::int64_t>(shape.columns, 1)),
+                          [&](std::int64_t begin, std::int64_t end) {
+                            auto* target = static_cast<std::uint8_t*>(out) +
+                                           (begin - row_begin) * shape.columns *
+                                               static_cast<std::int64_t>(dtype_size(dtype));
+                            decode(entry, shape, begin, end, dtype, target);
+                          });
   }
 
  private:
@@ -147,17 +147,21 @@ class GgufSource : public ModelSource {
   static void check_decodable(const Entry& entry, const RowShape& shape, const ErrorSite& site) {
     const GgmlBlock* block = find_ggml_block(entry.tensor->type);
     if (!block->decodable) {
-      fail(Errc::kUnsupported, "read_rows: stored type is " + std::string(block->name) +
-                                   ", which quantal does not decode", site);
+      fail(Errc::kUnsupported,
+           "read_rows: stored type is " + std::string(block->name) +
+               ", which quantal does not decode",
+           site);
     }
     if (shape.columns % block->elements != 0) {
-      fail(Errc::kUnsupported, "read_rows: a permuted bias is stored as " +
-                                   std::string(block->name) + ", expected F32, F16 or BF16", site);
+      fail(Errc::kUnsupported,
+           "read_rows: a permuted bias is stored as " + std::string(block->name) +
+               ", expected F32, F16 or BF16",
+           site);
     }
   }
 
-  static void decode(const Entry& entry, const RowShape& shape, std::int64_t begin, std::int64_t end,
-                     DType dtype, std::uint8_t* out) {
+  static void decode(const Entry& entry, const RowShape& shape, std::int64_t begin,
+                     std::int64_t end, DType dtype, std::uint8_t* out) {
     const GgmlBlock& block = *find_ggml_block(entry.tensor->type);
     const std::int64_t row_bytes = shape.columns / block.elements * block.bytes;
     const auto out_bytes = shape.columns * static_cast<std::int64_t>(dtype_size(dtype));

@@ -32,7 +32,8 @@ Inspection inspect_gguf(const std::string& path) {
   const GgufFile file = open_gguf(path);
   Inspection out;
   out.container = "GGUF version " + std::to_string(file.version());
-  for (const auto& [key, value] : file.metadata()) out.metadata.emplace_back(key, value_text(value));
+  for (const auto& [key, value] : file.metadata())
+    out.metadata.emplace_back(key, value_text(value));
   for (const GgufTensor& tensor : file.tensors()) {
     out.tensors.push_back({tensor.name, tensor.shape,
                            std::string(find_ggml_block(tensor.type)->name),
@@ -55,7 +56,8 @@ Inspection inspect_npy(const std::string& path) {
 void add_config(Inspection& out, const std::string& config_json, const std::string& path) {
   const Json config = parse_json_object(config_json, path);
   for (const auto& [key, value] : config.items()) {
-    out.metadata.emplace_back(key, value.is_string() ? value.get<std::string>() : dump_json(value, -1));
+    out.metadata.emplace_back(key,
+                              value.is_string() ? value.get<std::string>() : dump_json(value, -1));
   }
 }
 
@@ -99,8 +101,8 @@ bool add_layers(Inspection& out, const TensorSet& set, const std::string& path) 
       if (checkpoint.tensors.count(it->first) == 0) bytes += std::ssize(it->second.bytes);
     }
     dialects_seen.insert(std::string(dialect_by_id(spec.dialect).title));
-    out.tensors.push_back({name, {spec.rows, spec.cols}, layer_type(spec), spec.rows * spec.cols,
-                           bytes, true});
+    out.tensors.push_back(
+        {name, {spec.rows, spec.cols}, layer_type(spec), spec.rows * spec.cols, bytes, true});
   }
   for (const std::string& title : dialects_seen) {
     out.quantization += (out.quantization.empty() ? "" : ", ") + title;
@@ -139,8 +141,8 @@ Inspection inspect_any(const std::string& path) {
   const MappedFile file(path);
   constexpr std::string_view kMagic = "GGUF";
   const auto bytes = file.bytes();
-  const bool gguf = bytes.size() >= kMagic.size() &&
-                    std::equal(kMagic.begin(), kMagic.end(), bytes.begin());
+  const bool gguf =
+      bytes.size() >= kMagic.size() && std::equal(kMagic.begin(), kMagic.end(), bytes.begin());
   return gguf || path.ends_with(".gguf") ? inspect_gguf(path) : inspect_safetensors(path);
 }
 

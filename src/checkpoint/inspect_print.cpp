@@ -109,18 +109,16 @@ std::string tensor_table(const Inspection& found, bool all) {
   }
   std::string out = table(rows, {false, false, false, true});
   if (count < found.tensors.size()) {
-    out += "  ... " + std::to_string(found.tensors.size() - count) + " more (--tensors lists all)\n";
+    out +=
+        "  ... " + std::to_string(found.tensors.size() - count) + " more (--tensors lists all)\n";
   }
   return out;
 }
 
 Json tensor_json(const InspectedTensor& tensor) {
-  return {{"name", tensor.name},
-          {"shape", tensor.shape},
-          {"type", tensor.type},
-          {"parameters", tensor.parameters},
-          {"bytes", tensor.bytes},
-          {"quantized_layer", tensor.quantized_layer}};
+  return {{"name", tensor.name},   {"shape", tensor.shape},
+          {"type", tensor.type},   {"parameters", tensor.parameters},
+          {"bytes", tensor.bytes}, {"quantized_layer", tensor.quantized_layer}};
 }
 
 Json totals_json(const Totals& totals) {

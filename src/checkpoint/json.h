@@ -31,8 +31,9 @@ inline Json parse_json_object(const std::string& text, const std::string& path) 
     fail(Errc::kCorrupt, std::string("json: text is not valid JSON: ") + e.what(), {.path = path});
   }
   if (!parsed.is_object()) {
-    fail(Errc::kCorrupt, std::string("json: text is a ") + parsed.type_name() +
-                             ", expected an object", {.path = path});
+    fail(Errc::kCorrupt,
+         std::string("json: text is a ") + parsed.type_name() + ", expected an object",
+         {.path = path});
   }
   return parsed;
 }

@@ -14,7 +14,8 @@ using checkpoint::TensorSet;
 std::set<std::string> module_prefixes(const TensorSet& set) {
   std::set<std::string> prefixes = {""};
   for (const auto& [name, view] : set.tensors) {
-    for (std::size_t dot = name.find('.'); dot != std::string::npos; dot = name.find('.', dot + 1)) {
+    for (std::size_t dot = name.find('.'); dot != std::string::npos;
+         dot = name.find('.', dot + 1)) {
       prefixes.insert(name.substr(0, dot + 1));
     }
   }
@@ -22,7 +23,9 @@ std::set<std::string> module_prefixes(const TensorSet& set) {
 }
 
 const Dialect* find_layer_dialect(const TensorSet& set, const std::string& prefix) {
-  const auto has = [&](const std::string& suffix) { return set.tensors.count(prefix + suffix) != 0; };
+  const auto has = [&](const std::string& suffix) {
+    return set.tensors.count(prefix + suffix) != 0;
+  };
   for (const Dialect* dialect : dialects()) {
     if (dialect->recognizes(has)) return dialect;
   }
@@ -79,7 +82,8 @@ class LayerReader {
       const std::string suffix = it->first.substr(prefix.size());
       if (suffix == "bias" || used.count(it->first) != 0) continue;
       if (known.empty()) {
-        for (const NamedTensor& one : dialect.export_layer(layer.view(), "")) known.insert(one.name);
+        for (const NamedTensor& one : dialect.export_layer(layer.view(), ""))
+          known.insert(one.name);
       }
       if (known.count(suffix) != 0) {
         used.insert(it->first);
@@ -89,8 +93,8 @@ class LayerReader {
     }
     if (extra.empty()) return;
     fail(Errc::kCorrupt,
-         "checkpoint: layer has tensors that do not belong to " + std::string(dialect.title) + ": " +
-             extra,
+         "checkpoint: layer has tensors that do not belong to " + std::string(dialect.title) +
+             ": " + extra,
          {.tensor = prefix.substr(0, prefix.size() - (prefix.empty() ? 0 : 1))});
   }
 
@@ -103,7 +107,8 @@ class LayerReader {
 TensorView aligned(const TensorView& view, std::vector<std::shared_ptr<void>>& owners) {
   const auto address = reinterpret_cast<std::uintptr_t>(view.bytes.data());
   if (address % dtype_size(view.dtype) == 0) return view;
-  const auto copy = std::make_shared<std::vector<std::uint8_t>>(view.bytes.begin(), view.bytes.end());
+  const auto copy =
+      std::make_shared<std::vector<std::uint8_t>>(view.bytes.begin(), view.bytes.end());
   owners.push_back(copy);
   return {view.dtype, view.shape, *copy};
 }

@@ -10,8 +10,8 @@ RowShape row_shape(std::span<const std::int64_t> shape) {
   return {checked_numel(shape.first(shape.size() - 1), "rows"), shape.back()};
 }
 
-void check_row_range(const RowShape& shape, std::int64_t row_begin, std::int64_t row_end, DType dtype,
-                     const ErrorSite& site) {
+void check_row_range(const RowShape& shape, std::int64_t row_begin, std::int64_t row_end,
+                     DType dtype, const ErrorSite& site) {
   if (row_begin < 0 || row_end < row_begin || row_end > shape.rows) {
     fail(Errc::kShape,
          "read_rows: range is [" + std::to_string(row_begin) + ", " + std::to_string(row_end) +
@@ -19,8 +19,9 @@ void check_row_range(const RowShape& shape, std::int64_t row_begin, std::int64_t
          site);
   }
   if (!is_weight_dtype(dtype)) {
-    fail(Errc::kDtype, "read_rows: dtype is " + std::string(dtype_name(dtype)) +
-                           ", expected f32, f16 or bf16", site);
+    fail(Errc::kDtype,
+         "read_rows: dtype is " + std::string(dtype_name(dtype)) + ", expected f32, f16 or bf16",
+         site);
   }
 }
 
@@ -34,7 +35,8 @@ std::unique_ptr<ModelSource> ModelSource::open(const std::string& path) {
   // By content: model caches keep files under names without an extension.
   const MappedFile file(path);
   const auto bytes = file.bytes();
-  const std::string magic(bytes.begin(), bytes.begin() + std::min<std::ptrdiff_t>(4, std::ssize(bytes)));
+  const std::string magic(bytes.begin(),
+                          bytes.begin() + std::min<std::ptrdiff_t>(4, std::ssize(bytes)));
   return magic == "GGUF" ? checkpoint::open_gguf_source(path)
                          : checkpoint::open_safetensors_source(path);
 }

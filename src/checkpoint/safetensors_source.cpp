@@ -45,26 +45,28 @@ class SafetensorsSource : public ModelSource {
     const RowShape shape = row_shape(view.shape);
     check_row_range(shape, row_begin, row_end, dtype, site);
     if (!is_weight_dtype(view.dtype)) {
-      fail(Errc::kUnsupported, "read_rows: stored type is " + std::string(dtype_name(view.dtype)) +
-                                   ", expected f32, f16 or bf16", site);
+      fail(Errc::kUnsupported,
+           "read_rows: stored type is " + std::string(dtype_name(view.dtype)) +
+               ", expected f32, f16 or bf16",
+           site);
     }
     const auto in_size = static_cast<std::int64_t>(dtype_size(view.dtype));
     const auto out_size = static_cast<std::int64_t>(dtype_size(dtype));
     const std::int64_t columns = shape.columns;
     auto* target = static_cast<std::uint8_t*>(out);
-    executor.parallel_for(
-        row_begin, row_end, ceil_div(std::int64_t{1} << 16, std::max<std::int64_t>(columns, 1)),
-        [&](std::int64_t begin, std::int64_t end) {
-          const std::uint8_t* in = view.bytes.data() + begin * columns * in_size;
-          std::uint8_t* to = target + (begin - row_begin) * columns * out_size;
-          const std::int64_t n = (end - begin) * columns;
-          if (n == 0) return;
-          if (dtype == view.dtype) {
-            std::memcpy(to, in, static_cast<std::size_t>(n * in_size));
-          } else {
-            convert(view.dtype, in, n, dtype, to);
-          }
-        });
+    executor.parallel_for(row_begin, row_end,
+                          ceil_div(std::int64_t{1} << 16, std::max<std::int64_t>(columns, 1)),
+                          [&](std::int64_t begin, std::int64_t end) {
+                            const std::uint8_t* in = view.bytes.data() + begin * columns * in_size;
+                            std::uint8_t* to = target + (begin - row_begin) * columns * out_size;
+                            const std::int64_t n = (end - begin) * columns;
+                            if (n == 0) return;
+                            if (dtype == view.dtype) {
+                              std::memcpy(to, in, static_cast<std::size_t>(n * in_size));
+                            } else {
+                              convert(view.dtype, in, n, dtype, to);
+                            }
+                          });
   }
 
  private:

@@ -74,7 +74,8 @@ Outgoing collect(const CheckpointView& view) {
 void save_checkpoint(const std::string& folder, const CheckpointView& view, bool overwrite) {
   if (!view.layers.empty() && view.quantization_config_json.empty()) {
     fail(Errc::kConfig,
-         "checkpoint: quantization_config is empty, expected the dialect's: other programs could not "
+         "checkpoint: quantization_config is empty, expected the dialect's: other programs could "
+         "not "
          "load the folder",
          {.path = folder});
   }

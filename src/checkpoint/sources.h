@@ -20,8 +20,8 @@ std::string gguf_config_json(const GgufFile& file);
 /// The tokenizer.ggml.* keys as JSON (see docs/formats/gguf.md), "{}" without a tokenizer.
 std::string gguf_tokenizer_json(const GgufFile& file);
 
-/// An integer key of a GGUF; the fallback if it is absent, Error{kCorrupt} if it is of another type,
-/// negative or above 2^31 - 1.
+/// An integer key of a GGUF; the fallback if it is absent, Error{kCorrupt} if it is of another
+/// type, negative or above 2^31 - 1.
 std::int64_t gguf_integer(const GgufFile& file, const std::string& key, std::int64_t fallback);
 
 /// Rows as read_rows counts them: product of all dimensions but the last; 1 for rank 0 and 1.
@@ -32,7 +32,7 @@ struct RowShape {
 RowShape row_shape(std::span<const std::int64_t> shape);
 /// Throws Error{kShape} for a range outside [0, rows] and Error{kDtype} for a dtype that weights
 /// cannot have.
-void check_row_range(const RowShape& shape, std::int64_t row_begin, std::int64_t row_end, DType dtype,
-                     const ErrorSite& site);
+void check_row_range(const RowShape& shape, std::int64_t row_begin, std::int64_t row_end,
+                     DType dtype, const ErrorSite& site);
 
 }  // namespace quantal::checkpoint

@@ -45,8 +45,9 @@ void add_shards(TensorSet& set, const std::string& folder) {
   std::string missing;
   for (const auto& [tensor, file] : map->items()) {
     if (!file.is_string()) {
-      fail(Errc::kCorrupt, std::string("index: file is a ") + file.type_name() +
-                               ", expected a string", {.path = path, .tensor = tensor});
+      fail(Errc::kCorrupt,
+           std::string("index: file is a ") + file.type_name() + ", expected a string",
+           {.path = path, .tensor = tensor});
     }
     const std::string name = file.get<std::string>();
     check_plain_name(name, tensor, path);
@@ -63,8 +64,7 @@ void add_shards(TensorSet& set, const std::string& folder) {
     set.tensors.emplace(tensor, *view);
   }
   if (!missing.empty()) {
-    fail(Errc::kCorrupt, "index: tensors are missing from their files: " + missing,
-         {.path = path});
+    fail(Errc::kCorrupt, "index: tensors are missing from their files: " + missing, {.path = path});
   }
 }
 
@@ -75,8 +75,9 @@ void add_shards(TensorSet& set, const std::string& folder) {
     if (exists(folder + "/" + name)) also += std::string(also.empty() ? "" : ", ") + name;
   }
   if (!also.empty()) also = "; found " + also + ", which quantal does not read";
-  fail(Errc::kIo, "No checkpoint found in " + folder + ": looked for " + kSingle + " and " +
-                      kIndex + also, {.path = folder});
+  fail(Errc::kIo,
+       "No checkpoint found in " + folder + ": looked for " + kSingle + " and " + kIndex + also,
+       {.path = folder});
 }
 
 }  // namespace

@@ -14,9 +14,9 @@ using BlockSizes = GgufBlockSize (*)(std::uint32_t type);
 
 constexpr std::uint32_t kOldest = 2;
 constexpr std::uint32_t kNewest = 3;
-constexpr std::uint64_t kMinPairBytes = 8 + 1 + 4 + 1;         // key length, key, type, value
+constexpr std::uint64_t kMinPairBytes = 8 + 1 + 4 + 1;        // key length, key, type, value
 constexpr std::uint64_t kMinTensorBytes = 8 + 0 + 4 + 4 + 8;  // name, n_dims, type, offset
-constexpr std::size_t kMaxNameBytes = 63;                      // ggml keeps 64 with the zero
+constexpr std::size_t kMaxNameBytes = 63;                     // ggml keeps 64 with the zero
 constexpr std::uint32_t kMaxDims = 4;
 constexpr std::uint64_t kDefaultAlignment = 32;
 
@@ -26,8 +26,8 @@ std::uint32_t read_version(ByteReader& reader, const std::string& path) {
   if (text != "GGUF") reader.bad("magic is not \"GGUF\"", 0);
   const std::uint32_t version = reader.u32("version");
   if (version >= kOldest && version <= kNewest) return version;
-  const std::uint32_t swapped = version >> 24 | (version >> 8 & 0xFF00u) |
-                                (version << 8 & 0xFF0000u) | version << 24;
+  const std::uint32_t swapped =
+      version >> 24 | (version >> 8 & 0xFF00u) | (version << 8 & 0xFF0000u) | version << 24;
   const bool big_endian = swapped >= 1 && swapped <= kNewest;
   fail(Errc::kUnsupported,
        big_endian ? "gguf: file is big-endian, expected little-endian"
@@ -53,7 +53,8 @@ std::uint64_t alignment_of(const GgufFile& file) {
   if (value == nullptr) return kDefaultAlignment;
   const auto* number = std::get_if<std::uint64_t>(value);
   if (number == nullptr || !std::has_single_bit(*number) || *number > (1u << 30)) {
-    const std::string actual = number == nullptr ? "not an unsigned integer" : std::to_string(*number);
+    const std::string actual =
+        number == nullptr ? "not an unsigned integer" : std::to_string(*number);
     fail(Errc::kCorrupt, "gguf: alignment is " + actual + ", expected a power of two up to 2^30",
          {.path = file.path(), .tensor = "general.alignment"});
   }
@@ -84,7 +85,8 @@ std::uint64_t tensor_bytes(const ByteReader& reader, const GgufTensor& tensor,
     return static_cast<std::uint64_t>(
         checked_mul(numel / block.elements, block.bytes, "gguf: bytes"));
   } catch (const Error&) {
-    reader.bad("shape " + shape_string(tensor.shape) + " overflows, expected a size below 2^63", at);
+    reader.bad("shape " + shape_string(tensor.shape) + " overflows, expected a size below 2^63",
+               at);
   }
 }
 
@@ -146,8 +148,8 @@ void place_tensors(std::vector<TensorInfo>& infos, const MappedFile& file, std::
       fail(Errc::kCorrupt,
            "gguf: data is " + std::to_string(info.bytes) + " bytes at offset " +
                std::to_string(info.offset) + " of the data section, which begins at " +
-               std::to_string(data_start) + ", expected to end within the " +
-               std::to_string(size) + " bytes of the file",
+               std::to_string(data_start) + ", expected to end within the " + std::to_string(size) +
+               " bytes of the file",
            site);
     }
     info.tensor.file_offset = static_cast<std::int64_t>(data_start + info.offset);

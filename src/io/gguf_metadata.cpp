@@ -49,13 +49,17 @@ GgufValue read_plain(ByteReader& reader, std::uint32_t type) {
     case kI8:
     case kI16:
     case kI32:
-    case kI64: return sign_extend(raw, bytes);
-    case kF32: return static_cast<double>(std::bit_cast<float>(static_cast<std::uint32_t>(raw)));
-    case kF64: return std::bit_cast<double>(raw);
+    case kI64:
+      return sign_extend(raw, bytes);
+    case kF32:
+      return static_cast<double>(std::bit_cast<float>(static_cast<std::uint32_t>(raw)));
+    case kF64:
+      return std::bit_cast<double>(raw);
     case kBool:
       if (raw > 1) reader.bad("bool is " + std::to_string(raw) + ", expected 0 or 1", at);
       return raw == 1;
-    default: return raw;
+    default:
+      return raw;
   }
 }
 
@@ -75,9 +79,9 @@ GgufValue read_array(ByteReader& reader) {
   const std::uint64_t most =
       std::min(kMostElements, reader.remaining() / min_bytes(array->element_type));
   if (count > most) {
-    reader.bad("array count is " + std::to_string(count) + ", expected at most " +
-                   std::to_string(most),
-               count_at);
+    reader.bad(
+        "array count is " + std::to_string(count) + ", expected at most " + std::to_string(most),
+        count_at);
   }
   array->values.reserve(static_cast<std::size_t>(count));
   for (std::uint64_t i = 0; i < count; ++i) {

@@ -76,8 +76,9 @@ DType parse_descr(const std::string& descr, bool& swapped, const ErrorSite& site
     }
   }
   fail(Errc::kUnsupported,
-       "npy: descr is '" + descr + "', expected a byte order and one of f2 f4 f8 u1 u2 u4 u8 i1 i2 i4 "
-       "i8 b1 V2 (bfloat16)",
+       "npy: descr is '" + descr +
+           "', expected a byte order and one of f2 f4 f8 u1 u2 u4 u8 i1 i2 i4 "
+           "i8 b1 V2 (bfloat16)",
        site);
 }
 
@@ -88,7 +89,8 @@ void swap_elements(std::vector<std::uint8_t>& bytes, std::size_t size) {
   }
 }
 
-/// Column-major to row-major: walks the source in order and counts the index up, first axis fastest.
+/// Column-major to row-major: walks the source in order and counts the index up, first axis
+/// fastest.
 void reorder_fortran(Tensor& tensor) {
   const std::size_t rank = tensor.shape.size();
   if (rank < 2 || tensor.bytes.empty()) return;
@@ -118,9 +120,9 @@ Tensor read_npy(const std::string& path) {
   const MappedFile mapped(path);
   const auto file = mapped.bytes();
   const HeaderPlace place = find_header(file, path);
-  const std::string_view text(reinterpret_cast<const char*>(file.data()) + place.begin, place.bytes);
-  io::NpyHeader header =
-      io::parse_npy_header(text, static_cast<std::int64_t>(place.begin), path);
+  const std::string_view text(reinterpret_cast<const char*>(file.data()) + place.begin,
+                              place.bytes);
+  io::NpyHeader header = io::parse_npy_header(text, static_cast<std::int64_t>(place.begin), path);
   bool swapped = false;
   const ErrorSite at_header{.path = path, .offset = static_cast<std::int64_t>(place.begin)};
   const DType dtype = parse_descr(header.descr, swapped, at_header);
@@ -155,8 +157,10 @@ void write_npy(const std::string& path, const TensorView& tensor) {
     if (known.dtype == tensor.dtype) code = known.code;
   }
   if (code.empty()) {
-    fail(Errc::kDtype, "npy: dtype is " + std::string(dtype_name(tensor.dtype)) +
-                           ", which the format cannot express", {.path = path});
+    fail(Errc::kDtype,
+         "npy: dtype is " + std::string(dtype_name(tensor.dtype)) +
+             ", which the format cannot express",
+         {.path = path});
   }
   std::string shape;
   for (const std::int64_t dim : tensor.shape) shape += std::to_string(dim) + ", ";
@@ -168,8 +172,10 @@ void write_npy(const std::string& path, const TensorView& tensor) {
   text.append((64 - (10 + text.size() + 1) % 64) % 64, ' ');
   text += '\n';
   if (text.size() > 0xFFFF) {
-    fail(Errc::kConfig, "npy: shape has " + std::to_string(tensor.shape.size()) +
-                            " dimensions, too many for a version 1.0 header", {.path = path});
+    fail(Errc::kConfig,
+         "npy: shape has " + std::to_string(tensor.shape.size()) +
+             " dimensions, too many for a version 1.0 header",
+         {.path = path});
   }
   const std::uint8_t version_and_length[4] = {1, 0, static_cast<std::uint8_t>(text.size() & 0xFF),
                                               static_cast<std::uint8_t>(text.size() >> 8)};

@@ -55,7 +55,8 @@ std::int64_t entry_bytes(const io::SafetensorsEntry& entry, DType dtype, const E
     return checked_mul(numel, static_cast<std::int64_t>(dtype_size(dtype)), "safetensors: bytes");
   } catch (const Error&) {
     fail(Errc::kCorrupt,
-         "safetensors: shape " + shape_string(entry.shape) + " overflows, expected a size below 2^63",
+         "safetensors: shape " + shape_string(entry.shape) +
+             " overflows, expected a size below 2^63",
          site);
   }
 }

@@ -1,3 +1,5 @@
+#include "quantal/checkpoint.h"
+
 #include <gtest/gtest.h>
 
 #include <filesystem>
@@ -6,7 +8,6 @@
 
 #include "checkpoint/sha256.h"
 #include "io/temp_folder.h"
-#include "quantal/checkpoint.h"
 #include "support/golden.h"
 
 namespace quantal {
@@ -39,8 +40,8 @@ std::string digest_of_values(const Checkpoint& checkpoint, const std::string& te
   if (layer != checkpoint.layers.end() && tensor.ends_with(".weight")) {
     const PackedSpec& spec = layer->second.spec;
     values.resize(static_cast<std::size_t>(spec.rows * spec.cols));
-    dequantize(layer->second.view(), {0, spec.rows, 0, spec.cols}, DType::kF32, values.data(), spec.cols,
-               serial_executor());
+    dequantize(layer->second.view(), {0, spec.rows, 0, spec.cols}, DType::kF32, values.data(),
+               spec.cols, serial_executor());
   } else {
     const TensorView& view = checkpoint.tensors.at(tensor);
     values.resize(static_cast<std::size_t>(view.numel()));
@@ -248,7 +249,8 @@ TEST_F(Damaged, MissingExtraAndMisshapenTensorsAreNamed) {
   });
   EXPECT_EQ(short_codes.site().tensor, q + "weight") << short_codes.what();
   const Error no_map = error_of("bnb-nf4", [&](Tensors& t) { erase(t, q + "weight.absmax"); });
-  EXPECT_NE(std::string(no_map.what()).find(q + "weight.absmax"), std::string::npos) << no_map.what();
+  EXPECT_NE(std::string(no_map.what()).find(q + "weight.absmax"), std::string::npos)
+      << no_map.what();
 }
 
 TEST(Load, ForeignQuantizationIsRefusedNotTakenForDense) {
@@ -278,7 +280,8 @@ TEST(Load, SingleFileAndUnalignedData) {
   const Checkpoint single =
       load_checkpoint(golden_path("checkpoints/hqq-safetensors/model.safetensors"));
   EXPECT_GT(single.layers.size(), 0u);
-  const Checkpoint odd = load_checkpoint(golden_path("containers/odd_unaligned_header.safetensors"));
+  const Checkpoint odd =
+      load_checkpoint(golden_path("containers/odd_unaligned_header.safetensors"));
   ASSERT_EQ(odd.tensors.size(), 1u);
   const TensorView& view = odd.tensors.begin()->second;
   EXPECT_EQ(reinterpret_cast<std::uintptr_t>(view.bytes.data()) % dtype_size(view.dtype), 0u);

@@ -55,8 +55,9 @@ TEST(Inspect, QuantizedFolderNamesDialectAndLayers) {
   std::int64_t in_file = 0;
   for (const auto& tensor : file.tensors()) in_file += std::ssize(tensor.second.bytes);
   EXPECT_EQ(bytes, in_file);
-  EXPECT_EQ(json::parse(inspect_json(golden_path("checkpoints/hqq-transformers"))).at("quantization"),
-            "HQQ");
+  EXPECT_EQ(
+      json::parse(inspect_json(golden_path("checkpoints/hqq-transformers"))).at("quantization"),
+      "HQQ");
 }
 
 TEST(Inspect, ForeignFoldersShowTheirTensors) {

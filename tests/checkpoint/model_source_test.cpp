@@ -67,8 +67,8 @@ TEST_P(GoldenSource, TensorsEqualUpstreamBitForBit) {
 INSTANTIATE_TEST_SUITE_P(Files, GoldenSource,
                          ::testing::Values("gguf/tiny-f16.gguf", "gguf/tiny-q8_0.gguf",
                                            "gguf/tiny-q4_0.gguf", "gguf/tiny-q4_1.gguf",
-                                           "gguf/tiny-q5_0.gguf", "gguf/tiny-q5_1.gguf", "dense-bf16",
-                                           "dense-bf16-sharded"));
+                                           "gguf/tiny-q5_0.gguf", "gguf/tiny-q5_1.gguf",
+                                           "dense-bf16", "dense-bf16-sharded"));
 
 TEST(ModelSource, ReadsPartsAndNarrows) {
   for (const char* name : {"gguf/tiny-q4_1.gguf", "dense-bf16-sharded"}) {
@@ -134,7 +134,8 @@ TEST(ModelSource, GgufTokenizerFacts) {
 }
 
 /// A model with one tensor, of any architecture and with any extra pairs.
-GgufBuilder tiny_header(const std::string& architecture, std::uint64_t tensors, std::uint64_t more) {
+GgufBuilder tiny_header(const std::string& architecture, std::uint64_t tensors,
+                        std::uint64_t more) {
   GgufBuilder b;
   b.header(tensors, 5 + more).string_pair("general.architecture", architecture);
   b.u32_pair("llama.embedding_length", 32).u32_pair("llama.attention.head_count", 2);
@@ -191,12 +192,12 @@ TEST_F(MadeGguf, RefusesForeignOrContradictingModels) {
   const Error qwen = error_of(weight(tiny_header("qwen2", 1, 0), "token_embd.weight", 3));
   EXPECT_EQ(qwen.code(), Errc::kUnsupported);
   EXPECT_NE(std::string(qwen.what()).find("qwen2"), std::string::npos);
-  const Error expert = error_of(weight(
-      tiny_header("llama", 1, 1).u32_pair("llama.vocab_size", 3), "blk.0.ffn_gate_exps.weight", 4));
+  const Error expert = error_of(weight(tiny_header("llama", 1, 1).u32_pair("llama.vocab_size", 3),
+                                       "blk.0.ffn_gate_exps.weight", 4));
   EXPECT_EQ(expert.code(), Errc::kUnsupported);
   EXPECT_EQ(expert.site().tensor, "blk.0.ffn_gate_exps.weight");
-  const Error heads = error_of(weight(tiny_header("llama", 1, 1).u32_pair("llama.vocab_size", 3),
-                                      "blk.0.attn_q.weight", 6));
+  const Error heads = error_of(
+      weight(tiny_header("llama", 1, 1).u32_pair("llama.vocab_size", 3), "blk.0.attn_q.weight", 6));
   EXPECT_EQ(heads.code(), Errc::kCorrupt);
   EXPECT_NE(std::string(heads.what()).find("multiple of 2 * 2 heads"), std::string::npos);
   EXPECT_EQ(error_of(weight(tiny_header("llama", 1, 1).u32_pair("llama.attention.head_count_kv", 0),
@@ -207,10 +208,11 @@ TEST_F(MadeGguf, RefusesForeignOrContradictingModels) {
                             "token_embd.weight", 3))
                 .code(),
             Errc::kCorrupt);
-  EXPECT_EQ(error_of(weight(tiny_header("llama", 1, 1).string_pair("llama.rope.scaling.type", "yarn"),
-                            "token_embd.weight", 3))
-                .code(),
-            Errc::kUnsupported);
+  EXPECT_EQ(
+      error_of(weight(tiny_header("llama", 1, 1).string_pair("llama.rope.scaling.type", "yarn"),
+                      "token_embd.weight", 3))
+          .code(),
+      Errc::kUnsupported);
   GgufBuilder nothing;
   nothing.header(0, 0);
   EXPECT_EQ(error_of(nothing).code(), Errc::kUnsupported);
@@ -222,7 +224,8 @@ TEST_F(MadeGguf, RotaryFactorsOfLlama3BecomeRopeScaling) {
     b.text("llama.rope.freq_base").u32(6).u32(0x48F42400u);  // 500000
     b.tensor("token_embd.weight", {32, 3}, 0, 0).tensor("rope_freqs.weight", {8}, 0, 384).pad();
     b.data(384);
-    // head_dim 16: wavelengths 6.3, 32, 167, 861, 4443, 22915 ... ; the fifth lies in the mixed band.
+    // head_dim 16: wavelengths 6.3, 32, 167, 861, 4443, 22915 ... ; the fifth lies in the mixed
+    // band.
     const float factors[8] = {1, 1, 1, 1, middle, 8, 8, 8};
     for (const float value : factors) {
       std::uint32_t bits = 0;
@@ -243,7 +246,8 @@ TEST_F(MadeGguf, RotaryFactorsOfLlama3BecomeRopeScaling) {
 TEST(ModelSource, ErrorsNameWhatIsWrong) {
   const auto source = ModelSource::open(golden_path("checkpoints/gguf/tiny-q4_0.gguf"));
   float out[64];
-  const auto code_of = [&](const std::string& name, std::int64_t begin, std::int64_t end, DType dtype) {
+  const auto code_of = [&](const std::string& name, std::int64_t begin, std::int64_t end,
+                           DType dtype) {
     try {
       source->read_rows(name, begin, end, dtype, out, serial_executor());
     } catch (const Error& e) {
@@ -264,7 +268,8 @@ TEST(ModelSource, ErrorsNameWhatIsWrong) {
     FAIL();
   } catch (const Error& e) {
     EXPECT_EQ(e.code(), Errc::kIo);
-    EXPECT_NE(std::string(e.what()).find("No checkpoint found in " + empty.path()), std::string::npos);
+    EXPECT_NE(std::string(e.what()).find("No checkpoint found in " + empty.path()),
+              std::string::npos);
     EXPECT_NE(std::string(e.what()).find("model.safetensors.index.json"), std::string::npos);
   }
 }

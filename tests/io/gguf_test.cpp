@@ -119,13 +119,16 @@ TEST_F(Gguf, RefusesByName) {
       {GgufBuilder().header(~0ull, 0).str(), Errc::kCorrupt, "tensor count", ""},
       {GgufBuilder().header(0, 1ull << 40).str(), Errc::kCorrupt, "metadata count", ""},
       {GgufBuilder().header(0, 1).u32_pair("", 1).str(), Errc::kCorrupt, "empty", ""},
-      {GgufBuilder().header(0, 2).u32_pair("k", 1).u32_pair("k", 1).str(), Errc::kCorrupt, "twice", "k"},
-      {GgufBuilder().header(0, 1).text("key").u32(13).u64(0).str(), Errc::kCorrupt, "type is 13", "key"},
-      {GgufBuilder().header(0, 1).text("key").u32(7).bytes(2, 1).str(), Errc::kCorrupt, "bool", "key"},
-      {GgufBuilder().header(0, 1).text("key").u32(8).u64(~0ull).u64(0).str(), Errc::kCorrupt, "string",
+      {GgufBuilder().header(0, 2).u32_pair("k", 1).u32_pair("k", 1).str(), Errc::kCorrupt, "twice",
+       "k"},
+      {GgufBuilder().header(0, 1).text("key").u32(13).u64(0).str(), Errc::kCorrupt, "type is 13",
        "key"},
-      {GgufBuilder().header(0, 1).text("key").u32(9).u32(8).u64(1ull << 61).u64(0).str(), Errc::kCorrupt,
-       "array count", "key"},
+      {GgufBuilder().header(0, 1).text("key").u32(7).bytes(2, 1).str(), Errc::kCorrupt, "bool",
+       "key"},
+      {GgufBuilder().header(0, 1).text("key").u32(8).u64(~0ull).u64(0).str(), Errc::kCorrupt,
+       "string", "key"},
+      {GgufBuilder().header(0, 1).text("key").u32(9).u32(8).u64(1ull << 61).u64(0).str(),
+       Errc::kCorrupt, "array count", "key"},
       {GgufBuilder().header(0, 1).text("key").u32(9).u32(9).u64(1).u64(0).u64(0).str(),
        Errc::kUnsupported, "array of arrays", "key"},
       {aligned(0), Errc::kCorrupt, "power of two", "general.alignment"},
@@ -167,7 +170,7 @@ TEST_F(Gguf, EveryTruncationOfAGoldenFileIsRefused) {
   // From the end to the start: every length within the header, a step of 61 in the data.
   std::filesystem::resize_file(path, needed);
   EXPECT_NO_THROW(GgufFile(path, &block_size));
-  for (std::size_t size = needed - 1; size < needed; size -= size > header ? 61 : 1) {
+  for (std::size_t size = needed - 1; size<needed; size -= size> header ? 61 : 1) {
     std::filesystem::resize_file(path, size);
     ASSERT_THROW(GgufFile(path, &block_size), Error) << "length " << size;
   }

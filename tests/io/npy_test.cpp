@@ -73,9 +73,9 @@ TEST_F(Npy, WriterKeepsTheBytesOfNumpy) {
 
 TEST_F(Npy, RoundTripOfEveryTypeAndRank) {
   const std::vector<std::vector<std::int64_t>> shapes = {{}, {5}, {0, 3}, {2, 3, 4}};
-  for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16, DType::kF64, DType::kU8,
-                            DType::kI8, DType::kU16, DType::kI16, DType::kU32, DType::kI32,
-                            DType::kU64, DType::kI64, DType::kBool}) {
+  for (const DType dtype :
+       {DType::kF32, DType::kF16, DType::kBF16, DType::kF64, DType::kU8, DType::kI8, DType::kU16,
+        DType::kI16, DType::kU32, DType::kI32, DType::kU64, DType::kI64, DType::kBool}) {
     for (const auto& shape : shapes) {
       Tensor t = make_tensor(dtype, shape);
       for (std::size_t i = 0; i < t.bytes.size(); ++i) t.bytes[i] = static_cast<std::uint8_t>(i);
@@ -90,10 +90,11 @@ TEST_F(Npy, RoundTripOfEveryTypeAndRank) {
 }
 
 TEST_F(Npy, AcceptsOtherSpellings) {
-  const Tensor a = read_npy(write(npy("{\"shape\":(2,3,),'descr':'|u1','fortran_order':False}",
-                                      "abcdef", 3)));
+  const Tensor a =
+      read_npy(write(npy("{\"shape\":(2,3,),'descr':'|u1','fortran_order':False}", "abcdef", 3)));
   EXPECT_EQ(a.shape, (std::vector<std::int64_t>{2, 3}));
-  const Tensor b = read_npy(write(npy("{'descr': '<V2', 'fortran_order': True, 'shape': (1,)}", "ab")));
+  const Tensor b =
+      read_npy(write(npy("{'descr': '<V2', 'fortran_order': True, 'shape': (1,)}", "ab")));
   EXPECT_EQ(b.dtype, DType::kBF16);
 }
 
@@ -126,6 +127,17 @@ TEST_F(Npy, EveryTruncationIsRefused) {
   for (std::size_t size = 0; size < whole.size(); ++size) {
     ASSERT_NE(code_of(whole.substr(0, size)), Errc::kInternal) << "length " << size;
   }
+}
+
+TEST_F(Npy, FlippedBitsNeverCrash) {
+  const std::string whole = read_text_file(golden_path("containers/c_order.npy"));
+  int refused = 0;
+  for (std::size_t bit = 0; bit < 8 * 128; ++bit) {
+    std::string bytes = whole;
+    bytes[bit / 8] = static_cast<char>(bytes[bit / 8] ^ (1 << bit % 8));
+    refused += code_of(bytes) != Errc::kInternal;
+  }
+  EXPECT_GT(refused, 600);  // the padding of the header is refused as well
 }
 
 }  // namespace

@@ -83,7 +83,8 @@ TEST(Safetensors, RefusesWithTensorAndOffset) {
       {R"({"a":{"dtype":"U8","dtype":"U8","shape":[1],"data_offsets":[0,1]}})", "a", "twice"},
       {R"({"a":{"dtype":"U8","shape":[18446744073709551615],"data_offsets":[0,1]}})", "a", "2^63"},
       {R"({"a":{"dtype":"U8","shape":[99999999999999999999],"data_offsets":[0,1]}})", "a", "9999"},
-      {R"({"a":{"dtype":"F64","shape":[4294967296,4294967296],"data_offsets":[0,1]}})", "a", "2^63"},
+      {R"({"a":{"dtype":"F64","shape":[4294967296,4294967296],"data_offsets":[0,1]}})", "a",
+       "2^63"},
       {R"({"a":{"dtype":"U8","shape":{},"data_offsets":[0,1]}})", "a", "object"},
       {R"({"a":[]})", "", "array"},
       {R"({"a":{"dtype":"U8","shape":[[1]],"data_offsets":[0,1]}})", "a", "array"},
@@ -103,6 +104,42 @@ TEST(Safetensors, RefusesWithTensorAndOffset) {
   }
 }
 
+TEST(Safetensors, EveryTruncationIsRefused) {
+  const std::string whole = read_text_file(golden_path("containers/good.safetensors"));
+  const TempFolder folder;
+  const std::string path = folder.path("cut.safetensors");
+  std::ofstream(path, std::ios::binary) << whole;
+  for (std::size_t size = whole.size(); size-- > 0;) {
+    std::filesystem::resize_file(path, size);
+    ASSERT_EQ(error_of(path).code(), Errc::kCorrupt) << "length " << size;
+  }
+}
+
+TEST(Safetensors, FlippedBitsNeverCrash) {
+  const std::string whole = read_text_file(golden_path("containers/good.safetensors"));
+  std::uint64_t header = 0;
+  std::memcpy(&header, whole.data(), sizeof header);
+  const TempFolder folder;
+  const std::string path = folder.path("flipped.safetensors");
+  int refused = 0;
+  for (std::size_t bit = 0; bit < 8 * (8 + header); ++bit) {
+    std::string bytes = whole;
+    bytes[bit / 8] = static_cast<char>(bytes[bit / 8] ^ (1 << bit % 8));
+    std::ofstream(path, std::ios::binary) << bytes;
+    try {
+      const SafetensorsFile file(path);
+      for (const auto& tensor : file.tensors()) {
+        // What is still accepted (another name, another type of the same size) is consistent.
+        ASSERT_EQ(static_cast<std::size_t>(tensor.second.numel()) * dtype_size(tensor.second.dtype),
+                  tensor.second.bytes.size());
+      }
+    } catch (const Error&) {
+      ++refused;
+    }
+  }
+  EXPECT_GT(refused, 500);  // of about 2000: most flips break JSON, a shape or an offset
+}
+
 TEST(Safetensors, ForeignDtypeIsUnsupportedByName) {
   const TempFolder folder;
   const std::string path = folder.path("f4.safetensors");
@@ -116,10 +153,10 @@ TEST(Safetensors, ForeignDtypeIsUnsupportedByName) {
 TEST(Safetensors, SkipsUnknownFieldsAtAnyDepth) {
   const TempFolder folder;
   const std::string path = folder.path("deep.safetensors");
-  std::ofstream(path, std::ios::binary) << file_of(
-      R"({"a":{"more":{"dtype":[1,{"shape":[-1.5]}],"x":"y"},"dtype":"U8","shape":[2],)"
-      R"("data_offsets":[0,2],"and":[null,true,[]]}})",
-      "ab");
+  std::ofstream(path, std::ios::binary)
+      << file_of(R"({"a":{"more":{"dtype":[1,{"shape":[-1.5]}],"x":"y"},"dtype":"U8","shape":[2],)"
+                 R"("data_offsets":[0,2],"and":[null,true,[]]}})",
+                 "ab");
   const SafetensorsFile file(path);
   ASSERT_NE(file.find("a"), nullptr);
   EXPECT_EQ(file.find("a")->shape, std::vector<std::int64_t>{2});

@@ -1,5 +1,5 @@
-// The blocks of GGUF tensors. Reference: ggml 0.21.0 C decoders compiled without fused multiply-add;
-// every product, sum and float16 widening is rounded on its own, so the bits match.
+// The blocks of GGUF tensors. Reference: ggml 0.21.0 C decoders compiled without fused
+// multiply-add; every product, sum and float16 widening is rounded on its own, so the bits match.
 #pragma once
 
 #include <cstdint>

@@ -13,26 +13,16 @@ namespace {
 using formats::gguf::decode_block;
 
 constexpr std::array<GgmlBlock, 20> kBlocks = {{
-    {GgmlType::kF32, "F32", 1, 4, true},
-    {GgmlType::kF16, "F16", 1, 2, true},
-    {GgmlType::kQ4_0, "Q4_0", 32, 18, true},
-    {GgmlType::kQ4_1, "Q4_1", 32, 20, true},
-    {GgmlType::kQ5_0, "Q5_0", 32, 22, true},
-    {GgmlType::kQ5_1, "Q5_1", 32, 24, true},
-    {GgmlType::kQ8_0, "Q8_0", 32, 34, true},
-    {static_cast<GgmlType>(9), "Q8_1", 32, 36, false},
-    {GgmlType::kQ2_K, "Q2_K", 256, 84, true},
-    {GgmlType::kQ3_K, "Q3_K", 256, 110, true},
-    {GgmlType::kQ4_K, "Q4_K", 256, 144, true},
-    {GgmlType::kQ5_K, "Q5_K", 256, 176, true},
-    {GgmlType::kQ6_K, "Q6_K", 256, 210, true},
-    {static_cast<GgmlType>(15), "Q8_K", 256, 292, false},
-    {GgmlType::kI8, "I8", 1, 1, false},
-    {GgmlType::kI16, "I16", 1, 2, false},
-    {GgmlType::kI32, "I32", 1, 4, false},
-    {GgmlType::kI64, "I64", 1, 8, false},
-    {GgmlType::kF64, "F64", 1, 8, false},
-    {GgmlType::kBF16, "BF16", 1, 2, true},
+    {GgmlType::kF32, "F32", 1, 4, true},       {GgmlType::kF16, "F16", 1, 2, true},
+    {GgmlType::kQ4_0, "Q4_0", 32, 18, true},   {GgmlType::kQ4_1, "Q4_1", 32, 20, true},
+    {GgmlType::kQ5_0, "Q5_0", 32, 22, true},   {GgmlType::kQ5_1, "Q5_1", 32, 24, true},
+    {GgmlType::kQ8_0, "Q8_0", 32, 34, true},   {static_cast<GgmlType>(9), "Q8_1", 32, 36, false},
+    {GgmlType::kQ2_K, "Q2_K", 256, 84, true},  {GgmlType::kQ3_K, "Q3_K", 256, 110, true},
+    {GgmlType::kQ4_K, "Q4_K", 256, 144, true}, {GgmlType::kQ5_K, "Q5_K", 256, 176, true},
+    {GgmlType::kQ6_K, "Q6_K", 256, 210, true}, {static_cast<GgmlType>(15), "Q8_K", 256, 292, false},
+    {GgmlType::kI8, "I8", 1, 1, false},        {GgmlType::kI16, "I16", 1, 2, false},
+    {GgmlType::kI32, "I32", 1, 4, false},      {GgmlType::kI64, "I64", 1, 8, false},
+    {GgmlType::kF64, "F64", 1, 8, false},      {GgmlType::kBF16, "BF16", 1, 2, true},
 }};
 
 /// Plain floats. Tensors of a file may lie at any address, widen_to_f32 wants whole elements.
@@ -83,20 +73,34 @@ void decode_ggml(GgmlType type, const std::uint8_t* data, std::int64_t n, float*
                            std::string(block->name) + ")");
   }
   switch (type) {
-    case GgmlType::kF32: return widen(DType::kF32, data, n, out);
-    case GgmlType::kF16: return widen(DType::kF16, data, n, out);
-    case GgmlType::kBF16: return widen(DType::kBF16, data, n, out);
-    case GgmlType::kQ4_0: return decode_blocks<Q4_0>(data, n, out);
-    case GgmlType::kQ4_1: return decode_blocks<Q4_1>(data, n, out);
-    case GgmlType::kQ5_0: return decode_blocks<Q5_0>(data, n, out);
-    case GgmlType::kQ5_1: return decode_blocks<Q5_1>(data, n, out);
-    case GgmlType::kQ8_0: return decode_blocks<Q8_0>(data, n, out);
-    case GgmlType::kQ2_K: return decode_blocks<Q2_K>(data, n, out);
-    case GgmlType::kQ3_K: return decode_blocks<Q3_K>(data, n, out);
-    case GgmlType::kQ4_K: return decode_blocks<Q4_K>(data, n, out);
-    case GgmlType::kQ5_K: return decode_blocks<Q5_K>(data, n, out);
-    case GgmlType::kQ6_K: return decode_blocks<Q6_K>(data, n, out);
-    default: break;
+    case GgmlType::kF32:
+      return widen(DType::kF32, data, n, out);
+    case GgmlType::kF16:
+      return widen(DType::kF16, data, n, out);
+    case GgmlType::kBF16:
+      return widen(DType::kBF16, data, n, out);
+    case GgmlType::kQ4_0:
+      return decode_blocks<Q4_0>(data, n, out);
+    case GgmlType::kQ4_1:
+      return decode_blocks<Q4_1>(data, n, out);
+    case GgmlType::kQ5_0:
+      return decode_blocks<Q5_0>(data, n, out);
+    case GgmlType::kQ5_1:
+      return decode_blocks<Q5_1>(data, n, out);
+    case GgmlType::kQ8_0:
+      return decode_blocks<Q8_0>(data, n, out);
+    case GgmlType::kQ2_K:
+      return decode_blocks<Q2_K>(data, n, out);
+    case GgmlType::kQ3_K:
+      return decode_blocks<Q3_K>(data, n, out);
+    case GgmlType::kQ4_K:
+      return decode_blocks<Q4_K>(data, n, out);
+    case GgmlType::kQ5_K:
+      return decode_blocks<Q5_K>(data, n, out);
+    case GgmlType::kQ6_K:
+      return decode_blocks<Q6_K>(data, n, out);
+    default:
+      break;
   }
   fail(Errc::kInternal, "gguf: type is listed as decodable without a decoder");
 }
