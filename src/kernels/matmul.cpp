@@ -67,10 +67,10 @@ bool supports_packed_matmul(const PackedSpec& spec) noexcept {
   return spec.group_map == GroupMap::kRowRuns;
 }
 
-std::int64_t packed_matmul_max_rows(const PackedSpec& spec, DType) noexcept {
+std::int64_t packed_matmul_max_rows(const PackedSpec& spec, DType x_dtype) noexcept {
   if (!supports_packed_matmul(spec)) return 0;
   try {
-    return spec.bits == 4 ? cpu_kernels().max_rows_4bit : cpu_kernels().max_rows_8bit;
+    return x_dtype == DType::kF32 ? cpu_kernels().max_rows_f32 : cpu_kernels().max_rows_16bit;
   } catch (const Error&) {
     return 0;  // QUANTAL_CPU names no set; the product itself reports it
   }

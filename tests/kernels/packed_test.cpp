@@ -127,6 +127,36 @@ TEST(Packed, GatherIsTheInverseOfSpreadAndShardsAgree) {
   }
 }
 
+TEST(Packed, WorkedExampleOfTheConceptsPage) {
+  const PackedSpec spec{.rows = 2, .cols = 48, .offset = Offset::kZeroPoint, .group_size = 32};
+  const PackedLayout layout = layout_of(spec);
+  EXPECT_EQ(layout.code_bytes, 32);
+  EXPECT_EQ(layout.slots, 2);
+  EXPECT_EQ(layout.stat_bytes, 20);
+  EXPECT_EQ(layout.total_bytes(spec), 104);
+  PackedMatrix w = make_packed(spec);
+  const float scales[] = {0.5F, 0.25F, 2.0F}, zeros[] = {1.0F, 2.0F, 3.0F};
+  spread_stats(spec,
+               {reinterpret_cast<const std::uint8_t*>(scales),
+                reinterpret_cast<const std::uint8_t*>(zeros), nullptr},
+               0, w.stats.data(), serial_executor());
+  const auto stat = [&w](std::size_t at) {
+    float v = 0;
+    std::memcpy(&v, w.stats.data() + at, 4);
+    return v;
+  };
+  EXPECT_EQ(w.stats[0], 0);    // row 0: phase 0, s0 s1 z0 z1
+  EXPECT_EQ(w.stats[20], 16);  // row 1: phase 16, s1 s2 z1 z2
+  EXPECT_EQ(stat(4), scales[0]);
+  EXPECT_EQ(stat(24), scales[1]);
+  EXPECT_EQ(stat(28), scales[2]);
+  EXPECT_EQ(stat(36), zeros[2]);
+  w.codes[32 + 4] = 0xB0;  // row 1, strip 0, byte 4, high nibble: column 20 has code 11
+  std::vector<float> out(96);
+  dequantize(w.view(), {0, 2, 0, 48}, DType::kF32, out.data(), 48, serial_executor());
+  EXPECT_EQ(out[48 + 20], (11.0F - zeros[2]) * scales[2]);
+}
+
 TEST(Packed, RowsThatDisagreeAboutASharedGroupAreCorrupt) {
   PackedMatrix w = random_packed({.rows = 2, .cols = 96, .group_size = 64}, 4);
   const PackedLayout layout = layout_of(w.spec);  // header, then 2 slots; group 1 is in both rows

@@ -88,7 +88,7 @@ struct CpuKernels {
                             std::int64_t col_end) noexcept;
   /// n elements of `kind` to float32, exact.
   void (*widen)(FloatKind kind, const void* in, std::int64_t n, float* out) noexcept;
-  int max_rows_4bit, max_rows_8bit;  ///< see packed_matmul_max_rows
+  int max_rows_f32, max_rows_16bit;  ///< packed_matmul_max_rows by width of the activations
 };
 
 #define QUANTAL_DECLARE_KERNELS(isa)                                                     \

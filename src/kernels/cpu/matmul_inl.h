@@ -234,7 +234,12 @@ void product_rows_direct(const Decoder& decoder, const MatmulJob& job, std::int6
 
 template <class T, int kRows, class Decoder>
 void product_any(const Decoder& decoder, const MatmulJob& job, bool direct, std::int64_t row) {
-  if (direct && job.inputs == 1) return product_rows_direct<T, kRows, 1>(decoder, job, row);
+  if (direct && job.inputs == 1) {
+    constexpr int kStep = kRows < T::kDirectRows ? kRows : T::kDirectRows;
+    static_assert(kRows % kStep == 0);
+    for (int r = 0; r < kRows; r += kStep) product_rows_direct<T, kStep, 1>(decoder, job, row + r);
+    return;
+  }
   if (direct && job.inputs == 2) return product_rows_direct<T, kRows, 2>(decoder, job, row);
   if constexpr (T::kTileInputs >= 4) {
     if (direct && job.inputs == 3) return product_rows_direct<T, kRows, 3>(decoder, job, row);

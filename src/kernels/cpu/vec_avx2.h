@@ -29,6 +29,7 @@ struct VecAvx2 {
 
   static constexpr int kTileRows = 4;
   static constexpr int kTileInputs = 1;
+  static constexpr int kDirectRows = 2;
 
   // ---- float32: memory
   static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }

@@ -30,6 +30,7 @@ struct VecAvx512 {
 
   static constexpr int kTileRows = 4;
   static constexpr int kTileInputs = 4;
+  static constexpr int kDirectRows = 4;
 
   // ---- float32: memory
   static __mmask16 first(int n) { return static_cast<__mmask16>((1U << n) - 1U); }

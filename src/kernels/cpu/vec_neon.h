@@ -28,6 +28,7 @@ struct VecNeon {
   };
   static constexpr int kTileRows = 4;
   static constexpr int kTileInputs = 1;
+  static constexpr int kDirectRows = 4;
 
   template <class R, class X, class Fn>
   static R map(X x, Fn fn) {

@@ -37,9 +37,11 @@ struct VecScalar {
   };
   using MD = M;
 
-  /// Register tile of the products: weight rows x activation rows. No result depends on it.
+  /// Register tile of the products: weight rows x activation rows; weight rows at a time for one
+  /// activation row. No result depends on them.
   static constexpr int kTileRows = 4;
   static constexpr int kTileInputs = 1;
+  static constexpr int kDirectRows = 4;
 
   template <class R, class Fn>
   static R make(Fn fn) {
