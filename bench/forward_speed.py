@@ -2,7 +2,8 @@
 
     python bench/forward_speed.py [--output bench/results/forward_speed.md]
 
-Weights rotate through enough copies that they come from memory, as in a model larger than the cache.
+Weights rotate through enough copies that they come from memory, as in a model larger than the
+cache.
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ def quantized(linear: nn.Linear, method: str, **config) -> nn.Module:
     adapter = quantal.create_quantization_adapter(
         quantal.Backend.CPU,
         quantal.QuantizationConfig(
-            method=method, compute_dtype=torch.bfloat16, skip_modules=[], backend_options=options, **config
+            method=method,
+            compute_dtype=torch.bfloat16,
+            skip_modules=[],
+            backend_options=options,
+            **config,
         ),
     )
     return adapter.quantize_model(nn.Sequential(linear))[0]
@@ -35,7 +40,9 @@ def quantized(linear: nn.Linear, method: str, **config) -> nn.Module:
 def copies(layer: nn.Module) -> list[nn.Module]:
     import copy
 
-    size = sum(t.numel() * t.element_size() for t in itertools.chain(layer.parameters(), layer.buffers()))
+    size = sum(
+        t.numel() * t.element_size() for t in itertools.chain(layer.parameters(), layer.buffers())
+    )
     return [layer] + [copy.deepcopy(layer) for _ in range(max(1, ROTATE_BYTES // size))]
 
 
@@ -52,10 +59,21 @@ def rotating(layer: nn.Module, x: torch.Tensor):
 def bitsandbytes_layer(linear: nn.Linear) -> nn.Module:
     import bitsandbytes as bnb
 
-    new = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False,
-                            compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4")
-    new.weight = bnb.nn.Params4bit(linear.weight.data.clone(), requires_grad=False,
-                                   compress_statistics=True, quant_type="nf4", module=new)
+    new = bnb.nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=False,
+        compute_dtype=torch.bfloat16,
+        compress_statistics=True,
+        quant_type="nf4",
+    )
+    new.weight = bnb.nn.Params4bit(
+        linear.weight.data.clone(),
+        requires_grad=False,
+        compress_statistics=True,
+        quant_type="nf4",
+        module=new,
+    )
     return new.to("cpu").eval()
 
 
@@ -68,7 +86,9 @@ def main() -> None:
     torch.manual_seed(0)
     rows = []
     for (out_features, in_features), m in itertools.product(SHAPES, map(int, args.rows.split(","))):
-        linear = nn.Linear(in_features, out_features, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+        linear = nn.Linear(
+            in_features, out_features, bias=False, dtype=torch.bfloat16
+        ).requires_grad_(False)
         x = torch.randn(m, in_features, dtype=torch.bfloat16)
         dense = rotating(linear, x)
         cases = [
@@ -80,8 +100,13 @@ def main() -> None:
         for name, layer in cases:
             ours = rotating(layer, x)
             dense_pair = pairs.measure(ours, dense, args.seconds)
-            cells = [f"{out_features}x{in_features}", str(m), name, f"{dense_pair.ours * 1e3:.2f}",
-                     f"**{dense_pair.ratio:.2f}x**"]
+            cells = [
+                f"{out_features}x{in_features}",
+                str(m),
+                name,
+                f"{dense_pair.ours * 1e3:.2f}",
+                f"**{dense_pair.ratio:.2f}x**",
+            ]
             if "NF4" in name:
                 pair = pairs.measure(ours, theirs, args.seconds)
                 cells.append(f"**{pair.ratio:.2f}x**")
@@ -92,10 +117,17 @@ def main() -> None:
     page = pairs.table(
         "A quantized linear layer against bf16 nn.Linear and bitsandbytes on the CPU",
         "python bench/forward_speed.py",
-        ["weight", "rows of x", "method", "quantal ms", "bf16 nn.Linear / ours", "bitsandbytes NF4 / ours"],
+        [
+            "weight",
+            "rows of x",
+            "method",
+            "quantal ms",
+            "bf16 nn.Linear / ours",
+            "bitsandbytes NF4 / ours",
+        ],
         rows,
-        "bf16 activations, cold weights (copies rotate through 256 MiB). bitsandbytes is its inference "
-        "path without gradient, NF4 with double quantization.",
+        "bf16 activations, cold weights (copies rotate through 256 MiB). bitsandbytes runs its "
+        "inference path without gradient, NF4 with double quantization.",
     )
     print(page)
     if args.output:

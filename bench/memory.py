@@ -59,9 +59,15 @@ def child(model_name: str, config: dict) -> dict:
         model, _ = quantal.load_gguf(pairs.smollm2_gguf(), dtype=torch.float32)
     else:
         count, width = size
-        model = nn.Sequential(*[nn.Linear(width, width, bias=False, dtype=torch.bfloat16) for _ in range(count)])
-    largest = max(p.numel() * p.element_size() for m in model.modules() if type(m) is nn.Linear
-                  for p in m.parameters())
+        model = nn.Sequential(
+            *[nn.Linear(width, width, bias=False, dtype=torch.bfloat16) for _ in range(count)]
+        )
+    largest = max(
+        p.numel() * p.element_size()
+        for m in model.modules()
+        if type(m) is nn.Linear
+        for p in m.parameters()
+    )
     adapter = quantal.create_quantization_adapter(
         quantal.Backend.CPU,
         quantal.QuantizationConfig(backend_options={"support": "extended"}, **config),
@@ -72,7 +78,11 @@ def child(model_name: str, config: dict) -> dict:
     adapter.quantize_model(model)
     sampler.running = False
     sampler.join()
-    return {"growth": sampler.peak - before, "after": anonymous_bytes() - before, "largest": largest}
+    return {
+        "growth": sampler.peak - before,
+        "after": anonymous_bytes() - before,
+        "largest": largest,
+    }
 
 
 def main() -> None:
@@ -86,19 +96,40 @@ def main() -> None:
     rows = []
     for model in MODELS:
         for name, config in CASES:
-            out = subprocess.run([sys.executable, __file__, "--child", model, json.dumps(config)],
-                                 check=True, capture_output=True, text=True).stdout
+            out = subprocess.run(
+                [sys.executable, __file__, "--child", model, json.dumps(config)],
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout
             got = json.loads(out.splitlines()[-1])
             limit = got["largest"] + 100e6
-            rows.append([model, name, f"{got['largest'] / 1e6:.1f}", f"{got['growth'] / 1e6:+.1f}",
-                         f"{got['after'] / 1e6:+.1f}", "yes" if got["growth"] <= limit else "NO"])
+            rows.append(
+                [
+                    model,
+                    name,
+                    f"{got['largest'] / 1e6:.1f}",
+                    f"{got['growth'] / 1e6:+.1f}",
+                    f"{got['after'] / 1e6:+.1f}",
+                    "yes" if got["growth"] <= limit else "NO",
+                ]
+            )
             print(rows[-1], flush=True)
-    page = pairs.table("Memory while a model is quantized", "python bench/memory.py",
-                       ["model", "method", "largest layer MB", "peak growth MB", "after MB",
-                        "<= largest layer + 100 MB"], rows,
-                       "Anonymous memory (RssAnon), sampled every millisecond, one fresh process per row.")
-    page = page.replace("- figure: median of interleaved pair ratios in one process (rival / quantal; "
-                        "above 1 quantal is faster)\n", "")
+    page = pairs.table(
+        "Memory while a model is quantized",
+        "python bench/memory.py",
+        [
+            "model",
+            "method",
+            "largest layer MB",
+            "peak growth MB",
+            "after MB",
+            "<= largest layer + 100 MB",
+        ],
+        rows,
+        "Anonymous memory (RssAnon), sampled every millisecond, one fresh process per row.",
+    )
+    page = page.replace(pairs.FIGURE + "\n", "")
     print(page)
     if args.output:
         args.output.write_text(page, encoding="utf-8")

@@ -17,6 +17,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 
+#: How the ratios of a page came about; pages without ratios leave it out.
+FIGURE = (
+    "- figure: median of interleaved pair ratios in one process (rival / quantal; above 1 quantal "
+    "is faster)"
+)
+
+
 @dataclass
 class Pair:
     """Median seconds of each side and the median of rival / ours (above 1: we are faster)."""
@@ -35,7 +42,7 @@ def measure(
     max_pairs: int = 400,
     between: Callable[[], object] | None = None,
 ) -> Pair:
-    """Times `ours` and `rival` alternately for about `seconds`; `between` runs untimed before each."""
+    """Times both alternately for about `seconds`; `between` runs untimed before each."""
 
     def timed(call: Callable[[], object]) -> float:
         if between is not None:
@@ -83,10 +90,13 @@ def machine_class() -> str:
         pass
     known = ["avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16"]
     present = [name for name in known if f" {name} " in flags + " "]
-    return f"{platform.machine()}, {os.cpu_count()} cores, {' '.join(present) or 'no known vector flags'}"
+    vectors = " ".join(present) or "no known vector flags"
+    return f"{platform.machine()}, {os.cpu_count()} cores, {vectors}"
 
 
-def table(title: str, command: str, header: list[str], rows: list[list[str]], notes: str = "") -> str:
+def table(
+    title: str, command: str, header: list[str], rows: list[list[str]], notes: str = ""
+) -> str:
     """A Markdown page for bench/results: command, machine class and one table."""
     import torch
 
@@ -94,8 +104,9 @@ def table(title: str, command: str, header: list[str], rows: list[list[str]], no
         f"# {title}",
         "",
         f"- command: `{command}`",
-        f"- machine: {machine_class()}; torch {torch.__version__}, {torch.get_num_threads()} threads",
-        "- figure: median of interleaved pair ratios in one process (rival / quantal; above 1 quantal is faster)",
+        f"- machine: {machine_class()}; torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads",
+        FIGURE,
         "",
         "| " + " | ".join(header) + " |",
         "|" + "---|" * len(header),

@@ -23,8 +23,14 @@ def hqq_rival(weight: torch.Tensor, bits: int, group_size: int):
 
     def run():
         return Quantizer.quantize(
-            weight, nbits=bits, group_size=group_size, optimize=True, round_zero=bits == 4, axis=1,
-            device="cpu", compute_dtype=torch.float32,
+            weight,
+            nbits=bits,
+            group_size=group_size,
+            optimize=True,
+            round_zero=bits == 4,
+            axis=1,
+            device="cpu",
+            compute_dtype=torch.float32,
         )
 
     return run
@@ -58,8 +64,16 @@ def main() -> None:
             args.seconds,
         )
         name = "NF4" + (" + double quantization" if double else "")
-        rows.append([name, "bitsandbytes 0.50.2", f"{gigabytes / pair.ours:.2f}",
-                     f"{gigabytes / pair.rival:.3f}", f"**{pair.ratio:.1f}x**", "same bytes"])
+        rows.append(
+            [
+                name,
+                "bitsandbytes 0.50.2",
+                f"{gigabytes / pair.ours:.2f}",
+                f"{gigabytes / pair.rival:.3f}",
+                f"**{pair.ratio:.1f}x**",
+                "same bytes",
+            ]
+        )
         print(rows[-1], flush=True)
 
     for bits, group_size in ((4, 64), (8, 128)):
@@ -71,24 +85,37 @@ def main() -> None:
         codes, meta = rival()
         once = time.perf_counter() - start
         pair = pairs.measure(
-            lambda options=options: testing.quantize_packed(weight, options), rival,
-            seconds=3 * once, min_pairs=3, max_pairs=5,
+            lambda options=options: testing.quantize_packed(weight, options),
+            rival,
+            seconds=3 * once,
+            min_pairs=3,
+            max_pairs=5,
         )
         from hqq.core.quantize import Quantizer
 
         theirs = relative_error(weight, Quantizer.dequantize(codes, meta))
-        ours = relative_error(weight, testing.dequantize_packed(testing.quantize_packed(weight, options)))
-        rows.append([f"HQQ {bits}-bit g{group_size}, solver", "hqq 0.2.8.post1",
-                     f"{gigabytes / pair.ours:.3f}", f"{gigabytes / pair.rival:.4f}",
-                     f"**{pair.ratio:.1f}x**", f"error {ours:.6f} / {theirs:.6f}"])
+        ours = relative_error(
+            weight, testing.dequantize_packed(testing.quantize_packed(weight, options))
+        )
+        rows.append(
+            [
+                f"HQQ {bits}-bit g{group_size}, solver",
+                "hqq 0.2.8.post1",
+                f"{gigabytes / pair.ours:.3f}",
+                f"{gigabytes / pair.rival:.4f}",
+                f"**{pair.ratio:.1f}x**",
+                f"error {ours:.6f} / {theirs:.6f}",
+            ]
+        )
         print(rows[-1], flush=True)
 
     page = pairs.table(
         f"Quantizing a {args.size} x {args.size} bf16 matrix on the CPU",
         "python bench/quantize_speed.py" + (f" --size {args.size}" if args.size != 4096 else ""),
-        ["what", "rival", "quantal GB/s", "rival GB/s", "rival time / ours", "result"], rows,
-        "GB/s counts the bf16 input. The error is ||W - W'|| / ||W|| (quantal / rival); both run the "
-        "same half-quadratic iterations with the same stopping rule.",
+        ["what", "rival", "quantal GB/s", "rival GB/s", "rival time / ours", "result"],
+        rows,
+        "GB/s counts the bf16 input. The error is ||W - W'|| / ||W|| (quantal / rival); both run "
+        "the same half-quadratic iterations with the same stopping rule.",
     )
     print(page)
     if args.output:

@@ -2,8 +2,8 @@
 
     python bench/train_step_speed.py [--output bench/results/train_step_speed.md]
 
-Both models have the same architecture, the same PEFT adapters (r = 16 on q_proj and v_proj), gradient
-checkpointing and AdamW; steps alternate in one process.
+Both models have the same architecture, the same PEFT adapters (r = 16 on q_proj and v_proj),
+gradient checkpointing and AdamW; steps alternate in one process.
 """
 
 from __future__ import annotations
@@ -44,10 +44,16 @@ def bitsandbytes_model(model: nn.Module) -> nn.Module:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and name != "lm_head":
-                new = bnb.nn.Linear4bit(child.in_features, child.out_features, bias=False,
-                                        compute_dtype=torch.bfloat16, quant_type="nf4")
-                new.weight = bnb.nn.Params4bit(child.weight.data, requires_grad=False,
-                                               quant_type="nf4", module=new)
+                new = bnb.nn.Linear4bit(
+                    child.in_features,
+                    child.out_features,
+                    bias=False,
+                    compute_dtype=torch.bfloat16,
+                    quant_type="nf4",
+                )
+                new.weight = bnb.nn.Params4bit(
+                    child.weight.data, requires_grad=False, quant_type="nf4", module=new
+                )
                 setattr(parent, name, new.to("cpu"))
     return model
 
@@ -55,8 +61,12 @@ def bitsandbytes_model(model: nn.Module) -> nn.Module:
 def quantal_model(model: nn.Module, method: str, **config) -> nn.Module:
     adapter = quantal.create_quantization_adapter(
         quantal.Backend.CPU,
-        quantal.QuantizationConfig(method=method, compute_dtype=torch.bfloat16,
-                                   backend_options={"support": "extended"}, **config),
+        quantal.QuantizationConfig(
+            method=method,
+            compute_dtype=torch.bfloat16,
+            backend_options={"support": "extended"},
+            **config,
+        ),
     )
     return adapter.quantize_model(model)
 
@@ -100,15 +110,27 @@ def main() -> None:
         against_bnb = pairs.measure(ours, rival, **count)
         against_dense = pairs.measure(ours, dense, **count)
         speed = args.batch * args.seq / against_bnb.ours
-        rows.append([name, f"{speed:.0f}", f"**{against_bnb.ratio:.2f}x**", f"**{against_dense.ratio:.2f}x**"])
+        rows.append(
+            [
+                name,
+                f"{speed:.0f}",
+                f"**{against_bnb.ratio:.2f}x**",
+                f"**{against_dense.ratio:.2f}x**",
+            ]
+        )
         print(rows[-1], flush=True)
     page = pairs.table(
         "A QLoRA step on SmolLM2-135M on the CPU",
         "python bench/train_step_speed.py",
-        ["base", "quantal tokens/s", "bitsandbytes NF4 + PEFT / ours", "bf16 LoRA (unquantized) / ours"],
+        [
+            "base",
+            "quantal tokens/s",
+            "bitsandbytes NF4 + PEFT / ours",
+            "bf16 LoRA (unquantized) / ours",
+        ],
         rows,
-        f"Batch {args.batch} x {args.seq} tokens, bf16 compute, LoRA r = 16 on q_proj and v_proj, AdamW, "
-        "gradient checkpointing (non-reentrant) on all sides.",
+        f"Batch {args.batch} x {args.seq} tokens, bf16 compute, LoRA r = 16 on q_proj and v_proj, "
+        "AdamW, gradient checkpointing (non-reentrant) on all sides.",
     )
     print(page)
     if args.output:
