@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-
 #: How the ratios of a page came about; pages without ratios leave it out.
 FIGURE = (
     "- figure: median of interleaved pair ratios in one process (rival / quantal; above 1 quantal "
