@@ -75,7 +75,9 @@ DType parse_dtype(std::string_view name) {
 void widen_to_f32(DType dtype, const void* in, std::int64_t n, float* out) {
   const auto* halves = static_cast<const std::uint16_t*>(in);
   switch (dtype) {
-    case DType::kF32: std::memcpy(out, in, static_cast<std::size_t>(n) * sizeof(float)); return;
+    case DType::kF32:
+      if (n > 0) std::memcpy(out, in, static_cast<std::size_t>(n) * sizeof(float));
+      return;
     case DType::kF16:
       for (std::int64_t i = 0; i < n; ++i) out[i] = f16_to_f32(halves[i]);
       return;
@@ -89,7 +91,9 @@ void widen_to_f32(DType dtype, const void* in, std::int64_t n, float* out) {
 void narrow_from_f32(DType dtype, const float* in, std::int64_t n, void* out) {
   auto* halves = static_cast<std::uint16_t*>(out);
   switch (dtype) {
-    case DType::kF32: std::memcpy(out, in, static_cast<std::size_t>(n) * sizeof(float)); return;
+    case DType::kF32:
+      if (n > 0) std::memcpy(out, in, static_cast<std::size_t>(n) * sizeof(float));
+      return;
     case DType::kF16:
       for (std::int64_t i = 0; i < n; ++i) halves[i] = f32_to_f16(in[i]);
       return;
