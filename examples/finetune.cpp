@@ -112,7 +112,8 @@ Json train(quantal::Llama& model, const torch::Tensor& rows, const Arguments& ar
     }
     const auto batch = rows.index_select(0, order.slice(0, next, next + args.batch));
     next += args.batch;
-    for (auto& group : optimizer.param_groups()) group.options().set_lr(learning_rate_at(step, args));
+    for (auto& group : optimizer.param_groups())
+      group.options().set_lr(learning_rate_at(step, args));
     optimizer.zero_grad();
     torch::Tensor loss = model->loss(batch);
     loss.backward();
@@ -195,7 +196,8 @@ Json run(const Arguments& args) {
 }
 
 void add_options(CLI::App& app, Arguments& a) {
-  app.add_option("--model", a.model, "GGUF file, safetensors file or Hugging Face folder")->required();
+  app.add_option("--model", a.model, "GGUF file, safetensors file or Hugging Face folder")
+      ->required();
   app.add_option("--eval", a.eval, "token ids to measure perplexity on (.npy)")->required();
   app.add_option("--train", a.train, "token ids to train on (.npy)");
   app.add_option("--method", a.method, "hqq, bnb_nf4 or none")->capture_default_str();
@@ -208,9 +210,13 @@ void add_options(CLI::App& app, Arguments& a) {
   app.add_option("--lora-r", a.lora_r)->capture_default_str();
   app.add_option("--lora-alpha", a.lora_alpha)->capture_default_str();
   app.add_option("--lora-dropout", a.lora_dropout)->capture_default_str();
-  app.add_option("--targets", a.targets, "layers with adapters")->delimiter(',')->capture_default_str();
+  app.add_option("--targets", a.targets, "layers with adapters")
+      ->delimiter(',')
+      ->capture_default_str();
   app.add_option("--steps", a.steps, "training steps; 0 = only evaluate")->capture_default_str();
-  app.add_option("--batch", a.batch, "rows per step")->check(CLI::PositiveNumber)->capture_default_str();
+  app.add_option("--batch", a.batch, "rows per step")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
   app.add_option("--seq", a.seq, "row length of one-dimensional ids")
       ->check(CLI::Range(2, 1 << 20))
       ->capture_default_str();
@@ -220,7 +226,8 @@ void add_options(CLI::App& app, Arguments& a) {
   app.add_option("--load-adapter", a.load_adapter, "PEFT folder to evaluate with");
   app.add_option("--out", a.out, "folder for the trained adapter (PEFT format)");
   app.add_option("--report", a.report, "JSON file with all figures");
-  app.add_option("--generate", a.generate, "tokens to generate from the first row")->capture_default_str();
+  app.add_option("--generate", a.generate, "tokens to generate from the first row")
+      ->capture_default_str();
   app.add_option("--seed", a.seed)->capture_default_str();
 }
 
@@ -235,8 +242,8 @@ int main(int argc, char** argv) {
     const Json report = run(args);
     if (!args.report.empty()) {
       const std::string text = report.dump(1) + "\n";
-      quantal::write_file_atomic(
-          args.report, {reinterpret_cast<const std::uint8_t*>(text.data()), text.size()});
+      quantal::write_file_atomic(args.report,
+                                 {reinterpret_cast<const std::uint8_t*>(text.data()), text.size()});
     }
   } catch (const std::exception& error) {
     std::fprintf(stderr, "finetune: %s\n", error.what());

@@ -29,8 +29,8 @@ CoverageEntry entry_of(const std::string& name, const LinearImpl& layer) {
   CoverageEntry entry;
   entry.name = name;
   entry.parameters = layer.in_features * layer.out_features + tensor_numel(layer.current_bias());
-  entry.bytes_before = layer.packed ? layer.packed->nbytes()
-                                    : tensor_bytes(layer.weight) + tensor_bytes(layer.bias);
+  entry.bytes_before =
+      layer.packed ? layer.packed->nbytes() : tensor_bytes(layer.weight) + tensor_bytes(layer.bias);
   entry.bytes_after = entry.bytes_before;
   entry.method = "dense";
   return entry;

@@ -35,7 +35,8 @@ QuantizeOptions model_options(const QuantizationConfig& config, torch::nn::Modul
 void copy_into(const TensorView& from, torch::Tensor& to) {
   const torch::NoGradGuard no_grad;
   auto* data = const_cast<std::uint8_t*>(from.bytes.data());  // from_blob reads only
-  const auto source = torch::from_blob(data, from.shape, torch::TensorOptions().dtype(to_torch(from.dtype)));
+  const auto source =
+      torch::from_blob(data, from.shape, torch::TensorOptions().dtype(to_torch(from.dtype)));
   if (to.scalar_type() == source.scalar_type()) {
     to.copy_(source);
   } else {  // the file decides the dtype, as in load_state_dict(assign=True)
@@ -59,7 +60,8 @@ class Complaints {
       }
       if (names.size() > 8) text += " ...";
     }
-    fail(Errc::kCorrupt, "load_quantized_model: tensors do not fit the model: " + text, {path, "", -1});
+    fail(Errc::kCorrupt, "load_quantized_model: tensors do not fit the model: " + text,
+         {path, "", -1});
   }
 
  private:

@@ -86,8 +86,7 @@ torch::Tensor LlamaImpl::step(const torch::Tensor& ids, KvCache& cache) {
 
 KvCache LlamaImpl::make_cache(std::int64_t batch, std::int64_t capacity) const {
   KvCache cache;
-  const auto options =
-      torch::TensorOptions().dtype(model->embed_tokens->weight.scalar_type());
+  const auto options = torch::TensorOptions().dtype(model->embed_tokens->weight.scalar_type());
   for (std::int64_t i = 0; i < config_.num_hidden_layers; ++i) {
     const std::array<std::int64_t, 4> shape{batch, config_.num_key_value_heads, capacity,
                                             config_.head_dim};
@@ -122,8 +121,9 @@ double LlamaImpl::perplexity(const torch::Tensor& ids, std::int64_t rows_at_a_ti
 
 std::vector<std::int64_t> LlamaImpl::generate(const torch::Tensor& ids,
                                               const GenerateOptions& options) {
-  if (ids.dim() != 1) fail(Errc::kShape, "llama: prompt has " + std::to_string(ids.dim()) +
-                                             " dimensions, expected 1");
+  if (ids.dim() != 1)
+    fail(Errc::kShape,
+         "llama: prompt has " + std::to_string(ids.dim()) + " dimensions, expected 1");
   const torch::NoGradGuard no_grad;
   const bool was_training = is_training();
   eval();
@@ -176,9 +176,10 @@ Llama load_llama(const std::string& path, torch::ScalarType dtype) {
     }
   }
   if (!missing.empty() || !misshapen.empty()) {
-    fail(Errc::kCorrupt, "load_llama: tensors do not fit the config: missing" +
-                             (missing.empty() ? " none" : missing) + "; misshapen" +
-                             (misshapen.empty() ? " none" : misshapen),
+    fail(Errc::kCorrupt,
+         "load_llama: tensors do not fit the config: missing" +
+             (missing.empty() ? " none" : missing) + "; misshapen" +
+             (misshapen.empty() ? " none" : misshapen),
          {path, "", -1});
   }
   for (auto& [name, tensor] : tensors) read_into(*source, name, tensor);

@@ -10,7 +10,8 @@ using Json = nlohmann::json;
 
 std::int64_t size_of(const Json& json, const char* key, std::int64_t otherwise = -1) {
   const bool absent = !json.contains(key) || json[key].is_null();
-  if (absent && otherwise < 0) fail(Errc::kConfig, std::string("llama config: ") + key + " is missing");
+  if (absent && otherwise < 0)
+    fail(Errc::kConfig, std::string("llama config: ") + key + " is missing");
   const std::int64_t value = absent ? otherwise : json[key].get<std::int64_t>();
   if (value < 1 || value > (std::int64_t{1} << 31)) {
     fail(Errc::kConfig, std::string("llama config: ") + key + " is " + std::to_string(value) +
@@ -59,7 +60,8 @@ LlamaConfig parse(const Json& json) {
   c.num_hidden_layers = size_of(json, "num_hidden_layers");
   c.num_attention_heads = size_of(json, "num_attention_heads");
   c.num_key_value_heads = size_of(json, "num_key_value_heads", c.num_attention_heads);
-  c.head_dim = size_of(json, "head_dim", std::max<std::int64_t>(c.hidden_size / c.num_attention_heads, 1));
+  c.head_dim =
+      size_of(json, "head_dim", std::max<std::int64_t>(c.hidden_size / c.num_attention_heads, 1));
   c.max_position_embeddings = size_of(json, "max_position_embeddings", 2048);
   c.rms_norm_eps = json.value("rms_norm_eps", 1e-6);
   c.rope_theta = json.value("rope_theta", 10000.0);

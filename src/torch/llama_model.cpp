@@ -41,7 +41,8 @@ Linear make_linear(std::int64_t in, std::int64_t out, bool bias, torch::ScalarTy
 
 Rotary rotary_angles(const LlamaConfig& config, std::int64_t first, std::int64_t length) {
   const auto even = torch::arange(0, config.head_dim, 2, torch::kLong).to(torch::kFloat);
-  const auto inverse = 1.0 / torch::pow(config.rope_theta, even / static_cast<double>(config.head_dim));
+  const auto inverse =
+      1.0 / torch::pow(config.rope_theta, even / static_cast<double>(config.head_dim));
   const auto positions = torch::arange(first, first + length, torch::kLong).to(torch::kFloat);
   const auto half = torch::outer(positions, inverse);
   const auto angles = torch::cat({half, half}, -1);
@@ -113,7 +114,8 @@ LlamaBlockImpl::LlamaBlockImpl(const LlamaConfig& c, torch::ScalarType dtype)
     : torch::nn::Module("LlamaBlock") {
   self_attn = register_module("self_attn", LlamaAttention(c, dtype));
   mlp = register_module("mlp", LlamaMlp(c, dtype));
-  input_layernorm = register_module("input_layernorm", RmsNorm(c.hidden_size, c.rms_norm_eps, dtype));
+  input_layernorm =
+      register_module("input_layernorm", RmsNorm(c.hidden_size, c.rms_norm_eps, dtype));
   post_attention_layernorm =
       register_module("post_attention_layernorm", RmsNorm(c.hidden_size, c.rms_norm_eps, dtype));
 }
@@ -127,10 +129,11 @@ torch::Tensor LlamaBlockImpl::forward(const torch::Tensor& x, const Rotary& rota
 LlamaModelImpl::LlamaModelImpl(const LlamaConfig& c, torch::ScalarType dtype)
     : torch::nn::Module("LlamaModel"), config_(c) {
   // Given a weight, Embedding does not fill a random one first.
-  const auto table = torch::empty({c.vocab_size, c.hidden_size}, torch::TensorOptions().dtype(dtype));
+  const auto table =
+      torch::empty({c.vocab_size, c.hidden_size}, torch::TensorOptions().dtype(dtype));
   embed_tokens = register_module(
-      "embed_tokens",
-      torch::nn::Embedding(torch::nn::EmbeddingOptions(c.vocab_size, c.hidden_size)._weight(table)));
+      "embed_tokens", torch::nn::Embedding(
+                          torch::nn::EmbeddingOptions(c.vocab_size, c.hidden_size)._weight(table)));
   layers = register_module("layers", torch::nn::ModuleList());
   for (std::int64_t i = 0; i < c.num_hidden_layers; ++i) layers->push_back(LlamaBlock(c, dtype));
   norm = register_module("norm", RmsNorm(c.hidden_size, c.rms_norm_eps, dtype));

@@ -47,7 +47,8 @@ double scaling_of(const LoraConfig& config, const std::string& name, std::int64_
 }
 
 void check_config(const LoraConfig& config) {
-  if (config.r < 1) fail(Errc::kConfig, "lora: r is " + std::to_string(config.r) + ", expected >= 1");
+  if (config.r < 1)
+    fail(Errc::kConfig, "lora: r is " + std::to_string(config.r) + ", expected >= 1");
   if (!(config.lora_dropout >= 0 && config.lora_dropout < 1)) {
     fail(Errc::kConfig,
          "lora: lora_dropout is " + std::to_string(config.lora_dropout) + ", expected 0 <= p < 1");
@@ -65,8 +66,8 @@ std::string linear_kinds(torch::nn::Module& model) {
 }
 
 Json to_json(const LoraConfig& config) {
-  const auto base = config.base_model_name_or_path.empty() ? Json(nullptr)
-                                                           : Json(config.base_model_name_or_path);
+  const auto base =
+      config.base_model_name_or_path.empty() ? Json(nullptr) : Json(config.base_model_name_or_path);
   return {{"peft_type", "LORA"},
           {"task_type", config.task_type},
           {"base_model_name_or_path", base},
@@ -74,10 +75,10 @@ Json to_json(const LoraConfig& config) {
           {"r", config.r},
           {"lora_alpha", config.lora_alpha},
           {"lora_dropout", config.lora_dropout},
-          {"target_modules", config.target_modules.size() == 1 &&
-                                     config.target_modules[0] == "all-linear"
-                                 ? Json("all-linear")
-                                 : Json(config.target_modules)},
+          {"target_modules",
+           config.target_modules.size() == 1 && config.target_modules[0] == "all-linear"
+               ? Json("all-linear")
+               : Json(config.target_modules)},
           {"rank_pattern", config.rank_pattern},
           {"alpha_pattern", config.alpha_pattern},
           {"use_rslora", config.use_rslora},
@@ -112,9 +113,8 @@ LoraConfig config_from(const Json& json) {
   config.lora_alpha = json.at("lora_alpha").get<double>();
   config.lora_dropout = json.value("lora_dropout", 0.0);
   const Json& targets = json.at("target_modules");
-  config.target_modules = targets.is_string()
-                              ? std::vector<std::string>{targets.get<std::string>()}
-                              : targets.get<std::vector<std::string>>();
+  config.target_modules = targets.is_string() ? std::vector<std::string>{targets.get<std::string>()}
+                                              : targets.get<std::vector<std::string>>();
   config.use_rslora = json.value("use_rslora", false);
   if (json.contains("rank_pattern") && !json["rank_pattern"].is_null()) {
     config.rank_pattern = json["rank_pattern"].get<std::map<std::string, std::int64_t>>();
@@ -219,8 +219,8 @@ std::int64_t add_lora(torch::nn::Module& model, const LoraConfig& config) {
   if (count == 0) {
     std::string asked;
     for (const auto& t : config.target_modules) asked += (asked.empty() ? "" : ", ") + t;
-    fail(Errc::kConfig, "lora: target_modules is [" + asked + "], expected some of " +
-                            linear_kinds(model));
+    fail(Errc::kConfig,
+         "lora: target_modules is [" + asked + "], expected some of " + linear_kinds(model));
   }
   return count;
 }
@@ -247,7 +247,8 @@ void save_lora_adapter(torch::nn::Module& model, const LoraConfig& config,
     add(name + ".lora_A.weight", layer->lora->A);
     add(name + ".lora_B.weight", layer->lora->B);
   }
-  if (tensors.empty()) fail(Errc::kConfig, "lora: the model has no adapters, expected add_lora first");
+  if (tensors.empty())
+    fail(Errc::kConfig, "lora: the model has no adapters, expected add_lora first");
   std::error_code error;
   std::filesystem::create_directories(folder, error);
   if (error) fail(Errc::kIo, "lora: cannot make the folder: " + error.message(), {folder, "", -1});
@@ -265,7 +266,8 @@ LoraConfig load_lora_adapter(torch::nn::Module& model, const std::string& folder
   std::vector<std::pair<std::shared_ptr<LinearImpl>, Lora>> adapters;
   std::vector<std::pair<std::shared_ptr<LinearImpl>, torch::Tensor>> replaced;
   for (const auto& [name, layer] : named_linears(model)) {
-    if (is_target(name, config)) adapters.emplace_back(layer, read_lora(file, name, *layer, config));
+    if (is_target(name, config))
+      adapters.emplace_back(layer, read_lora(file, name, *layer, config));
     const auto whole = file.take(name + ".weight", {layer->out_features, layer->in_features});
     if (whole.defined()) replaced.emplace_back(layer, whole);
   }

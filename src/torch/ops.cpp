@@ -1,5 +1,5 @@
-// Packed weights as tensors and the differentiable product. The only file with autograd functions of
-// the packed product.
+// Packed weights as tensors and the differentiable product. The only file with autograd functions
+// of the packed product.
 #include "quantal/torch/ops.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -40,8 +40,8 @@ at::Tensor call_linear(const at::Tensor& x, const at::Tensor& codes, const at::T
   return op.call(x, codes, stats, shared, bias, spec);
 }
 
-at::Tensor call_grad_input(const at::Tensor& grad, const at::Tensor& codes,
-                           const at::Tensor& stats, const at::Tensor& shared, const Ints& spec) {
+at::Tensor call_grad_input(const at::Tensor& grad, const at::Tensor& codes, const at::Tensor& stats,
+                           const at::Tensor& shared, const Ints& spec) {
   static const auto op = find_op<GradInputSignature>("quantal::linear_grad_input");
   return op.call(grad, codes, stats, shared, spec);
 }
@@ -88,7 +88,10 @@ variable_list GradInputFunction::backward(AutogradContext* ctx, const variable_l
   const variable_list saved = ctx->get_saved_variables();
   const Ints spec = ctx->saved_data["spec"].toIntVector();
   return {LinearFunction::apply(grads[0], saved[0], saved[1], saved[2], OptionalTensor{}, spec),
-          {}, {}, {}, {}};
+          {},
+          {},
+          {},
+          {}};
 }
 
 std::span<const std::uint8_t> byte_span(const torch::Tensor& t, const char* what) {
@@ -112,16 +115,26 @@ Ints spec_ints(const PackedSpec& spec) {
 
 torch::ScalarType to_torch(DType dtype) {
   switch (dtype) {
-    case DType::kF32: return torch::kFloat;
-    case DType::kF16: return torch::kHalf;
-    case DType::kBF16: return torch::kBFloat16;
-    case DType::kF64: return torch::kDouble;
-    case DType::kU8: return torch::kByte;
-    case DType::kI8: return torch::kChar;
-    case DType::kI16: return torch::kShort;
-    case DType::kI32: return torch::kInt;
-    case DType::kI64: return torch::kLong;
-    case DType::kBool: return torch::kBool;
+    case DType::kF32:
+      return torch::kFloat;
+    case DType::kF16:
+      return torch::kHalf;
+    case DType::kBF16:
+      return torch::kBFloat16;
+    case DType::kF64:
+      return torch::kDouble;
+    case DType::kU8:
+      return torch::kByte;
+    case DType::kI8:
+      return torch::kChar;
+    case DType::kI16:
+      return torch::kShort;
+    case DType::kI32:
+      return torch::kInt;
+    case DType::kI64:
+      return torch::kLong;
+    case DType::kBool:
+      return torch::kBool;
     default:
       fail(Errc::kDtype, "torch: dtype " + std::string(dtype_name(dtype)) + " has no torch type");
   }
@@ -132,8 +145,8 @@ DType from_torch(torch::ScalarType type) {
                         DType::kI16, DType::kI32, DType::kI64, DType::kBool}) {
     if (to_torch(d) == type) return d;
   }
-  fail(Errc::kDtype, std::string("torch: scalar type ") + c10::toString(type) +
-                         " has no dtype in quantal");
+  fail(Errc::kDtype,
+       std::string("torch: scalar type ") + c10::toString(type) + " has no dtype in quantal");
 }
 
 TensorView tensor_view(const torch::Tensor& t) {
@@ -141,7 +154,8 @@ TensorView tensor_view(const torch::Tensor& t) {
     fail(Errc::kDevice, "torch: tensor is on " + t.device().str() + ", expected cpu");
   }
   if (!t.is_contiguous()) fail(Errc::kShape, "torch: tensor is not contiguous");
-  return {from_torch(t.scalar_type()), t.sizes().vec(),
+  return {from_torch(t.scalar_type()),
+          t.sizes().vec(),
           {static_cast<const std::uint8_t*>(t.const_data_ptr()), t.nbytes()}};
 }
 
@@ -193,8 +207,7 @@ PackedTensors quantize(const torch::Tensor& weight, const QuantizeOptions& optio
 torch::Tensor dequantize(const PackedTensors& w, torch::ScalarType dtype) {
   const PackedView view = w.view();
   const DType out_dtype = from_torch(dtype);
-  torch::Tensor out =
-      torch::empty({w.spec.rows, w.spec.cols}, torch::TensorOptions().dtype(dtype));
+  torch::Tensor out = torch::empty({w.spec.rows, w.spec.cols}, torch::TensorOptions().dtype(dtype));
   dequantize(view, {0, w.spec.rows, 0, w.spec.cols}, out_dtype, out.mutable_data_ptr(), w.spec.cols,
              stable_executor());
   return out;

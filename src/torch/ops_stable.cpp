@@ -66,25 +66,39 @@ Tensor detached(const Tensor& t) { return call("aten::detach", "", t); }
 
 const char* type_name(ScalarType type) {
   switch (type) {
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Char: return "int8";
-    case ScalarType::Short: return "int16";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Bool: return "bool";
-    case ScalarType::BFloat16: return "bfloat16";
-    default: return "of another type";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    default:
+      return "of another type";
   }
 }
 
 DType weight_dtype(const char* what, ScalarType type) {
   switch (type) {
-    case ScalarType::Float: return DType::kF32;
-    case ScalarType::Half: return DType::kF16;
-    case ScalarType::BFloat16: return DType::kBF16;
+    case ScalarType::Float:
+      return DType::kF32;
+    case ScalarType::Half:
+      return DType::kF16;
+    case ScalarType::BFloat16:
+      return DType::kBF16;
     default:
       quantal::fail(Errc::kDtype, std::string(what) + " is " + type_name(type) +
                                       ", expected float32, float16 or bfloat16");
@@ -154,8 +168,7 @@ Ints sizes_with_last(const Tensor& t, std::int64_t last) {
 }
 
 bool use_packed_product(const PackedSpec& spec, DType dtype, std::int64_t m) {
-  return quantal::supports_packed_matmul(spec) &&
-         m <= quantal::packed_matmul_max_rows(spec, dtype);
+  return quantal::supports_packed_matmul(spec) && m <= quantal::packed_matmul_max_rows(spec, dtype);
 }
 
 // ------------------------------------------------------------------ products over panels

@@ -12,9 +12,8 @@ class StableExecutor final : public Executor {
  public:
   int num_threads() const override { return static_cast<int>(torch::stable::get_num_threads()); }
 
-  void parallel_for(
-      std::int64_t begin, std::int64_t end, std::int64_t grain,
-      const std::function<void(std::int64_t, std::int64_t)>& body) const override {
+  void parallel_for(std::int64_t begin, std::int64_t end, std::int64_t grain,
+                    const std::function<void(std::int64_t, std::int64_t)>& body) const override {
     if (begin >= end) return;
     // The C boundary of the stable ABI turns exceptions into codes without their message, so the
     // first one is carried around it.

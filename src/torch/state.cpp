@@ -23,7 +23,8 @@ std::vector<std::pair<std::string, torch::Tensor>> base_tensors(torch::nn::Modul
       add((child ? prefix.substr(0, prefix.size() - own.size()) : prefix) + "bias", packed->bias);
       continue;
     }
-    for (const auto& p : module->named_parameters(/*recurse=*/false)) add(prefix + p.key(), p.value());
+    for (const auto& p : module->named_parameters(/*recurse=*/false))
+      add(prefix + p.key(), p.value());
     for (const auto& b : module->named_buffers(/*recurse=*/false)) add(prefix + b.key(), b.value());
   }
   return out;

@@ -17,7 +17,8 @@ TEST(QuantizedLinear, ForwardIsTheProductWithItsWeight) {
 
 TEST(QuantizedLinear, CastingTheModelLeavesPackedBytesAlone) {
   Linear layer(96, 32);
-  layer->set_quantized(QuantizedLinear(quantize(layer->weight, nf4_options(64, true)), layer->bias));
+  layer->set_quantized(
+      QuantizedLinear(quantize(layer->weight, nf4_options(64, true)), layer->bias));
   const auto codes = layer->packed->codes.clone();
   layer->to(torch::kHalf);
   EXPECT_EQ(layer->packed->codes.scalar_type(), torch::kByte);
@@ -44,8 +45,9 @@ TEST(Linear, SwapsBetweenFormsWithoutKeepingTheOther) {
   layer->set_dense(weight, {});
   EXPECT_FALSE(layer->is_quantized());
   EXPECT_TRUE(torch::equal(layer->weight, weight));
-  expect_error(Errc::kShape, "weight has shape [3, 4]",
-               [&] { layer->set_dense(torch::zeros({3, 4}), {}); });
+  expect_error(Errc::kShape, "weight has shape [3, 4]", [&] {
+    layer->set_dense(torch::zeros({3, 4}), {});
+  });
 }
 
 TEST(Adapter, LeavesNoFullPrecisionCopy) {
@@ -78,10 +80,14 @@ TEST(Adapter, ReportsWhatItSkippedAndWhy) {
   adapter->quantize_model(*model);
   int dense_linears = 0, eight = 0;
   for (const auto& entry : adapter->report().entries) {
-    if (entry.name == "lm_head") { EXPECT_NE(entry.reason.find("lm_head"), std::string::npos); }
+    if (entry.name == "lm_head") {
+      EXPECT_NE(entry.reason.find("lm_head"), std::string::npos);
+    }
     dense_linears += entry.method == "dense" && entry.reason.find("skip_modules") == 0;
     eight += entry.method.find("8-bit") != std::string::npos;
-    if (entry.method != "dense") { EXPECT_GT(entry.relative_error, 0) << entry.name; }
+    if (entry.method != "dense") {
+      EXPECT_GT(entry.relative_error, 0) << entry.name;
+    }
   }
   EXPECT_EQ(dense_linears, 4);
   EXPECT_EQ(eight, 7);
@@ -217,8 +223,10 @@ TEST(Lora, GradientsEqualTheDenseFormula) {
   const auto expected_x = torch::matmul(seed, w + 2 * torch::matmul(b, a));
   EXPECT_LE(relative(x.grad(), expected_x), 2e-6);
   const auto xd = x.detach();
-  EXPECT_LE(relative(layer->lora->B.grad(), 2 * torch::matmul(seed.t(), torch::matmul(xd, a.t()))), 2e-6);
-  EXPECT_LE(relative(layer->lora->A.grad(), 2 * torch::matmul(torch::matmul(seed, b).t(), xd)), 2e-6);
+  EXPECT_LE(relative(layer->lora->B.grad(), 2 * torch::matmul(seed.t(), torch::matmul(xd, a.t()))),
+            2e-6);
+  EXPECT_LE(relative(layer->lora->A.grad(), 2 * torch::matmul(torch::matmul(seed, b).t(), xd)),
+            2e-6);
 }
 
 TEST(Lora, SavedFolderLoadsWithEqualLogits) {
@@ -252,7 +260,8 @@ TEST(Lora, ReadsPeftAdaptersOfTheGoldenModel) {
   for (const std::string name : {"peft-lora", "peft-rslora-patterns"}) {
     auto model = load_llama(golden_path("checkpoints/dense-bf16"));
     load_lora_adapter(*model, golden_path("checkpoints/" + name));
-    const auto expected = golden_tensor("vectors/" + name + "_logits.safetensors", "adapter_logits");
+    const auto expected =
+        golden_tensor("vectors/" + name + "_logits.safetensors", "adapter_logits");
     const auto logits = model->forward(golden_ids())[0];
     EXPECT_LE(relative(logits, expected), 2e-6) << name;
   }

@@ -76,8 +76,9 @@ TEST(Llama, PerplexityIsTheMeanOverPredictedTokens) {
   EXPECT_NEAR(model->perplexity(ids), expected, 1e-5 * expected);
   EXPECT_NEAR(std::exp(model->loss(ids).item<double>()), expected, 1e-5 * expected);
   expect_error(Errc::kShape, "expected [n >= 1, length >= 2]", [&] { model->perplexity(ids[0]); });
-  expect_error(Errc::kShape, "expected 0 .. 95",
-               [&] { model->forward(torch::full({1, 3}, 96, torch::kLong)); });
+  expect_error(Errc::kShape, "expected 0 .. 95", [&] {
+    model->forward(torch::full({1, 3}, 96, torch::kLong));
+  });
 }
 
 /// Gradients of all adapters after one backward pass.
@@ -147,16 +148,16 @@ TEST(Llama, TrainingReducesTheLoss) {
 TEST(LlamaConfig, RefusesWhatItCannotCompute) {
   const auto with = [](const std::string& extra) {
     return R"({"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
-               "num_attention_heads": 2)" + extra + "}";
+               "num_attention_heads": 2)" +
+           extra + "}";
   };
   EXPECT_EQ(LlamaConfig::from_json(with("")).head_dim, 4);
   expect_error(Errc::kUnsupported, "model_type is gpt2",
                [&] { LlamaConfig::from_json(with(R"(, "model_type": "gpt2")")); });
   expect_error(Errc::kUnsupported, "rope_scaling is of type yarn",
                [&] { LlamaConfig::from_json(with(R"(, "rope_scaling": {"rope_type": "yarn"})")); });
-  expect_error(Errc::kConfig, "num_key_value_heads", [&] {
-    LlamaConfig::from_json(with(R"(, "num_key_value_heads": 3)"));
-  });
+  expect_error(Errc::kConfig, "num_key_value_heads",
+               [&] { LlamaConfig::from_json(with(R"(, "num_key_value_heads": 3)")); });
   expect_error(Errc::kConfig, "vocab_size is missing", [] { LlamaConfig::from_json("{}"); });
   expect_error(Errc::kConfig, "llama config", [] { LlamaConfig::from_json("{"); });
 }

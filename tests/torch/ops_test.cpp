@@ -67,7 +67,8 @@ TEST(Ops, HalfTypesRoundOnceMore) {
         const auto x = torch::randn({m, form.cols}).to(type);
         const auto y = linear(x, packed);
         EXPECT_EQ(y.scalar_type(), type);
-        EXPECT_LE(relative(y, torch::matmul(x.to(torch::kDouble), w.to(torch::kDouble).t())), epsilon)
+        EXPECT_LE(relative(y, torch::matmul(x.to(torch::kDouble), w.to(torch::kDouble).t())),
+                  epsilon)
             << form.name << " m=" << m;
       }
     }
@@ -177,7 +178,8 @@ TEST(Ops, BadArgumentsAreTypedErrors) {
   auto weight = random_weight(form, 9);
   weight[3][4] = std::numeric_limits<float>::quiet_NaN();
   expect_error(Errc::kUnsupported, "3", [&] { quantize(weight, form.options); });
-  expect_error(Errc::kConfig, "group", [&] { quantize(random_weight(form, 9), hqq_options(4, 7)); });
+  expect_error(Errc::kConfig, "group",
+               [&] { quantize(random_weight(form, 9), hqq_options(4, 7)); });
 }
 
 TEST(Ops, RelativeErrorMatchesItsFormula) {

@@ -32,9 +32,9 @@ class QuantizationAdapter {
   /// replace_linear_with_quantized. Returns ||W - deq(W)||_F / ||W||_F.
   virtual double quantize_linear(LinearImpl& layer, const LayerRules::Choice& choice);
 
-  /// Writes a folder in the dialect's upstream layout (config.json, model.safetensors) with the base
-  /// weights only; adapters have save_lora_adapter. `config_json` is the model's own config.json.
-  /// An existing folder that quantal did not write is refused unless `overwrite`.
+  /// Writes a folder in the dialect's upstream layout (config.json, model.safetensors) with the
+  /// base weights only; adapters have save_lora_adapter. `config_json` is the model's own
+  /// config.json. An existing folder that quantal did not write is refused unless `overwrite`.
   virtual void save_quantized_model(torch::nn::Module& model, const std::string& path,
                                     const std::string& config_json = "{}", bool overwrite = false);
   /// Loads such a folder or file into a model of the right structure: named layers become packed,

@@ -15,8 +15,8 @@ namespace quantal {
 
 /// `y = x @ W^T + bias` with W kept as packed codes and statistics.
 ///
-/// Parameters `codes`, `stats` (uint8, frozen) and `bias` (of any weight dtype); buffers `shared` and
-/// `spec` (16 int64). forward() computes in `compute_dtype` and returns the dtype of its input.
+/// Parameters `codes`, `stats` (uint8, frozen) and `bias` (of any weight dtype); buffers `shared`
+/// and `spec` (16 int64). forward() computes in `compute_dtype` and returns the dtype of its input.
 /// `to(dtype)` converts the bias only: packed bytes are never cast.
 class QuantizedLinearImpl : public torch::nn::Module {
  public:
@@ -70,8 +70,8 @@ enum class Init { kKaimingUniform, kNone };
 /// A linear layer whose weight can be exchanged in place: dense or packed, with or without LoRA.
 ///
 /// torch::nn::Linear members are typed pointers that nobody but their owner can replace, so models
-/// that want quantization use this class. Dense: parameters `weight`, `bias`. Packed: child `packed`
-/// (QuantizedLinear) and no `weight`. LoRA: child `lora`.
+/// that want quantization use this class. Dense: parameters `weight`, `bias`. Packed: child
+/// `packed` (QuantizedLinear) and no `weight`. LoRA: child `lora`.
 class LinearImpl : public torch::nn::Module {
  public:
   LinearImpl(std::int64_t in_features, std::int64_t out_features, bool bias = true,
@@ -82,7 +82,8 @@ class LinearImpl : public torch::nn::Module {
   torch::Tensor forward(const torch::Tensor& x);
 
   bool is_quantized() const { return packed != nullptr; }
-  /// Exchanges the weight and bias for `layer`'s; the dense weight is released. Throws Error{kShape}.
+  /// Exchanges the weight and bias for `layer`'s; the dense weight is released. Throws
+  /// Error{kShape}.
   void set_quantized(QuantizedLinear layer);
   /// Exchanges whatever is there for a dense weight [out, in] and bias (or undefined).
   void set_dense(torch::Tensor new_weight, torch::Tensor new_bias);

@@ -54,8 +54,8 @@ class LlamaImpl : public torch::nn::Module {
   /// Values are undefined until they are loaded or initialize() is called.
   explicit LlamaImpl(LlamaConfig config, torch::ScalarType dtype = torch::kFloat);
 
-  /// ids int64 [batch, length] -> logits [batch, length, vocab]. Throws Error{kShape} for ids outside
-  /// the vocabulary or more positions than max_position_embeddings.
+  /// ids int64 [batch, length] -> logits [batch, length, vocab]. Throws Error{kShape} for ids
+  /// outside the vocabulary or more positions than max_position_embeddings.
   torch::Tensor forward(const torch::Tensor& ids);
   /// The same for the positions after those in `cache`, which is extended; logits of the last
   /// position only, [batch, vocab].

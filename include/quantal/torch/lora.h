@@ -25,8 +25,8 @@ struct LoraConfig {
 };
 
 /// Freezes every parameter of `model` and attaches a trainable adapter to each matching layer.
-/// Returns the number of layers. Throws Error{kConfig} for r < 1, a dropout outside [0, 1), or if no
-/// layer matches (naming the linear layers there are).
+/// Returns the number of layers. Throws Error{kConfig} for r < 1, a dropout outside [0, 1), or if
+/// no layer matches (naming the linear layers there are).
 std::int64_t add_lora(torch::nn::Module& model, const LoraConfig& config);
 
 /// The trainable tensors, for an optimizer.

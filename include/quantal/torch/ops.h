@@ -48,8 +48,8 @@ double relative_error(const torch::Tensor& weight, const PackedTensors& w);
 ///
 /// x      [..., cols]; a non-contiguous one is copied. bias [rows] or undefined.
 /// Differentiable, also twice, in x and in bias; keeps nothing for backward but the packed tensors.
-/// Few rows of x run straight from the codes, more through decoded panels of at most 8 MiB: both use
-/// the exact values, so they differ only by summation order. No full decoded copy ever exists.
+/// Few rows of x run straight from the codes, more through decoded panels of at most 8 MiB: both
+/// use the exact values, so they differ only by summation order. No full decoded copy ever exists.
 /// Throws Error{kShape}, Error{kDtype}, Error{kDevice}.
 ///
 /// The gradient is attached here, in C++, not to the dispatcher op quantal::linear. The Python
