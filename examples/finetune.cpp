@@ -27,7 +27,7 @@ using Clock = std::chrono::steady_clock;
 
 struct Arguments {
   std::string model, eval, train, method = "hqq", dtype = "float32", compute_dtype = "float32";
-  std::string load_adapter, out, report;
+  std::string load_adapter, out, report, logits;
   std::vector<std::string> targets = {"q_proj", "v_proj"}, skip = {"lm_head"};
   int bits = 4;
   std::int64_t group_size = 64, lora_r = 16, steps = 0, batch = 4, seq = 256, generate = 0;
@@ -147,6 +147,16 @@ void finetune(quantal::Llama& model, quantal::QuantizationAdapter& adapter,
   std::printf("wrote %s\n", args.out.c_str());
 }
 
+void save_logits(quantal::Llama& model, const torch::Tensor& held_out, const std::string& path) {
+  const torch::NoGradGuard no_grad;
+  model->eval();
+  const auto logits = model->forward(held_out.narrow(0, 0, 1)).to(torch::kFloat32).contiguous();
+  quantal::write_npy(path, {quantal::DType::kF32,
+                            logits.sizes().vec(),
+                            {static_cast<const std::uint8_t*>(logits.const_data_ptr()),
+                             static_cast<std::size_t>(logits.numel()) * sizeof(float)}});
+}
+
 void generate(quantal::Llama& model, const torch::Tensor& held_out, const Arguments& args,
               Json& report) {
   const std::int64_t prompt = std::min<std::int64_t>(16, held_out.size(1));
@@ -191,6 +201,7 @@ Json run(const Arguments& args) {
     report["ppl_adapter"] = report["perplexity"] = evaluate(model, held_out, "adapter");
   }
   if (!args.train.empty() && args.steps > 0) finetune(model, *adapter, held_out, args, report);
+  if (!args.logits.empty()) save_logits(model, held_out, args.logits);
   if (args.generate > 0) generate(model, held_out, args, report);
   return report;
 }
@@ -225,6 +236,7 @@ void add_options(CLI::App& app, Arguments& a) {
   app.add_flag("--reference", a.reference, "also measure the model before quantization");
   app.add_option("--load-adapter", a.load_adapter, "PEFT folder to evaluate with");
   app.add_option("--out", a.out, "folder for the trained adapter (PEFT format)");
+  app.add_option("--logits", a.logits, "final logits of the first row of --eval (.npy, float32)");
   app.add_option("--report", a.report, "JSON file with all figures");
   app.add_option("--generate", a.generate, "tokens to generate from the first row")
       ->capture_default_str();

@@ -9,7 +9,9 @@ struct Net : torch::nn::Module {
   Net()
       : up(register_module("up", quantal::Linear(128, 256))),
         down(register_module("down", quantal::Linear(256, 128))) {}
-  torch::Tensor forward(const torch::Tensor& x) { return down->forward(torch::relu(up->forward(x))); }
+  torch::Tensor forward(const torch::Tensor& x) {
+    return down->forward(torch::relu(up->forward(x)));
+  }
   quantal::Linear up, down;
 };
 

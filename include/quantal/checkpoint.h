@@ -28,7 +28,8 @@ class ModelSource {
   /// Hugging Face config.json of the model (from GGUF metadata: architecture, sizes, rope, eps,
   /// tie_word_embeddings, token ids). "{}" if unknown.
   virtual std::string config_json() const = 0;
-  /// Tokenizer facts of a GGUF as JSON {model, pre, tokens, token_type, merges, bos ... chat_template};
+  /// Tokenizer facts of a GGUF as JSON {model, pre, tokens, token_type, merges, bos ...
+  /// chat_template};
   /// "{}" where the source has none.
   virtual std::string tokenizer_json() const = 0;
 
@@ -39,8 +40,8 @@ class ModelSource {
     std::int64_t stored_bytes = 0;
   };
   virtual const std::vector<Info>& tensors() const = 0;
-  /// Decodes rows [row_begin, row_end) of a tensor (1-D: one row of all elements) into `out`, as f32,
-  /// f16 or bf16. Throws Error{kShape}, Error{kUnsupported}.
+  /// Decodes rows [row_begin, row_end) of a tensor (1-D: one row of all elements) into `out`, as
+  /// f32, f16 or bf16. Throws Error{kShape}, Error{kUnsupported}.
   virtual void read_rows(const std::string& name, std::int64_t row_begin, std::int64_t row_end,
                          DType dtype, void* out, const Executor& executor) const = 0;
 };
@@ -54,8 +55,8 @@ struct Checkpoint {
 };
 
 /// Reads a folder (config.json + safetensors, sharded or single) or one safetensors file written by
-/// quantal or by the upstream package. Throws Error{kCorrupt} listing missing and extra tensors of a
-/// layer; "No checkpoint found in {path}" (Error{kIo}) names what was looked for.
+/// quantal or by the upstream package. Throws Error{kCorrupt} listing missing and extra tensors of
+/// a layer; "No checkpoint found in {path}" (Error{kIo}) names what was looked for.
 Checkpoint load_checkpoint(const std::string& path);
 
 /// What save_checkpoint writes.
@@ -70,8 +71,8 @@ struct CheckpointView {
 /// `overwrite`. Throws Error{kIo}, Error{kConfig}.
 void save_checkpoint(const std::string& folder, const CheckpointView& view, bool overwrite = false);
 
-/// SHA-256 (hex) over names, specs and bytes of all layers and tensors, in name order; equal digests
-/// mean equal models.
+/// SHA-256 (hex) over names, specs and bytes of all layers and tensors, in name order; equal
+/// digests mean equal models.
 std::string checkpoint_digest(const CheckpointView& view);
 
 /// Human-readable description of a file or folder (the cli's `inspect`), as text or JSON.

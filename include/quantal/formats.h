@@ -73,13 +73,13 @@ std::string_view reach_name(Reach reach) noexcept;
 struct QuantizeOptions {
   QuantizationMethod method = QuantizationMethod::BNB_NF4;
   int bits = 4;
-  std::int64_t group_size = 64;          ///< codes per scale; 0 = one group per row (HQQ None)
-  DType value_dtype = DType::kF32;       ///< dtype that the layer dequantizes to
-  bool double_quant = true;              ///< bnb: nested absmax
-  std::string quant_type = "nf4";        ///< bnb: "nf4" or "fp4"
-  int axis = 1;                          ///< hqq
-  bool optimize = true;                  ///< hqq: half-quadratic solver
-  std::optional<bool> round_zero;        ///< hqq: default true only for 4 bits
+  std::int64_t group_size = 64;     ///< codes per scale; 0 = one group per row (HQQ None)
+  DType value_dtype = DType::kF32;  ///< dtype that the layer dequantizes to
+  bool double_quant = true;         ///< bnb: nested absmax
+  std::string quant_type = "nf4";   ///< bnb: "nf4" or "fp4"
+  int axis = 1;                     ///< hqq
+  bool optimize = true;             ///< hqq: half-quadratic solver
+  std::optional<bool> round_zero;   ///< hqq: default true only for 4 bits
 };
 
 /// Looks a tensor up by full name; nullptr if absent. The view stays valid during the call.
@@ -93,12 +93,13 @@ struct NamedTensor {
 
 /// One dialect. All functions are pure and thread-safe.
 struct Dialect {
-  int id;                 ///< stored in PackedSpec::dialect; never reused
-  std::string_view name;  ///< "bnb", "hqq"
+  int id;                  ///< stored in PackedSpec::dialect; never reused
+  std::string_view name;   ///< "bnb", "hqq"
   std::string_view title;  ///< for people: "bitsandbytes"
   std::span<const QuantizationMethod> methods;
-  std::span<const int> bits;                  ///< legal widths
-  std::span<const std::int64_t> group_sizes;  ///< legal ones; empty = any multiple of group_multiple
+  std::span<const int> bits;  ///< legal widths
+  std::span<const std::int64_t>
+      group_sizes;  ///< legal ones; empty = any multiple of group_multiple
   std::int64_t group_multiple;
   Reach (*reach)(const QuantizeOptions& options);
 
@@ -112,7 +113,8 @@ struct Dialect {
   void (*quantize)(const PackedSpec& spec, DType dtype, const void* weights, std::uint8_t* codes,
                    std::uint8_t* stats, std::uint8_t* shared, const Executor& executor);
 
-  /// Upstream's tensors for one layer, names beginning with `prefix` ("model.layers.0.mlp.up_proj.").
+  /// Upstream's tensors for one layer, names beginning with `prefix`
+  /// ("model.layers.0.mlp.up_proj.").
   std::vector<NamedTensor> (*export_layer)(const PackedView& w, const std::string& prefix);
 
   /// True if `names` (all tensor names with this prefix removed, e.g. "weight", "weight.absmax")
@@ -133,10 +135,10 @@ struct Dialect {
 
 /// All dialects, in order of id.
 std::span<const Dialect* const> dialects();
-/// Dialect that quantizes with `method`. Throws Error{kUnsupported} naming the methods of this build
-/// for NONE and for methods without a quantizer in it (BNB_INT8, MLX_*, QUANTO_*).
+/// Dialect that quantizes with `method`. Throws Error{kUnsupported} naming the methods of this
+/// build for NONE and for methods without a quantizer in it (BNB_INT8, MLX_*, QUANTO_*).
 const Dialect& dialect_of(QuantizationMethod method);
-const Dialect& dialect_by_id(int id);                  ///< throws Error{kCorrupt}
+const Dialect& dialect_by_id(int id);  ///< throws Error{kCorrupt}
 const Dialect* find_dialect(QuantizationMethod method) noexcept;
 
 /// Convenience: make_spec + quantize of `dialect_of(options.method)`.
@@ -147,8 +149,24 @@ PackedMatrix quantize(const TensorView& weights, const QuantizeOptions& options,
 
 /// Element types of GGUF tensors (numbers of the file format).
 enum class GgmlType : std::uint32_t {
-  kF32 = 0, kF16 = 1, kQ4_0 = 2, kQ4_1 = 3, kQ5_0 = 6, kQ5_1 = 7, kQ8_0 = 8, kQ2_K = 10, kQ3_K = 11,
-  kQ4_K = 12, kQ5_K = 13, kQ6_K = 14, kI8 = 24, kI16 = 25, kI32 = 26, kI64 = 27, kF64 = 28, kBF16 = 30,
+  kF32 = 0,
+  kF16 = 1,
+  kQ4_0 = 2,
+  kQ4_1 = 3,
+  kQ5_0 = 6,
+  kQ5_1 = 7,
+  kQ8_0 = 8,
+  kQ2_K = 10,
+  kQ3_K = 11,
+  kQ4_K = 12,
+  kQ5_K = 13,
+  kQ6_K = 14,
+  kI8 = 24,
+  kI16 = 25,
+  kI32 = 26,
+  kI64 = 27,
+  kF64 = 28,
+  kBF16 = 30,
 };
 
 /// Size of a block in elements and bytes.

@@ -1,5 +1,6 @@
-// quantal io: containers. Bytes and names, never dialects. Readers check every size against the file
-// before they believe it; writers are atomic (temporary file beside the target, fsync, rename).
+// quantal io: containers. Bytes and names, never dialects. Readers check every size against the
+// file before they believe it; writers are atomic (temporary file beside the target, fsync,
+// rename).
 #pragma once
 
 #include <cstdint>
@@ -41,7 +42,8 @@ std::string read_text_file(const std::string& path, std::size_t max_bytes = 64u 
 /// A safetensors file, mapped. Tensors are views into the mapping (zero copy).
 class SafetensorsFile {
  public:
-  /// Throws Error{kIo}, Error{kCorrupt} (with tensor and offset) as docs/formats/safetensors.md lists.
+  /// Throws Error{kIo}, Error{kCorrupt} (with tensor and offset) as docs/formats/safetensors.md
+  /// lists.
   explicit SafetensorsFile(const std::string& path);
   /// In file order of their data.
   const std::vector<std::pair<std::string, TensorView>>& tensors() const { return tensors_; }

@@ -82,7 +82,8 @@ void validate_spec(const PackedSpec& spec);
 
 /// Sizes of the three buffers that follow from a spec.
 ///
-/// codes   [rows, code_bytes]. Unit: a strip of 16 bytes holding 128 / bits consecutive codes of one
+/// codes   [rows, code_bytes]. Unit: a strip of 16 bytes holding 128 / bits consecutive codes of
+/// one
 ///         row; byte j, bit field f (low first) is code 16 f + j of the strip. Rows are padded with
 ///         zero codes to whole strips.
 /// stats   kRowRuns: [rows, stat_bytes], a row is
@@ -94,7 +95,8 @@ void validate_spec(const PackedSpec& spec);
 ///           Slot k holds the statistics of the k-th group that the row touches; where groups cross
 ///           rows both rows hold them. Unused slots are zero.
 ///         kColumnRuns: [rows * cols / group_size, scale bytes + offset bytes], scale first.
-/// shared  kTable: 16 float32; kNestedU8: float32 nested_offset, then 256 float32 map. In this order
+/// shared  kTable: 16 float32; kNestedU8: float32 nested_offset, then 256 float32 map. In this
+/// order
 ///         if both. Otherwise empty.
 struct PackedLayout {
   std::int64_t code_bytes = 0;
@@ -136,8 +138,8 @@ void unpack_row(int bits, const std::uint8_t* packed, std::int64_t cols, std::ui
 /// Statistics of one row, spread from flat group arrays into the row's slots (kRowRuns).
 /// `scales` and `offsets` hold raw storage elements of the whole matrix, indexed by
 /// flat element / group_size; for kNestedU8 `scales` holds u8 codes and `absmax2` float32 by
-/// group / nested_group_size. `offsets` is null for Offset::kNone. `first_row` is the index of row 0
-/// of `spec` in the matrix that the flat arrays describe.
+/// group / nested_group_size. `offsets` is null for Offset::kNone. `first_row` is the index of row
+/// 0 of `spec` in the matrix that the flat arrays describe.
 struct FlatStats {
   const std::uint8_t* scales = nullptr;
   const std::uint8_t* offsets = nullptr;
@@ -161,9 +163,10 @@ struct Panel {
   std::int64_t row_begin = 0, row_end = 0, col_begin = 0, col_end = 0;
 };
 
-/// Exact values: `out[(r - row_begin) * ld + (c - col_begin)] = out_dtype(w(r, c))`, w as defined at
-/// Offset. `ld` is in elements. col_begin must be a multiple of 32. out_dtype kF32, kF16 or kBF16.
-/// Bit-identical on every ISA and for every thread count. Throws Error{kShape} / Error{kDtype}.
+/// Exact values: `out[(r - row_begin) * ld + (c - col_begin)] = out_dtype(w(r, c))`, w as defined
+/// at Offset. `ld` is in elements. col_begin must be a multiple of 32. out_dtype kF32, kF16 or
+/// kBF16. Bit-identical on every ISA and for every thread count. Throws Error{kShape} /
+/// Error{kDtype}.
 void dequantize(const PackedView& w, const Panel& panel, DType out_dtype, void* out,
                 std::int64_t ld, const Executor& executor);
 
@@ -174,17 +177,17 @@ bool supports_packed_matmul(const PackedSpec& spec) noexcept;
 /// table of the active ISA.
 std::int64_t packed_matmul_max_rows(const PackedSpec& spec, DType x_dtype) noexcept;
 
-/// `y[m, n] = sum_k x[m, k] * w(n, k) (+ bias[n])`, accumulated in float32 with a summation order that
-/// depends on nothing but the shapes. x [m_rows, cols] and y [m_rows, rows] row-major and contiguous,
-/// both of `dtype`; bias float32 of `rows` or null.
-/// |error| <= 8 * sqrt(cols) * 2^-24 * sum|x||w| + rounding of y to dtype.
+/// `y[m, n] = sum_k x[m, k] * w(n, k) (+ bias[n])`, accumulated in float32 with a summation order
+/// that depends on nothing but the shapes. x [m_rows, cols] and y [m_rows, rows] row-major and
+/// contiguous, both of `dtype`; bias float32 of `rows` or null. |error| <= 8 * sqrt(cols) * 2^-24 *
+/// sum|x||w| + rounding of y to dtype.
 void matmul(const PackedView& w, DType dtype, const void* x, std::int64_t m_rows, const float* bias,
             void* y, const Executor& executor);
 
 /// `y[m, k] = sum_n g[m, n] * w(n, k)`, the product of the backward pass. g [m_rows, rows],
 /// y [m_rows, cols]. Same contract as matmul.
-void matmul_transposed(const PackedView& w, DType dtype, const void* g, std::int64_t m_rows, void* y,
-                       const Executor& executor);
+void matmul_transposed(const PackedView& w, DType dtype, const void* g, std::int64_t m_rows,
+                       void* y, const Executor& executor);
 
 // ------------------------------------------------------------------ dispatch
 

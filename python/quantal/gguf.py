@@ -43,7 +43,6 @@ def _load_model(source: _core.ModelSource, dtype: torch.dtype, path: str) -> nn.
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**json.loads(source.config_json))
-    _check_sizes(config, {name: shape for name, shape, _, _ in source.tensors}, path)
     config.torch_dtype = dtype
     with parameters_on_meta():
         model = AutoModelForCausalLM.from_config(config)
@@ -75,39 +74,6 @@ def _load_model(source: _core.ModelSource, dtype: torch.dtype, path: str) -> nn.
             missing[0],
         )
     return model.eval()
-
-
-def _check_sizes(config: Any, shapes: dict[str, list[int]], path: str) -> None:
-    """Refuses sizes that the tensors contradict, before a model of such sizes is built."""
-    layers = {int(n.split(".")[2]) for n in shapes if n.startswith("model.layers.")}
-    attention = "model.layers.0.self_attn."
-
-    def rows(module: str) -> int | None:
-        return shapes.get(f"{module}.weight", [None])[0]
-
-    head = config.head_dim
-    claims = [
-        ("block_count", config.num_hidden_layers, len(layers)),
-        ("rows of token_embd", config.vocab_size, rows("model.embed_tokens")),
-        ("embedding_length", config.hidden_size, rows("model.norm")),
-        (
-            "head_count * key_length",
-            config.num_attention_heads * head,
-            rows(attention + "q_proj"),
-        ),
-        (
-            "head_count_kv * key_length",
-            config.num_key_value_heads * head,
-            rows(attention + "k_proj"),
-        ),
-    ]
-    for what, claimed, actual in claims:
-        if actual is not None and claimed != actual:
-            raise CorruptError(
-                f"load_gguf: {what} is {claimed}, the tensors say {actual} (file={path})",
-                path,
-                what,
-            )
 
 
 def _pre_tokenizer(name: str) -> Any:

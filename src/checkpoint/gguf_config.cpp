@@ -1,5 +1,6 @@
 // GGUF metadata of a llama-family model as the config.json and tokenizer facts that the Hugging
 // Face world expects. Key names: docs/formats/gguf.md.
+#include <algorithm>
 #include <charconv>
 #include <cmath>
 #include <limits>
@@ -135,6 +136,48 @@ bool any_bias(const GgufFile& file, std::string_view part) {
   return false;
 }
 
+/// Blocks that have tensors: 1 + the largest N of a name "blk.N.<part>"; 0 without such names.
+std::int64_t stored_blocks(const GgufFile& file) {
+  constexpr std::string_view kBlock = "blk.";
+  std::int64_t blocks = 0;
+  for (const GgufTensor& tensor : file.tensors()) {
+    if (!tensor.name.starts_with(kBlock)) continue;
+    const char* end = tensor.name.data() + tensor.name.size();
+    std::int32_t number = -1;
+    if (std::from_chars(tensor.name.data() + kBlock.size(), end, number).ec != std::errc{})
+      continue;
+    blocks = std::max<std::int64_t>(blocks, std::int64_t{number} + 1);
+  }
+  return blocks;
+}
+
+/// Refuses a size that a tensor contradicts, before anybody builds a model of that size.
+void check_claim(const GgufFile& file, const std::string& key, std::int64_t claimed,
+                 std::int64_t actual) {
+  if (claimed == actual) return;
+  fail(Errc::kCorrupt,
+       "gguf: metadata gives " + std::to_string(claimed) + ", the tensors say " +
+           std::to_string(actual),
+       site_of(file, key));
+}
+
+void check_claims(const GgufFile& file, const Json& config) {
+  const auto claim = [&config](const char* name) { return config.at(name).get<std::int64_t>(); };
+  const auto check_rows = [&file](const char* tensor, const char* key, std::int64_t claimed) {
+    const GgufTensor* found = file.find(tensor);
+    if (found != nullptr && !found->shape.empty()) check_claim(file, key, claimed, found->shape[0]);
+  };
+  if (const std::int64_t blocks = stored_blocks(file); blocks > 0) {
+    check_claim(file, "llama.block_count", claim("num_hidden_layers"), blocks);
+  }
+  check_rows("output_norm.weight", "llama.embedding_length", claim("hidden_size"));
+  check_rows("blk.0.ffn_up.weight", "llama.feed_forward_length", claim("intermediate_size"));
+  check_rows("blk.0.attn_q.weight", "llama.attention.head_count",
+             claim("num_attention_heads") * claim("head_dim"));
+  check_rows("blk.0.attn_k.weight", "llama.attention.head_count_kv",
+             claim("num_key_value_heads") * claim("head_dim"));
+}
+
 Json plain_json(const GgufValue& value) {
   return std::visit(
       [](const auto& v) -> Json {
@@ -200,6 +243,7 @@ std::string gguf_config_json(const GgufFile& file) {
   config["eos_token_id"] = token_id(file, "tokenizer.ggml.eos_token_id");
   config["pad_token_id"] = token_id(file, "tokenizer.ggml.padding_token_id");
   config["torch_dtype"] = torch_dtype(file);
+  check_claims(file, config);
   return dump_json(config);
 }
 

@@ -49,7 +49,9 @@ static_assert(rows_match_enum());
 
 }  // namespace
 
-std::size_t dtype_size(DType dtype) noexcept { return kDTypes[static_cast<std::size_t>(dtype)].size; }
+std::size_t dtype_size(DType dtype) noexcept {
+  return kDTypes[static_cast<std::size_t>(dtype)].size;
+}
 
 std::string_view dtype_name(DType dtype) noexcept {
   return kDTypes[static_cast<std::size_t>(dtype)].name;
@@ -84,7 +86,8 @@ void widen_to_f32(DType dtype, const void* in, std::int64_t n, float* out) {
     case DType::kBF16:
       for (std::int64_t i = 0; i < n; ++i) out[i] = bf16_to_f32(halves[i]);
       return;
-    default: fail_weight_dtype("widen_to_f32", dtype);
+    default:
+      fail_weight_dtype("widen_to_f32", dtype);
   }
 }
 
@@ -100,7 +103,8 @@ void narrow_from_f32(DType dtype, const float* in, std::int64_t n, void* out) {
     case DType::kBF16:
       for (std::int64_t i = 0; i < n; ++i) halves[i] = f32_to_bf16(in[i]);
       return;
-    default: fail_weight_dtype("narrow_from_f32", dtype);
+    default:
+      fail_weight_dtype("narrow_from_f32", dtype);
   }
 }
 

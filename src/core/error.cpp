@@ -20,14 +20,22 @@ std::string with_site(std::string message, const ErrorSite& site) {
 
 std::string_view errc_name(Errc code) noexcept {
   switch (code) {
-    case Errc::kConfig: return "Config";
-    case Errc::kShape: return "Shape";
-    case Errc::kDtype: return "Dtype";
-    case Errc::kUnsupported: return "Unsupported";
-    case Errc::kCorrupt: return "Corrupt";
-    case Errc::kIo: return "Io";
-    case Errc::kDevice: return "Device";
-    case Errc::kInternal: return "Internal";
+    case Errc::kConfig:
+      return "Config";
+    case Errc::kShape:
+      return "Shape";
+    case Errc::kDtype:
+      return "Dtype";
+    case Errc::kUnsupported:
+      return "Unsupported";
+    case Errc::kCorrupt:
+      return "Corrupt";
+    case Errc::kIo:
+      return "Io";
+    case Errc::kDevice:
+      return "Device";
+    case Errc::kInternal:
+      return "Internal";
   }
   return "Internal";
 }
@@ -43,7 +51,8 @@ void check_size(std::string_view what, std::size_t actual, std::size_t expected,
                 const ErrorSite& site) {
   if (actual == expected) return;
   fail(Errc::kShape,
-       std::string(what) + " is " + std::to_string(actual) + ", expected " + std::to_string(expected),
+       std::string(what) + " is " + std::to_string(actual) + ", expected " +
+           std::to_string(expected),
        site);
 }
 

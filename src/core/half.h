@@ -29,7 +29,8 @@ namespace {  // NOLINT: see above
     const std::uint32_t quiet = mantissa != 0 ? 0x00400000u : 0u;
     return std::bit_cast<float>(sign | 0x7F800000u | (mantissa << 13) | quiet);
   }
-  if (exponent != 0) return std::bit_cast<float>(sign | ((exponent + 112u) << 23) | (mantissa << 13));
+  if (exponent != 0)
+    return std::bit_cast<float>(sign | ((exponent + 112u) << 23) | (mantissa << 13));
   // Zero and subnormals: mantissa * 2^-24 is exact in float32.
   const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
   return std::bit_cast<float>(std::bit_cast<std::uint32_t>(magnitude) | sign);
@@ -42,7 +43,8 @@ namespace {  // NOLINT: see above
   if (a > 0x7F800000u) {  // NaN: quiet, upper payload bits kept as vcvtps2ph does
     return static_cast<std::uint16_t>(sign | 0x7E00u | ((a >> 13) & 0x1FFu));
   }
-  if (a >= 0x477FF000u) return static_cast<std::uint16_t>(sign | 0x7C00u);  // >= 65520 rounds to inf
+  if (a >= 0x477FF000u)
+    return static_cast<std::uint16_t>(sign | 0x7C00u);  // >= 65520 rounds to inf
   if (a >= 0x38800000u) {  // normal: rebias the exponent, round the 13 dropped bits half to even
     const std::uint32_t rounded = a - 0x38000000u + 0xFFFu + ((a >> 13) & 1u);
     return static_cast<std::uint16_t>(sign | (rounded >> 13));

@@ -184,6 +184,22 @@ TEST_F(MadeGguf, BiasOfQIsPermutedLikeItsRows) {
   EXPECT_EQ(json::parse(source->config_json()).at("vocab_size"), 3);
 }
 
+TEST_F(MadeGguf, RefusesSizesThatTheTensorsContradict) {
+  const auto claim_error = [this](const std::string& name, std::uint64_t rows) {
+    GgufBuilder b = tiny_header("llama", 1, 1).u32_pair("llama.vocab_size", 3);
+    b.tensor(name, {32, rows}, 0, 0).pad().data(32 * rows * 4);
+    return error_of(b);
+  };
+  // The header claims one block, a feed-forward of 64 and two heads of 16.
+  const Error blocks = claim_error("blk.3.ffn_up.weight", 64);
+  EXPECT_EQ(blocks.code(), Errc::kCorrupt);
+  EXPECT_EQ(blocks.site().tensor, "llama.block_count");
+  EXPECT_NE(std::string(blocks.what()).find("gives 1, the tensors say 4"), std::string::npos);
+  EXPECT_EQ(claim_error("blk.0.ffn_up.weight", 32).site().tensor, "llama.feed_forward_length");
+  EXPECT_EQ(claim_error("blk.0.attn_q.weight", 64).site().tensor, "llama.attention.head_count");
+  EXPECT_EQ(claim_error("blk.0.attn_k.weight", 64).site().tensor, "llama.attention.head_count_kv");
+}
+
 TEST_F(MadeGguf, RefusesForeignOrContradictingModels) {
   const auto weight = [](GgufBuilder b, const std::string& name, std::uint64_t rows) {
     b.tensor(name, {32, rows}, 0, 0).pad().data(32 * rows * 4);
@@ -196,8 +212,9 @@ TEST_F(MadeGguf, RefusesForeignOrContradictingModels) {
                                        "blk.0.ffn_gate_exps.weight", 4));
   EXPECT_EQ(expert.code(), Errc::kUnsupported);
   EXPECT_EQ(expert.site().tensor, "blk.0.ffn_gate_exps.weight");
-  const Error heads = error_of(
-      weight(tiny_header("llama", 1, 1).u32_pair("llama.vocab_size", 3), "blk.0.attn_q.weight", 6));
+  GgufBuilder odd = tiny_header("llama", 1, 1).u32_pair("llama.vocab_size", 3);
+  odd.tensor("blk.0.attn_q.bias", {6}, 0, 0).pad().data(6 * 4);
+  const Error heads = error_of(odd);
   EXPECT_EQ(heads.code(), Errc::kCorrupt);
   EXPECT_NE(std::string(heads.what()).find("multiple of 2 * 2 heads"), std::string::npos);
   EXPECT_EQ(error_of(weight(tiny_header("llama", 1, 1).u32_pair("llama.attention.head_count_kv", 0),

@@ -21,7 +21,8 @@ const TensorView& GoldenBook::tensor(const std::string& name) const {
   return *found;
 }
 
-const TensorView& GoldenBook::field(const nlohmann::json& one_case, const std::string& field) const {
+const TensorView& GoldenBook::field(const nlohmann::json& one_case,
+                                    const std::string& field) const {
   return tensor(one_case.at("tensors").at(field).get<std::string>());
 }
 

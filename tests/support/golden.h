@@ -30,7 +30,8 @@ class GoldenBook {
   SafetensorsFile file_;
 };
 
-/// Shared input `name` of inputs.safetensors rounded (half to even) to `dtype`: "f32", "f16", "bf16".
+/// Shared input `name` of inputs.safetensors rounded (half to even) to `dtype`: "f32", "f16",
+/// "bf16".
 Tensor golden_input(const std::string& name, const std::string& dtype);
 
 }  // namespace quantal::testing

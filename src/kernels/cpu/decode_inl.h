@@ -76,8 +76,8 @@ void store_kind_n(FloatKind kind, typename T::F v, void* p, std::int64_t n) {
   __builtin_memcpy(p, halves, static_cast<std::size_t>(n * 2));
 }
 
-/// `count` statistics in storage type `scale` to float32; writes up to 15 floats beyond. Whole vectors
-/// are read wherever the buffer goes on far enough.
+/// `count` statistics in storage type `scale` to float32; writes up to 15 floats beyond. Whole
+/// vectors are read wherever the buffer goes on far enough.
 template <class T>
 void expand_plain(const KernelMatrix& w, const std::uint8_t* from, std::int64_t count, float* to) {
   const auto kind = static_cast<FloatKind>(w.scale);
