@@ -29,11 +29,12 @@ def _setup_linear(ctx, inputs, output) -> None:
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _linear_backward(ctx, grad):
+def _linear_backward(ctx, grad, grad_input=None):
     codes, stats, shared = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.quantal.linear_grad_input(grad, codes, stats, shared, ctx.spec)
+        grad_input = grad_input or torch.ops.quantal.linear_grad_input
+        grad_x = grad_input(grad, codes, stats, shared, ctx.spec)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[4]:
         grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
     return grad_x, None, None, None, grad_bias, None
@@ -56,6 +57,37 @@ torch.library.register_autograd("quantal::linear", _linear_backward, setup_conte
 torch.library.register_autograd(
     "quantal::linear_grad_input", _grad_input_backward, setup_context=_setup_grad_input
 )
+
+#: Skips the autograd keys of the dispatcher, where the registered gradients are Python code.
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+def _eager_grad_input(grad, codes, stats, shared, spec):
+    if torch.is_grad_enabled() and grad.requires_grad:  # differentiated once more
+        return torch.ops.quantal.linear_grad_input(grad, codes, stats, shared, spec)
+    # Only the op stands below: reading saved tensors may run a checkpointed forward again, which
+    # needs autograd.
+    with _below_autograd():
+        return torch.ops.quantal.linear_grad_input(grad, codes, stats, shared, spec)
+
+
+class _EagerLinear(torch.autograd.Function):
+    """The registered gradient of ``quantal::linear`` as a plain function, for eager mode.
+
+    The function that ``register_autograd`` generates costs about 0.15 ms more per call and pass,
+    measured as 4 % of a QLoRA step on a small model; compiled graphs need it and keep it."""
+
+    @staticmethod
+    def forward(x, codes, stats, shared, bias, spec):
+        with _below_autograd():
+            return torch.ops.quantal.linear(x, codes, stats, shared, bias, spec)
+
+    setup_context = staticmethod(_setup_linear)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _linear_backward(ctx, grad, grad_input=_eager_grad_input)
+
 
 _WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -121,7 +153,11 @@ def linear(
     if torch.compiler.is_compiling():
         return torch.ops.quantal.linear(x, codes, stats, shared, bias, spec)
     try:
-        return torch.ops.quantal.linear(x, codes, stats, shared, bias, spec)
+        trained = x.requires_grad or (bias is not None and bias.requires_grad)
+        if trained and torch.is_grad_enabled():
+            return _EagerLinear.apply(x, codes, stats, shared, bias, spec)
+        with _below_autograd():
+            return torch.ops.quantal.linear(x, codes, stats, shared, bias, spec)
     except RuntimeError:
         with _typed(x, (codes, stats, shared), spec, int(spec[2])):
             raise
