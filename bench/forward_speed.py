@@ -47,7 +47,11 @@ def copies(layer: nn.Module) -> list[nn.Module]:
 
 
 def rotating(layer: nn.Module, x: torch.Tensor):
-    cycle = itertools.cycle(copies(layer))
+    layers = copies(layer)
+    with torch.no_grad():
+        for each in layers:  # bitsandbytes converts its weight on the first call
+            each(x)
+    cycle = itertools.cycle(layers)
 
     @torch.no_grad()
     def run():

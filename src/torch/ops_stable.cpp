@@ -15,6 +15,9 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
+#include <memory>
+#include <new>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -173,6 +176,29 @@ bool use_packed_product(const PackedSpec& spec, DType dtype, std::int64_t m) {
 
 // ------------------------------------------------------------------ products over panels
 
+/// An uninitialised [rows, cols] tensor for a panel, in memory that the calling thread keeps (about
+/// kPanelBytes): the same addresses stay in its cache from one product to the next.
+Tensor panel_scratch(const Tensor& like, std::int64_t rows, std::int64_t cols) {
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  thread_local std::unique_ptr<void, Free> memory;
+  thread_local std::int64_t capacity = 0;
+  const ScalarType type = like.scalar_type();
+  const std::int64_t element = type == ScalarType::Float ? 4 : 2;
+  const std::int64_t bytes = quantal::ceil_div(rows * cols * element, 64) * 64;
+  if (bytes > capacity) {
+    capacity = 0;
+    memory.reset(std::aligned_alloc(64, static_cast<std::size_t>(bytes)));
+    if (memory == nullptr) throw std::bad_alloc();
+    capacity = bytes;
+  }
+  const std::array<std::int64_t, 2> shape{rows, cols};
+  const std::array<std::int64_t, 2> strides{cols, 1};
+  return stable::from_blob(memory.get(), {shape.data(), 2}, {strides.data(), 2}, like.device(),
+                           type);
+}
+
 /// y[:, r0:r1] = x @ w[r0:r1, :]^T (+ bias[r0:r1]), a panel of rows at a time.
 void linear_by_panels(const PackedView& w, DType dtype, Tensor& x, std::optional<Tensor>& bias,
                       Tensor& y) {
@@ -180,7 +206,7 @@ void linear_by_panels(const PackedView& w, DType dtype, Tensor& x, std::optional
   const auto element = static_cast<std::int64_t>(quantal::dtype_size(dtype));
   const std::int64_t step =
       std::min(spec.rows, std::max(kMinPanelRows, kPanelBytes / (spec.cols * element)));
-  Tensor scratch = empty_like_of(x, {step, spec.cols}, x.scalar_type());
+  Tensor scratch = panel_scratch(x, step, spec.cols);
   for (std::int64_t begin = 0; begin < spec.rows; begin += step) {
     const std::int64_t count = std::min(step, spec.rows - begin);
     quantal::dequantize(w, {begin, begin + count, 0, spec.cols}, dtype, scratch.mutable_data_ptr(),
@@ -200,15 +226,11 @@ void grad_by_panels(const PackedView& w, DType dtype, Tensor& g, Tensor& dx) {
   const auto element = static_cast<std::int64_t>(quantal::dtype_size(dtype));
   std::int64_t step = std::max(kMinPanelCols, kPanelBytes / (spec.rows * element));
   step = std::min(spec.cols, step / kColumnUnit * kColumnUnit);
-  const std::array<std::int64_t, 1> flat{spec.rows * step};
-  Tensor scratch = stable::new_empty(g, {flat.data(), flat.size()}, g.scalar_type());
   for (std::int64_t begin = 0; begin < spec.cols; begin += step) {
     const std::int64_t count = std::min(step, spec.cols - begin);
-    quantal::dequantize(w, {0, spec.rows, begin, begin + count}, dtype, scratch.mutable_data_ptr(),
+    Tensor panel = panel_scratch(g, spec.rows, count);
+    quantal::dequantize(w, {0, spec.rows, begin, begin + count}, dtype, panel.mutable_data_ptr(),
                         count, quantal::stable_executor());
-    const std::array<std::int64_t, 2> shape{spec.rows, count};
-    Tensor panel = stable::view(stable::narrow(scratch, 0, 0, spec.rows * count),
-                                {shape.data(), shape.size()});
     Tensor out = stable::narrow(dx, 1, begin, count);
     call("aten::mm", "out", g, panel, out);
   }
