@@ -1,7 +1,7 @@
 # Installs the build into a fresh prefix, then builds and runs an example against it, as a user of
 # the installed library would. Run by ctest with -DBUILD_DIR -DSOURCE_DIR -DGENERATOR -DCXX
 # -DCXX_FLAGS -DBUILD_TYPE, -DEXAMPLE (folder and target of the example) and -DEXPECT (a regular
-# expression that its output must match); -DPREFIX_PATH where the example needs more packages.
+# expression that its output must match); -DTORCH_DIR where it needs libtorch.
 set(work ${BUILD_DIR}/${EXAMPLE})
 file(REMOVE_RECURSE ${work})
 
@@ -15,7 +15,7 @@ endfunction()
 
 run(${CMAKE_COMMAND} --install ${BUILD_DIR} --prefix ${work}/prefix)
 run(${CMAKE_COMMAND} -S ${SOURCE_DIR}/examples/${EXAMPLE} -B ${work}/build -G ${GENERATOR}
-    "-DCMAKE_PREFIX_PATH=${work}/prefix;${PREFIX_PATH}" -DCMAKE_CXX_COMPILER=${CXX}
+    -DCMAKE_PREFIX_PATH=${work}/prefix -DTorch_DIR=${TORCH_DIR} -DCMAKE_CXX_COMPILER=${CXX}
     -DCMAKE_CXX_FLAGS=${CXX_FLAGS} -DCMAKE_BUILD_TYPE=${BUILD_TYPE})
 run(${CMAKE_COMMAND} --build ${work}/build)
 run(${work}/build/${PROGRAM})
