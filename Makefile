@@ -52,7 +52,7 @@ test-cpp: configure
 
 test-python: package configure
 	$(CMAKE) --build $(BUILD) --target finetune
-	$(PY) -m pytest -q tests/python
+	$(PY) -m pytest tests/python
 
 conformance: setup
 	PYTHON="$(PYTHON)" TORCH="$(TORCH)" bash scripts/conformance.sh

@@ -13,4 +13,4 @@ if [ ! -e $venv/.ready ] || [ conformance/requirements.txt -nt $venv/.ready ]; t
 fi
 PATH="$PWD/$venv/bin:$PATH" $venv/bin/python -m pip install -q --no-build-isolation --no-deps \
   -C build-dir=build/python-conformance .
-exec $venv/bin/python -m pytest -q conformance "$@"
+exec $venv/bin/python -m pytest conformance "$@"

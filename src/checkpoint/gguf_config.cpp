@@ -153,11 +153,11 @@ std::int64_t stored_blocks(const GgufFile& file) {
 
 /// Refuses a size that a tensor contradicts, before anybody builds a model of that size.
 void check_claim(const GgufFile& file, const std::string& key, std::int64_t claimed,
-                 std::int64_t actual) {
+                 std::int64_t actual, const std::string& witness) {
   if (claimed == actual) return;
   fail(Errc::kCorrupt,
-       "gguf: metadata gives " + std::to_string(claimed) + ", the tensors say " +
-           std::to_string(actual),
+       "gguf: metadata gives " + std::to_string(claimed) + ", expected " + std::to_string(actual) +
+           " as " + witness,
        site_of(file, key));
 }
 
@@ -165,10 +165,12 @@ void check_claims(const GgufFile& file, const Json& config) {
   const auto claim = [&config](const char* name) { return config.at(name).get<std::int64_t>(); };
   const auto check_rows = [&file](const char* tensor, const char* key, std::int64_t claimed) {
     const GgufTensor* found = file.find(tensor);
-    if (found != nullptr && !found->shape.empty()) check_claim(file, key, claimed, found->shape[0]);
+    if (found == nullptr || found->shape.empty()) return;
+    check_claim(file, key, claimed, found->shape[0], std::string("rows of ") + tensor);
   };
   if (const std::int64_t blocks = stored_blocks(file); blocks > 0) {
-    check_claim(file, "llama.block_count", claim("num_hidden_layers"), blocks);
+    check_claim(file, "llama.block_count", claim("num_hidden_layers"), blocks,
+                "blocks that have tensors");
   }
   check_rows("output_norm.weight", "llama.embedding_length", claim("hidden_size"));
   check_rows("blk.0.ffn_up.weight", "llama.feed_forward_length", claim("intermediate_size"));

@@ -175,7 +175,8 @@ def test_missing_extra_and_misshapen_tensors_are_named(tmp_path):
     cases = {
         "norm.weight": {"tensor:output_norm.weight": None},
         "extra": {"tensor:blk.0.extra.weight": np.zeros(4)},
-        "up_proj": {"tensor:blk.0.ffn_up.weight": np.zeros((64, 64))},
+        "o_proj": {"tensor:blk.0.attn_output.weight": np.zeros((32, 64))},
+        "blk.0.ffn_up.weight": {"tensor:blk.0.ffn_up.weight": np.zeros((64, 64))},
     }
     for named, changes in cases.items():
         write_model(path, model, **changes)
