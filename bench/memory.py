@@ -64,8 +64,8 @@ def child(model_name: str, config: dict) -> dict:
         )
     largest = max(
         p.numel() * p.element_size()
-        for m in model.modules()
-        if type(m) is nn.Linear
+        for name, m in model.named_modules()
+        if type(m) is nn.Linear and name != "lm_head"  # stays dense
         for p in m.parameters()
     )
     adapter = quantal.create_quantization_adapter(
