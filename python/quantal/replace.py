@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import weakref
 from collections.abc import Iterable
@@ -17,6 +18,9 @@ from .report import Report
 
 if TYPE_CHECKING:
     from .adapters import QuantizationAdapter
+
+#: Freed dense weights after which memory is given back: rare enough to cost nothing.
+TRIM_BYTES = 32 << 20
 
 
 def _dense_users(model: nn.Module) -> dict[int, str]:
@@ -61,14 +65,16 @@ class _Walk:
         self.covered: set[int] = set()  # ids of parameters that a row counts already
         self.tied: dict[int, tuple[weakref.ref, nn.Module]] = {}
 
-    def visit(self, names: list[str]) -> None:
-        """Quantizes the layer of these names, or records why it stays dense."""
+    def visit(self, names: list[str]) -> int:
+        """Quantizes the layer of these names, or records why it stays dense.
+
+        Returns the bytes of dense weights that this frees."""
         linear = cast(nn.Linear, self.model.get_submodule(names[0]))
         choice = self.rules.choose(names[0], *linear.weight.shape)
         reason = self._dense_reason(linear, choice)
         if reason:
             self._keep(names[0], linear, reason)
-            return
+            return 0
         layer = self._quantize(linear, choice)
         self.report.add(
             names[0],
@@ -83,6 +89,7 @@ class _Walk:
                 self.model = layer
             else:
                 _set_module(self.model, name, layer)
+        return tensor_bytes(linear.weight)
 
     def _dense_reason(self, linear: nn.Linear, choice: _core.Choice) -> str:
         holder = self.users.get(id(linear.weight))
@@ -122,6 +129,16 @@ class _Walk:
         self.report.unmatched_patterns = self.rules.unmatched()
 
 
+def _return_free_memory() -> int:
+    """Gives freed memory back to the system (glibc keeps what lies between live blocks; other C
+    libraries are left alone); returns 0, the bytes freed since."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        pass
+    return 0
+
+
 def _relative_error(layer: nn.Module, weight: torch.Tensor) -> float:
     if not isinstance(layer, QuantizedLinear) or weight.device.type == "meta":
         return 0.0
@@ -151,8 +168,12 @@ def replace_linear_with_quantized(
     """
     adapter.report.entries.clear()
     walk = _Walk(model, adapter, _rules(adapter, skip_modules))
+    freed = 0
     for names in _progress(_linear_names(model), progress):
-        walk.visit(names)
+        freed += walk.visit(names)
+        if freed >= TRIM_BYTES:
+            freed = _return_free_memory()
+    _return_free_memory()
     walk.report_others()
     return walk.model
 
