@@ -5,6 +5,7 @@
 
 #include "input_file.h"
 #include "quantal/checkpoint.h"
+#include "quantal/ggml.h"
 
 namespace {
 

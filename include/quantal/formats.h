@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <optional>
 #include <span>
 #include <string>
@@ -80,15 +81,71 @@ struct QuantizeOptions {
   int axis = 1;                     ///< hqq
   bool optimize = true;             ///< hqq: half-quadratic solver
   std::optional<bool> round_zero;   ///< hqq: default true only for 4 bits
+  std::optional<bool> quant_zero;   ///< hqq: 8-bit zeros as old files have; default: no
+  std::optional<bool> quant_scale;  ///< hqq: 8-bit scales as old files have; default: no
+  std::string mode;  ///< mlx: "affine" (default), "mxfp4", "nvfp4", "mxfp8"; quanto: "max"
+                     ///< (default) or "hqq" optimizer, "zeropoint"; gguf: block type such as "Q4_K"
 };
 
 /// Looks a tensor up by full name; nullptr if absent. The view stays valid during the call.
 using TensorLookup = std::function<const TensorView*(const std::string&)>;
 
+/// What a tensor stands for where a file can hold Python objects (torch zips). Containers of plain
+/// tensors hold the encoding: bool u8 scalar, int i32 scalar, float f32 scalar, text and dtype u8
+/// characters ("torch.float16"), size i64 [n]; none is left out.
+enum class StateKind : std::uint8_t { kTensor, kBool, kInt, kFloat, kText, kDtype, kSize, kNone };
+
 /// A tensor with a name, as it goes to a file.
 struct NamedTensor {
   std::string name;
   Tensor tensor;
+  StateKind kind = StateKind::kTensor;
+};
+
+/// Small texts beside the weights by file name: "config.json", "quanto_qmap.json",
+/// "hqq_config.json" ...; "embedded" is the settings object inside a single file.
+using SideTexts = std::map<std::string, std::string>;
+
+/// What is known about a layer beside its tensors.
+struct LayerFacts {
+  std::string settings = "{}";  ///< Dialect::read_settings for this layer
+  /// Shape of the dense weight where the caller knows it (from the model); empty if not.
+  std::vector<std::int64_t> weight_shape;
+};
+
+/// Container of a file of tensors.
+enum class Container : std::uint8_t { kSafetensors, kTorch, kNpz, kGguf };
+
+/// How tensors are grouped inside a torch file.
+enum class StateTree : std::uint8_t {
+  kFlat,      ///< {"a.b.weight": tensor}
+  kByModule,  ///< {"a.b": {"weight": tensor, "nbits": 4}}
+  kMetaDict,  ///< {"a.b.W_q": tensor, "a.b.meta": {"nbits": 4, ...}, "a.b.bias": tensor}
+};
+
+/// One of the ways in which users of a dialect keep models on disk. Writers choose it by name;
+/// readers detect it from content.
+struct FileLayout {
+  std::string_view name;   ///< "transformers", "hqq", "guide", "mlx-lm", "npz", "single" ...
+  std::string_view title;  ///< for people and --help
+  Container container = Container::kSafetensors;
+  std::string_view weights;  ///< file name in a folder: "model.safetensors"; empty: single file
+  StateTree tree = StateTree::kFlat;
+};
+
+/// Files that a layout has beside the weights.
+struct SideFiles {
+  SideTexts texts;           ///< whole files, except config.json
+  std::string config_patch;  ///< JSON merge patch (RFC 7396) for the model's config.json, or ""
+  std::string embedded;      ///< single torch file: {"state_dict": ..., "<key>": this}
+  std::string embedded_key;  ///< "quanto_config"; empty: no wrapper
+  std::map<std::string, std::string> metadata;  ///< of safetensors
+};
+
+/// A quantized layer as side_files sees it.
+struct LayerEntry {
+  std::string name;
+  PackedSpec spec;
 };
 
 /// One dialect. All functions are pure and thread-safe.
@@ -123,14 +180,22 @@ struct Dialect {
 
   /// Inverse of export_layer on tensor bytes. Throws Error{kCorrupt} / Error{kShape} naming the
   /// tensor, actual and expected.
-  PackedMatrix (*import_layer)(const std::string& prefix, const TensorLookup& lookup);
+  PackedMatrix (*import_layer)(const std::string& prefix, const TensorLookup& lookup,
+                               const LayerFacts& facts);
 
-  /// `quantization_config` of a Hugging Face config.json, as JSON text, for a folder holding
-  /// layers quantized with `options` and with `skip_modules` left dense.
+  /// Layouts that can be written, the default first.
+  std::span<const FileLayout> layouts{};
+  /// Files and settings beside the weights. `dense` are linear modules left unquantized.
+  SideFiles (*side_files)(const FileLayout& layout, std::span<const LayerEntry> layers,
+                          std::span<const std::string> dense) = nullptr;
+  /// Settings by module path, "" for all others, as import_layer takes them; empty if the texts are
+  /// not this dialect's. Throws Error{kCorrupt} naming file and key.
+  std::map<std::string, std::string> (*read_settings)(const SideTexts& texts) = nullptr;
+
+  // Leaving, once every caller uses side_files and read_settings:
   std::string (*hf_quantization_config)(const QuantizeOptions& options,
-                                        std::span<const std::string> skip_modules);
-  /// True if this `quantization_config` (JSON text) belongs to this dialect; fills options.
-  bool (*parse_hf_quantization_config)(const std::string& json, QuantizeOptions& options);
+                                        std::span<const std::string> skip_modules) = nullptr;
+  bool (*parse_hf_quantization_config)(const std::string& json, QuantizeOptions& options) = nullptr;
 };
 
 /// All dialects, in order of id.
@@ -138,50 +203,15 @@ std::span<const Dialect* const> dialects();
 /// Dialect that quantizes with `method`. Throws Error{kUnsupported} naming the methods of this
 /// build for NONE and for methods without a quantizer in it (BNB_INT8, MLX_*, QUANTO_*).
 const Dialect& dialect_of(QuantizationMethod method);
-const Dialect& dialect_by_id(int id);  ///< throws Error{kCorrupt}
+const Dialect& dialect_by_id(int id);                   ///< throws Error{kCorrupt}
+const Dialect& dialect_by_name(std::string_view name);  ///< throws Error{kConfig} listing them
 const Dialect* find_dialect(QuantizationMethod method) noexcept;
 
 /// Convenience: make_spec + quantize of `dialect_of(options.method)`.
 PackedMatrix quantize(const TensorView& weights, const QuantizeOptions& options,
                       const Executor& executor = serial_executor());
-
-// ------------------------------------------------------------------ GGUF blocks
-
-/// Element types of GGUF tensors (numbers of the file format).
-enum class GgmlType : std::uint32_t {
-  kF32 = 0,
-  kF16 = 1,
-  kQ4_0 = 2,
-  kQ4_1 = 3,
-  kQ5_0 = 6,
-  kQ5_1 = 7,
-  kQ8_0 = 8,
-  kQ2_K = 10,
-  kQ3_K = 11,
-  kQ4_K = 12,
-  kQ5_K = 13,
-  kQ6_K = 14,
-  kI8 = 24,
-  kI16 = 25,
-  kI32 = 26,
-  kI64 = 27,
-  kF64 = 28,
-  kBF16 = 30,
-};
-
-/// Size of a block in elements and bytes.
-struct GgmlBlock {
-  GgmlType type;
-  std::string_view name;      ///< "Q4_1"
-  std::int64_t elements = 1;  ///< per block
-  std::int64_t bytes = 1;     ///< per block
-  bool decodable = false;     ///< decode_ggml handles it
-};
-/// nullptr for a number that is not in the table.
-const GgmlBlock* find_ggml_block(std::uint32_t type) noexcept;
-
-/// Decodes `n` elements (a multiple of the block size) to float32, every product and sum rounded
-/// separately as ggml's reference does. `data` holds n / elements * bytes bytes.
-void decode_ggml(GgmlType type, const std::uint8_t* data, std::int64_t n, float* out);
+/// The same for a dialect without a method of its own (gguf).
+PackedMatrix quantize(const TensorView& weights, const Dialect& dialect,
+                      const QuantizeOptions& options, const Executor& executor = serial_executor());
 
 }  // namespace quantal

@@ -90,7 +90,7 @@ py::tuple import_layer(const std::string& dialect, const std::string& prefix,
   PackedMatrix packed;
   {
     py::gil_scoped_release released;
-    packed = d.import_layer(prefix, lookup);
+    packed = d.import_layer(prefix, lookup, {});
   }
   return packed_to_python(std::move(packed));
 }

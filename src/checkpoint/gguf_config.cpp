@@ -8,6 +8,7 @@
 
 #include "checkpoint/json.h"
 #include "checkpoint/sources.h"
+#include "quantal/ggml.h"
 
 namespace quantal::checkpoint {
 namespace {

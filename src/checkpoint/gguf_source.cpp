@@ -6,6 +6,7 @@
 #include <string_view>
 
 #include "checkpoint/sources.h"
+#include "quantal/ggml.h"
 
 namespace quantal::checkpoint {
 namespace {

@@ -9,6 +9,7 @@
 #include "checkpoint/sources.h"
 #include "checkpoint/tensor_set.h"
 #include "quantal/checkpoint.h"
+#include "quantal/ggml.h"
 
 namespace quantal::checkpoint {
 namespace {

@@ -59,7 +59,7 @@ class LayerReader {
     };
     PackedMatrix layer;
     try {
-      layer = dialect.import_layer(prefix, lookup);
+      layer = dialect.import_layer(prefix, lookup, {});
       take_rest(dialect, prefix, layer, used);
     } catch (const Error& e) {
       rethrow_with_path(e, set_.path);

@@ -52,8 +52,22 @@ const Dialect& dialect_by_id(int id) {
        "dialect: id is " + std::to_string(id) + ", expected one of 1 (bnb), 2 (hqq)");
 }
 
+const Dialect& dialect_by_name(std::string_view name) {
+  std::string known;
+  for (const Dialect* dialect : kDialects) {
+    if (dialect->name == name) return *dialect;
+    known += (known.empty() ? "" : ", ") + std::string(dialect->name);
+  }
+  fail(Errc::kConfig, "dialect: name is '" + std::string(name) + "', expected one of " + known);
+}
+
 PackedMatrix quantize(const TensorView& weights, const QuantizeOptions& options,
                       const Executor& executor) {
+  return quantize(weights, dialect_of(options.method), options, executor);
+}
+
+PackedMatrix quantize(const TensorView& weights, const Dialect& dialect,
+                      const QuantizeOptions& options, const Executor& executor) {
   if (!is_weight_dtype(weights.dtype)) {
     fail(Errc::kDtype, "quantize: weights have dtype " + std::string(dtype_name(weights.dtype)) +
                            ", expected one of f32, f16, bf16");
@@ -67,7 +81,6 @@ PackedMatrix quantize(const TensorView& weights, const QuantizeOptions& options,
              static_cast<std::size_t>(checked_mul(
                  numel, static_cast<std::int64_t>(dtype_size(weights.dtype)), "quantize: bytes")));
   const std::int64_t cols = weights.shape.back();
-  const Dialect& dialect = dialect_of(options.method);
   PackedMatrix w = make_packed(dialect.make_spec(numel / cols, cols, options));
   dialect.quantize(w.spec, weights.dtype, weights.bytes.data(), w.codes.data(), w.stats.data(),
                    w.shared.data(), executor);

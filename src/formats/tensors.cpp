@@ -112,6 +112,14 @@ DType scale_dtype(ScaleSource source) {
       return DType::kF16;
     case ScaleSource::kBF16:
       return DType::kBF16;
+    case ScaleSource::kE8M0:
+      return DType::kF8E8M0;
+    case ScaleSource::kE4M3:
+      return DType::kF8E4M3;
+    case ScaleSource::kSuperI8:
+      return DType::kI8;
+    case ScaleSource::kSuperU8:
+    case ScaleSource::kSuperU4:
     case ScaleSource::kNestedU8:
       return DType::kU8;
   }

@@ -1,5 +1,8 @@
 // The packed matrix: its spec, the sizes that follow from it, and the order of codes in a strip.
+#include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <numeric>
 #include <string>
 
@@ -40,6 +43,11 @@ std::int64_t scale_bytes(ScaleSource source) {
     case ScaleSource::kBF16:
       return 2;
     case ScaleSource::kNestedU8:
+    case ScaleSource::kE8M0:
+    case ScaleSource::kE4M3:
+    case ScaleSource::kSuperU8:
+    case ScaleSource::kSuperI8:
+    case ScaleSource::kSuperU4:
       return 1;
   }
   return 4;
@@ -69,6 +77,55 @@ const std::array<float, 16> kFp4Codebook = {
     0.0F, 0.0625F / 12.0F,  8.0F / 12.0F,  1.0F,  4.0F / 12.0F,  0.5F,  2.0F / 12.0F,  0.25F,
     0.0F, -0.0625F / 12.0F, -8.0F / 12.0F, -1.0F, -4.0F / 12.0F, -0.5F, -2.0F / 12.0F, -0.25F};
 
+const std::array<float, 16> kE2M1Codebook = {0.0F,  0.5F,  1.0F,  1.5F,  2.0F,  3.0F,
+                                             4.0F,  6.0F,  -0.0F, -0.5F, -1.0F, -1.5F,
+                                             -2.0F, -3.0F, -4.0F, -6.0F};
+
+const std::array<float, 16> kIq4NlCodebook = {-127.0F, -104.0F, -83.0F, -65.0F, -49.0F, -35.0F,
+                                              -22.0F,  -10.0F,  1.0F,   13.0F,  25.0F,  38.0F,
+                                              53.0F,   69.0F,   89.0F,  113.0F};
+
+namespace {
+
+/// Values of an 8-bit float of `exponent_bits`, without its special codes.
+std::array<float, 256> small_floats(int exponent_bits) {
+  const int mantissa_bits = 7 - exponent_bits;
+  const int bias = (1 << (exponent_bits - 1)) - 1;
+  std::array<float, 256> values{};
+  for (int code = 0; code < 256; ++code) {
+    const int exponent = (code & 127) >> mantissa_bits;
+    const int mantissa = code & ((1 << mantissa_bits) - 1);
+    const int whole = exponent == 0 ? mantissa : mantissa + (1 << mantissa_bits);
+    const float magnitude =
+        std::ldexp(static_cast<float>(whole), std::max(exponent, 1) - bias - mantissa_bits);
+    values[static_cast<std::size_t>(code)] = code < 128 ? magnitude : -magnitude;
+  }
+  return values;
+}
+
+std::array<float, 256> e4m3_values() {
+  std::array<float, 256> values = small_floats(4);
+  values[0x7F] = values[0xFF] = std::numeric_limits<float>::quiet_NaN();
+  return values;
+}
+
+std::array<float, 256> e5m2_values() {
+  std::array<float, 256> values = small_floats(5);
+  for (std::size_t sign : {0U, 128U}) {
+    values[sign + 0x7C] = sign == 0 ? std::numeric_limits<float>::infinity()
+                                    : -std::numeric_limits<float>::infinity();
+    for (std::size_t i = 0x7D; i <= 0x7F; ++i) {
+      values[sign + i] = std::numeric_limits<float>::quiet_NaN();
+    }
+  }
+  return values;
+}
+
+}  // namespace
+
+const std::array<float, 256> kE4M3Values = e4m3_values();
+const std::array<float, 256> kE5M2Values = e5m2_values();
+
 std::array<std::int64_t, kSpecInts> spec_to_ints(const PackedSpec& spec) {
   return {kLayoutVersion,
           spec.rows,
@@ -84,7 +141,7 @@ std::array<std::int64_t, kSpecInts> spec_to_ints(const PackedSpec& spec) {
           spec.nested_group_size,
           spec.dialect,
           spec.dialect_flags,
-          0,
+          spec.residue_bytes,
           0};
 }
 
@@ -104,7 +161,7 @@ PackedSpec spec_from_ints(std::span<const std::int64_t> ints) {
   check_range(Errc::kCorrupt, "value_dtype", ints[8], 0, static_cast<int>(DType::kF8E8M0));
   check_range(Errc::kCorrupt, "group_map", ints[9], 0, static_cast<int>(GroupMap::kColumnRuns));
   check_range(Errc::kCorrupt, "dialect", ints[12], 0, 1 << 20);
-  check_range(Errc::kCorrupt, "reserved", ints[14], 0, 0);
+  check_range(Errc::kCorrupt, "residue_bytes", ints[14], 0, std::int64_t{1} << 40);
   check_range(Errc::kCorrupt, "reserved", ints[15], 0, 0);
   const PackedSpec spec{.rows = ints[1],
                         .cols = ints[2],
@@ -118,7 +175,8 @@ PackedSpec spec_from_ints(std::span<const std::int64_t> ints) {
                         .group_size = ints[10],
                         .nested_group_size = ints[11],
                         .dialect = static_cast<int>(ints[12]),
-                        .dialect_flags = ints[13]};
+                        .dialect_flags = ints[13],
+                        .residue_bytes = ints[14]};
   validate_spec(spec);
   return spec;
 }

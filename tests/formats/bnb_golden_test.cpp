@@ -106,7 +106,7 @@ TEST(BnbGolden, StorageViewsImportToTheSameLayer) {
     TensorMap map(dialect.export_layer(w.view(), ""));
     const TensorView& stored = book.field(c, "packed");
     map.set("weight", {stored.dtype, stored.shape, bytes_of(stored)});
-    const PackedMatrix back = dialect.import_layer("", map.lookup());
+    const PackedMatrix back = dialect.import_layer("", map.lookup(), {});
     EXPECT_EQ(back.codes, w.codes);
     const auto exported = dialect.export_layer(back.view(), "");
     EXPECT_EQ(tensor_named(exported, "weight").dtype, stored.dtype);

@@ -37,7 +37,7 @@ std::set<std::string> names_below(const SafetensorsFile& file, const std::string
 void check_layer(const Dialect& dialect, const SafetensorsFile& file, const std::string& prefix,
                  const nlohmann::json& expected) {
   const PackedMatrix w =
-      dialect.import_layer(prefix, [&](const std::string& name) { return file.find(name); });
+      dialect.import_layer(prefix, [&](const std::string& name) { return file.find(name); }, {});
   const nlohmann::json& weight = expected.at(prefix + "weight");
   EXPECT_EQ(digest_as_f32(decode(w, w.spec.value_dtype)), weight.at("sha256_f32")) << prefix;
   std::set<std::string> written;

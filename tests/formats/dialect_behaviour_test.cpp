@@ -96,7 +96,7 @@ TEST(DialectBehaviour, ImportIsTheInverseOfExport) {
         quantize(random_matrix(s.rows, s.cols, DType::kF32, 3).view(), s.options);
     const Dialect& dialect = dialect_of(s.options.method);
     TensorMap map(dialect.export_layer(w.view(), "a.b."));
-    expect_same_bytes(dialect.import_layer("a.b.", map.lookup()), w, s.name);
+    expect_same_bytes(dialect.import_layer("a.b.", map.lookup(), {}), w, s.name);
   }
 }
 
@@ -228,7 +228,7 @@ std::string replaced(const Tensor& text, const std::string& from, const std::str
 
 void expect_import_error(M method, Errc code, const std::vector<std::string>& parts,
                          TensorMap& map) {
-  expect_error(code, parts, [&] { dialect_of(method).import_layer("l.", map.lookup()); });
+  expect_error(code, parts, [&] { dialect_of(method).import_layer("l.", map.lookup(), {}); });
 }
 
 TEST(HostileLayer, BnbMissingTensors) {
@@ -318,11 +318,11 @@ TEST(Residue, StoredQuantMapIsHonoured) {
   const float own = 0.625F;
   std::memcpy(map.at("l.weight.quant_map").bytes.data() + 15 * 4, &own, 4);
   const Dialect& dialect = dialect_of(M::BNB_NF4);
-  const PackedMatrix w = dialect.import_layer("l.", map.lookup());
+  const PackedMatrix w = dialect.import_layer("l.", map.lookup(), {});
   EXPECT_EQ(w.spec.code_map, CodeMap::kTable);
   const PackedMatrix plain = [&] {
     TensorMap standard = bnb_layer(true);
-    return dialect.import_layer("l.", standard.lookup());
+    return dialect.import_layer("l.", standard.lookup(), {});
   }();
   EXPECT_NE(decode(w, DType::kF32).bytes, decode(plain, DType::kF32).bytes);
   for (const NamedTensor& t : dialect.export_layer(w.view(), "l.")) {
@@ -335,7 +335,7 @@ TEST(Residue, PadNibbleOfAnOddTensorSurvives) {
   EXPECT_EQ(map.at("l.weight").bytes.back() & 15, bnb::pad_nibble(false));
   map.at("l.weight").bytes.back() ^= 9;
   const Dialect& dialect = dialect_of(M::BNB_NF4);
-  const PackedMatrix w = dialect.import_layer("l.", map.lookup());
+  const PackedMatrix w = dialect.import_layer("l.", map.lookup(), {});
   const auto tensors = dialect.export_layer(w.view(), "l.");
   EXPECT_EQ(tensor_named(tensors, "l.weight").bytes, map.at("l.weight").bytes);
 }
@@ -350,9 +350,9 @@ TEST(Residue, HalfPrecisionAbsmaxIsWidened) {
   widen_to_f32(DType::kF16, half.bytes.data(), n, reinterpret_cast<float*>(wide.bytes.data()));
   const Dialect& dialect = dialect_of(M::BNB_NF4);
   map.set("l.weight.absmax", half);
-  const Tensor a = decode(dialect.import_layer("l.", map.lookup()), DType::kF32);
+  const Tensor a = decode(dialect.import_layer("l.", map.lookup(), {}), DType::kF32);
   map.set("l.weight.absmax", wide);
-  EXPECT_EQ(a.bytes, decode(dialect.import_layer("l.", map.lookup()), DType::kF32).bytes);
+  EXPECT_EQ(a.bytes, decode(dialect.import_layer("l.", map.lookup(), {}), DType::kF32).bytes);
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 #include <cstring>
 #include <set>
 
-#include "quantal/formats.h"
+#include "quantal/ggml.h"
 #include "support/golden.h"
 
 namespace quantal {

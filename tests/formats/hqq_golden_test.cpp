@@ -60,7 +60,7 @@ PackedMatrix import_case(const GoldenBook& book, const nlohmann::json& c, const 
     map.at("group_size").bytes = {static_cast<std::uint8_t>(own.spec.cols), 0, 0, 0};
   }
   map.at("view_as_float").bytes[0] = c.at("view_as_float").get<bool>() ? 1 : 0;
-  return dialect.import_layer("", map.lookup());
+  return dialect.import_layer("", map.lookup(), {});
 }
 
 TEST(HqqGolden, WithoutSolverBitForBit) {

@@ -6,7 +6,7 @@
 
 #include "io/gguf_builder.h"
 #include "io/temp_folder.h"
-#include "quantal/formats.h"
+#include "quantal/ggml.h"
 #include "quantal/io.h"
 #include "support/golden.h"
 

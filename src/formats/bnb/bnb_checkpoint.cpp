@@ -269,7 +269,8 @@ bool recognizes(const std::function<bool(const std::string& suffix)>& has) {
          (has(std::string(kStateKey) + "nf4") || has(std::string(kStateKey) + "fp4"));
 }
 
-PackedMatrix import_layer(const std::string& prefix, const TensorLookup& lookup) {
+PackedMatrix import_layer(const std::string& prefix, const TensorLookup& lookup,
+                          const LayerFacts&) {
   const State state = read_state(prefix, lookup);
   const std::int64_t n = checked_mul(state.rows, state.cols, "bnb: elements of " + state.name);
   const std::int64_t blocks = ceil_div(n, state.block_size);

@@ -5,7 +5,7 @@
 
 #include "core/half.h"
 #include "formats/gguf/blocks.h"
-#include "quantal/formats.h"
+#include "quantal/ggml.h"
 
 namespace quantal {
 namespace {

@@ -316,7 +316,8 @@ bool recognizes(const std::function<bool(const std::string& suffix)>& has) {
   return has("W_q") && has("scale") && has("zero") && has("nbits");
 }
 
-PackedMatrix import_layer(const std::string& prefix, const TensorLookup& lookup) {
+PackedMatrix import_layer(const std::string& prefix, const TensorLookup& lookup,
+                          const LayerFacts&) {
   const Fields fields(prefix, lookup);
   PackedSpec spec;
   Flags flags;

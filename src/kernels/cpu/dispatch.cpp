@@ -104,6 +104,15 @@ void fill_table(const PackedView& w, KernelMatrix& m) {
       case CodeMap::kTable:
         m.table[i] = read_f32(w.shared.data() + 4 * i);
         break;
+      case CodeMap::kE2M1:
+        m.table[i] = kE2M1Codebook[i];
+        break;
+      case CodeMap::kIq4Nl:
+        m.table[i] = kIq4NlCodebook[i];
+        break;
+      case CodeMap::kE4M3:
+      case CodeMap::kE5M2:
+        break;  // 8 bits
     }
   }
 }

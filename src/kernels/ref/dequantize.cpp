@@ -43,6 +43,14 @@ float mapped(const PackedView& w, unsigned code) {
       return kFp4Codebook[code];
     case CodeMap::kTable:
       return read_float(ScaleSource::kF32, w.shared.data() + 4 * code);
+    case CodeMap::kE2M1:
+      return kE2M1Codebook[code];
+    case CodeMap::kIq4Nl:
+      return kIq4NlCodebook[code];
+    case CodeMap::kE4M3:
+      return kE4M3Values[code];
+    case CodeMap::kE5M2:
+      return kE5M2Values[code];
   }
   return 0;
 }
@@ -105,6 +113,8 @@ float value(const PackedView& w, std::int64_t row, std::int64_t col) {
       return round_to(dtype, round_to(dtype, s * c) - o);
     case Offset::kZeroPoint:
       return round_to(dtype, round_to(dtype, c - o) * s);
+    case Offset::kOver127:
+      return round_to(dtype, round_to(dtype, c * s) * kInverse127);
   }
   return 0;
 }

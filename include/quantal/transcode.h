@@ -1,0 +1,62 @@
+// quantal transcode: moving packed matrices between dialects without decoding them to weights and
+// back where codes mean the same thing (formats room).
+//
+// Two dialects that share a code map differ only in how statistics are spelled: codes are copied
+// (or complemented) and statistics rewritten. What survives is stated before anything is written.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "quantal/core.h"
+#include "quantal/formats.h"
+#include "quantal/kernels.h"
+
+namespace quantal {
+
+/// What a conversion of one matrix preserves.
+struct Preservation {
+  bool codes = false;         ///< every code is copied one to one; false: quantized again
+  bool statistics = false;    ///< scales and offsets are the same numbers
+  double statistics_ulp = 0;  ///< else: bound in units in the last place of their new storage
+  bool values = false;        ///< dequantized weights are equal ...
+  DType values_dtype = DType::kF32;  ///< ... when both are rounded to this dtype
+  std::string note;                  ///< the rule in one sentence, for people
+
+  bool lossless() const { return codes && statistics && values; }
+};
+
+/// Where to.
+struct TranscodeTarget {
+  const Dialect* dialect = nullptr;
+  QuantizeOptions options;  ///< group_size 0 and bits 0: as the source has them
+  /// True: Error{kUnsupported} instead of quantizing again where no lossless edge exists.
+  bool lossless_only = false;
+};
+
+/// Statement about converting a matrix of this spec, without doing it. Statements hold for every
+/// matrix of the spec unless note says "depends on the values"; then transcode states what became
+/// of the matrix at hand. Throws Error{kConfig} if the target cannot hold such a matrix at all.
+Preservation plan_transcode(const PackedSpec& from, const TranscodeTarget& to);
+
+struct Transcoded {
+  PackedMatrix matrix;
+  Preservation kept;          ///< proven on this matrix
+  double relative_error = 0;  ///< ||w' - w||_F / ||w||_F of dequantized values; 0 if values
+};
+/// Converts. Lossy conversions dequantize row panels and quantize again with the target's
+/// quantizer.
+Transcoded transcode(const PackedView& from, const TranscodeTarget& to, const Executor& executor);
+
+/// One row of the generated table of docs/convert.md.
+struct TranscodeEdge {
+  std::string from, to;  ///< "gguf Q4_1", "mlx affine 4-bit, group 32, f32"
+  Preservation kept;
+};
+/// Edges between the common forms of all dialects, in a fixed order.
+std::vector<TranscodeEdge> transcode_edges();
+/// The same as a Markdown table.
+std::string transcode_edges_markdown();
+
+}  // namespace quantal
