@@ -8,6 +8,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -37,6 +38,37 @@ void write_file_atomic(const std::string& path, std::span<const std::uint8_t> by
 /// Reads a whole (small) file as text; throws Error{kIo}, Error{kCorrupt} above `max_bytes`.
 std::string read_text_file(const std::string& path, std::size_t max_bytes = 64u << 20);
 
+/// What the first and last bytes of a file say it is; suffixes are not looked at.
+enum class FileKind {
+  kUnknown,
+  kSafetensors,
+  kGguf,
+  kNpy,
+  kNpz,          ///< zip whose members are all .npy
+  kTorch,        ///< zip with <folder>/data.pkl
+  kTorchScript,  ///< zip with <folder>/data.pkl, constants.pkl and code/; not read
+  kTorchLegacy,  ///< torch.save before 1.6; not read
+  kTar,          ///< torch.save before 0.1.10, or any other tar; not read
+};
+std::string_view file_kind_name(FileKind kind) noexcept;  ///< for messages: "a torch zip file"
+/// Looks at a few bytes and, for a zip, at its directory. Throws Error{kIo}; a damaged zip is
+/// kUnknown.
+FileKind detect_file(const std::string& path);
+
+/// A tensor and whatever keeps its bytes alive: a mapping where they could be used in place, a
+/// buffer where they had to be unpacked or reordered.
+struct HeldTensor {
+  TensorView view;
+  std::shared_ptr<void> owner;
+};
+
+/// A tensor before its bytes are there.
+struct TensorInfo {
+  std::string name;
+  DType dtype = DType::kF32;
+  std::vector<std::int64_t> shape;
+};
+
 // ------------------------------------------------------------------ safetensors
 
 /// A safetensors file, mapped. Tensors are views into the mapping (zero copy).
@@ -64,6 +96,57 @@ class SafetensorsFile {
 void write_safetensors(const std::string& path,
                        std::span<const std::pair<std::string, TensorView>> tensors,
                        const std::map<std::string, std::string>& metadata = {});
+
+/// Writes a safetensors file whose tensors arrive one at a time, in any order: the header is
+/// written first from what is known of them, each tensor goes to its place at once and is not kept.
+/// Same bytes as write_safetensors. Not thread-safe.
+class SafetensorsWriter {
+ public:
+  /// Throws as write_safetensors. Nothing is visible at `path` before finish().
+  SafetensorsWriter(const std::string& path, std::vector<TensorInfo> tensors,
+                    const std::map<std::string, std::string>& metadata = {});
+  ~SafetensorsWriter();  ///< without finish(): `path` stays as it was
+  SafetensorsWriter(SafetensorsWriter&&) noexcept;
+  SafetensorsWriter& operator=(SafetensorsWriter&&) noexcept;
+
+  /// Throws Error{kConfig} for an unknown name or a second time, Error{kDtype}, Error{kShape} where
+  /// the tensor is not what was announced.
+  void put(const std::string& name, const TensorView& tensor);
+  /// Throws Error{kConfig} listing tensors that never arrived.
+  void finish();
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+/// How a model is cut into files.
+struct ShardOptions {
+  std::string stem = "model";        ///< model.safetensors, model-00001-of-00002.safetensors ...
+  std::int64_t max_shard_bytes = 0;  ///< tensor bytes per file; 0 = one file
+  std::map<std::string, std::string> metadata{};  ///< of every file
+};
+
+/// SafetensorsWriter over one or many files of a folder. Tensors fill the shards in the order of
+/// `tensors`; one that is larger than the limit has a file of its own. One file has no index, more
+/// have `<stem>.safetensors.index.json` {"metadata": {"total_size"}, "weight_map"}.
+class ShardedSafetensorsWriter {
+ public:
+  /// Throws as SafetensorsWriter; Error{kConfig} for a negative limit or a stem that is no plain
+  /// name.
+  ShardedSafetensorsWriter(const std::string& folder, std::vector<TensorInfo> tensors,
+                           const ShardOptions& options = {});
+  ~ShardedSafetensorsWriter();
+  /// File names in order, the index (where there is one) last.
+  const std::vector<std::string>& files() const;
+  void put(const std::string& name, const TensorView& tensor);  ///< as SafetensorsWriter::put
+  /// Puts all files in place, the index last. Throws as SafetensorsWriter::finish.
+  void finish();
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
 
 // ------------------------------------------------------------------ npy
 
