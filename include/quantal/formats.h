@@ -158,6 +158,9 @@ struct Dialect {
   std::span<const std::int64_t>
       group_sizes;  ///< legal ones; empty = any multiple of group_multiple
   std::int64_t group_multiple;
+  /// True: values have the dtype of the weight that was quantized (QuantizeOptions::value_dtype is
+  /// set to it); false: that of the computation.
+  bool keeps_weight_dtype = true;
   Reach (*reach)(const QuantizeOptions& options);
 
   /// The packed form that `quantize` will fill. Throws Error{kConfig} / Error{kShape} naming the

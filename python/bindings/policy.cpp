@@ -121,6 +121,9 @@ void bind_policy(py::module_& m) {
         [](const std::string& name) { return std::string(backend_name(parse_backend(name))); });
   m.def("normalize_config",
         [](const std::string& json) { return config_to_json(config_from_json(json)); });
+  m.def("keeps_weight_dtype", [](const std::string& method) {
+    return dialect_of(parse_method(method)).keeps_weight_dtype;
+  });
   m.def("validate", &validate, py::arg("config_json"), py::arg("backend"));
   m.def("decide_adapter", &decide, py::arg("backend"), py::arg("config_json"),
         py::arg("support") = py::none(), py::arg("fallback") = py::none());

@@ -134,11 +134,19 @@ class _DialectAdapter(QuantizationAdapter):
 
 
 class BitsAndBytesAdapter(_DialectAdapter):
-    """bitsandbytes NF4 and FP4, with and without double quantization."""
+    """bitsandbytes NF4 and FP4, with and without double quantization, and LLM.int8."""
 
 
 class HQQAdapter(_DialectAdapter):
     """Half-quadratic quantization."""
+
+
+class MLXAdapter(_DialectAdapter):
+    """MLX affine 4 and 8 bits; the MX formats through ``backend_options={"mode": "mxfp4"}``."""
+
+
+class QuantoAdapter(_DialectAdapter):
+    """Quanto int2, int4 and int8."""
 
 
 class FallbackAdapter(QuantizationAdapter):
@@ -168,7 +176,8 @@ class FallbackAdapter(QuantizationAdapter):
 
 
 _ADAPTERS: dict[str, type[QuantizationAdapter]] = {
-    cls.__name__: cls for cls in (BitsAndBytesAdapter, HQQAdapter, FallbackAdapter)
+    cls.__name__: cls
+    for cls in (BitsAndBytesAdapter, HQQAdapter, MLXAdapter, QuantoAdapter, FallbackAdapter)
 }
 
 
@@ -216,7 +225,9 @@ __all__ = [
     "BitsAndBytesAdapter",
     "FallbackAdapter",
     "HQQAdapter",
+    "MLXAdapter",
     "QuantizationAdapter",
+    "QuantoAdapter",
     "available_methods",
     "create_quantization_adapter",
 ]

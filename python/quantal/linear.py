@@ -282,6 +282,6 @@ def follow_weight_dtype(
     options: _core.QuantizeOptions, dtype: torch.dtype
 ) -> _core.QuantizeOptions:
     """`options` with the value dtype of a dialect that decodes to the dtype of the weight."""
-    if options.method.startswith("bnb"):
+    if _core.keeps_weight_dtype(options.method):
         options.value_dtype = dtype_name(dtype)
     return options

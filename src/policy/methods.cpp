@@ -21,8 +21,11 @@ constexpr FamilyFacts kNoFamily = {"", "FallbackAdapter", "", "", "", {}};
 
 constexpr std::array<std::string_view, 2> kSupportNames = {"documented", "extended"};
 constexpr std::array<std::string_view, 3> kFallbackNames = {"none", "nearest", "error"};
-constexpr std::array<std::string_view, 5> kOptions = {"support", "fallback", "axis", "optimize",
-                                                      "round_zero"};
+constexpr std::array<std::string_view, 6> kOptions = {"support",  "fallback",   "axis",
+                                                      "optimize", "round_zero", "mode"};
+
+/// Rows, and groups per row, of the layer on which settings are tried.
+constexpr std::int64_t kMaxProbe = 4096;
 
 /// Index of the option's value in `legal`; nullopt if the option is absent.
 std::optional<std::size_t> option_index(const QuantizationConfig& config, const char* key,
@@ -154,6 +157,10 @@ QuantizeOptions base_options(const QuantizationConfig& config) {
   options.axis = static_cast<int>(option_index(config, "axis", kAxes).value_or(1));
   options.optimize = bool_option(config, "optimize").value_or(true);
   options.round_zero = bool_option(config, "round_zero");
+  options.quant_zero = config.quant_zero;
+  if (config.quant_scale) options.quant_scale = true;
+  const auto mode = config.backend_options.find("mode");
+  if (mode != config.backend_options.end()) options.mode = mode->second;
   return options;
 }
 
@@ -162,21 +169,14 @@ std::span<const std::string_view> known_options() { return kOptions; }
 std::string setting_refusal(const QuantizeOptions& options) {
   const Dialect* dialect = find_dialect(options.method);
   if (dialect == nullptr) return {};
-  if (is_bnb(options.method) && options.quant_type != "nf4" && options.quant_type != "fp4") {
-    return "quant_type is '" + options.quant_type + "', expected nf4 or fp4";
+  // A layer that every legal group size divides: what refuses it refuses all layers.
+  const std::int64_t unit = std::clamp<std::int64_t>(options.group_size, 1, kMaxProbe);
+  try {
+    dialect->make_spec(kMaxProbe, kMaxProbe * unit, options);
+  } catch (const Error& refusal) {
+    return refusal.what();
   }
-  const std::span<const std::int64_t> sizes = dialect->group_sizes;
-  const std::string actual = "group_size is " + std::to_string(options.group_size);
-  if (sizes.empty()) {
-    const std::int64_t unit = dialect->group_multiple;
-    if (unit <= 0 || options.group_size % unit == 0) return {};
-    return actual + ", expected a multiple of " + std::to_string(unit) + " for " +
-           std::string(dialect->title);
-  }
-  if (std::find(sizes.begin(), sizes.end(), options.group_size) != sizes.end()) return {};
-  std::string legal;
-  for (const std::int64_t size : sizes) legal += (legal.empty() ? "" : ", ") + std::to_string(size);
-  return actual + ", expected one of " + legal + " for " + std::string(dialect->title);
+  return {};
 }
 
 }  // namespace quantal::policy

@@ -115,13 +115,18 @@ class Validation {
     if (!options_legal_) return;
     const std::string refusal = policy::setting_refusal(policy::base_options(config_));
     if (!refusal.empty()) {
-      const bool size = refusal.starts_with("group_size");
-      error(size ? "group_size.illegal" : "quant_type.unknown", refusal, "use one of these");
+      const auto names = [&](const char* setting) { return refusal.find(setting) != refusal.npos; };
+      const char* id = names("group_size")   ? "group_size.illegal"
+                       : names("quant_type") ? "quant_type.unknown"
+                                             : "settings.illegal";
+      error(id, refusal, "use one of these");
     }
-    if (config_.method != QuantizationMethod::HQQ) return;
-    if (config_.quant_scale) {
-      warning("hqq.quant_scale", "quant_scale is True, but quantized scales are not built",
-              "scales stay in compute_dtype; leave quant_scale False");
+    if (config_.method == QuantizationMethod::HQQ) return;
+    if (config_.quant_scale || config_.quant_zero.value_or(false)) {
+      warning("hqq.quant_meta",
+              "quant_zero and quant_scale have no effect on " +
+                  std::string(method_name(config_.method)),
+              "they are settings of hqq; leave them unset");
     }
   }
 

@@ -16,11 +16,11 @@ std::int64_t tensor_bytes(const torch::Tensor& t) {
 }
 std::int64_t tensor_numel(const torch::Tensor& t) { return t.defined() ? t.numel() : 0; }
 
-/// bitsandbytes dequantizes to the dtype of the weight that was quantized, others to the compute
+/// Most dialects dequantize to the dtype of the weight that was quantized, HQQ to the compute
 /// dtype, which LayerRules has put into the options.
 QuantizeOptions options_for(const LayerRules::Choice& choice, torch::ScalarType weight_type) {
   QuantizeOptions options = choice.options;
-  if (dialect_of(options.method).name == "bnb") options.value_dtype = from_torch(weight_type);
+  if (dialect_of(options.method).keeps_weight_dtype) options.value_dtype = from_torch(weight_type);
   return options;
 }
 
@@ -146,15 +146,10 @@ void DialectAdapter::prepare_model_for_training(torch::nn::Module& model) {
   model.train();
 }
 
-HQQAdapter::HQQAdapter(Backend backend, const QuantizationConfig& config)
-    : DialectAdapter(backend, config) {
-  const std::string refusal = adapter_refusal("HQQAdapter", backend, config);
-  if (!refusal.empty()) fail(Errc::kUnsupported, refusal);
-}
-
-BitsAndBytesAdapter::BitsAndBytesAdapter(Backend backend, const QuantizationConfig& config)
-    : DialectAdapter(backend, config) {
-  const std::string refusal = adapter_refusal("BitsAndBytesAdapter", backend, config);
+DialectAdapter::DialectAdapter(std::string_view name, Backend backend,
+                               const QuantizationConfig& config)
+    : QuantizationAdapter(backend, config) {
+  const std::string refusal = adapter_refusal(name, backend, config);
   if (!refusal.empty()) fail(Errc::kUnsupported, refusal);
 }
 
@@ -175,6 +170,16 @@ void FallbackAdapter::quantize_model(torch::nn::Module& model) {
 
 void FallbackAdapter::prepare_model_for_training(torch::nn::Module& model) { model.train(); }
 
+namespace {
+
+template <class Adapter>
+std::unique_ptr<QuantizationAdapter> make_adapter(Backend backend,
+                                                  const QuantizationConfig& config) {
+  return std::make_unique<Adapter>(backend, config);
+}
+
+}  // namespace
+
 std::unique_ptr<QuantizationAdapter> create_quantization_adapter(Backend backend,
                                                                  const QuantizationConfig& config,
                                                                  std::optional<Support> support,
@@ -185,17 +190,16 @@ std::unique_ptr<QuantizationAdapter> create_quantization_adapter(Backend backend
     decision.config.backend_options["support"] =
         *support == Support::kExtended ? "extended" : "documented";
   }
-  std::unique_ptr<QuantizationAdapter> adapter;
-  if (decision.adapter == "HQQAdapter") {
-    adapter = std::make_unique<HQQAdapter>(backend, decision.config);
-  } else if (decision.adapter == "BitsAndBytesAdapter") {
-    adapter = std::make_unique<BitsAndBytesAdapter>(backend, decision.config);
-  } else if (decision.adapter == "FallbackAdapter") {
-    adapter = std::make_unique<FallbackAdapter>(backend, decision.config);
-  } else {
-    fail(Errc::kUnsupported,
-         "create_quantization_adapter: " + decision.adapter + " is not part of this build");
-  }
+  using Make = std::unique_ptr<QuantizationAdapter> (*)(Backend, const QuantizationConfig&);
+  static const std::map<std::string_view, Make> kAdapters = {
+      {"BitsAndBytesAdapter", make_adapter<BitsAndBytesAdapter>},
+      {"HQQAdapter", make_adapter<HQQAdapter>},
+      {"MLXAdapter", make_adapter<MLXAdapter>},
+      {"QuantoAdapter", make_adapter<QuantoAdapter>},
+      {"FallbackAdapter", make_adapter<FallbackAdapter>},
+  };
+  std::unique_ptr<QuantizationAdapter> adapter =
+      kAdapters.at(decision.adapter)(backend, decision.config);
   adapter->set_decision(decision);
   return adapter;
 }

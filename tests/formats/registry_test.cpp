@@ -68,15 +68,17 @@ TEST(Registry, DialectsAreInOrderOfIdAndConsistent) {
   EXPECT_EQ(dialect_of(M::HQQ).id, 2);
 }
 
-TEST(Registry, MethodsWithoutQuantizer) {
-  for (const M m :
-       {M::BNB_INT8, M::MLX_INT4, M::MLX_INT8, M::QUANTO_INT2, M::QUANTO_INT4, M::QUANTO_INT8}) {
-    EXPECT_EQ(find_dialect(m), nullptr);
-    expect_error(Errc::kUnsupported,
-                 {std::string(method_name(m)), "is not built in this version", "bnb_nf4, hqq"},
-                 [m] { dialect_of(m); });
+TEST(Registry, EveryMethodHasItsDialect) {
+  for (const MethodInfo& method : methods()) {
+    if (method.method == M::NONE) continue;
+    EXPECT_EQ(dialect_of(method.method).name, method.dialect) << method.name;
   }
-  expect_error(Errc::kUnsupported, {"none does not quantize"}, [] { dialect_of(M::NONE); });
+  EXPECT_EQ(find_dialect(M::NONE), nullptr);
+  expect_error(Errc::kUnsupported, {"none does not quantize", "bnb_nf4", "quanto_int8"},
+               [] { dialect_of(M::NONE); });
+  EXPECT_EQ(dialect_by_name("gguf").id, 5);
+  expect_error(Errc::kConfig, {"'awq'", "bnb, hqq, mlx, quanto, gguf"},
+               [] { dialect_by_name("awq"); });
   expect_error(Errc::kCorrupt, {"id is 99"}, [] { dialect_by_id(99); });
 }
 

@@ -4,6 +4,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "quantal/policy.h"
@@ -59,24 +60,43 @@ class QuantizationAdapter {
 /// What the concrete adapters share: quantization through a dialect of the registry.
 class DialectAdapter : public QuantizationAdapter {
  public:
-  using QuantizationAdapter::QuantizationAdapter;
   Linear create_quantized_linear(std::int64_t in_features, std::int64_t out_features,
                                  bool bias = true) override;
   void quantize_model(torch::nn::Module& model) override;
   void prepare_model_for_training(torch::nn::Module& model) override;
+
+ protected:
+  /// `name` is the class's. Constructed directly for a backend that the documented matrix does not
+  /// have, an adapter throws Error{kUnsupported} unless backend_options "support" is "extended".
+  DialectAdapter(std::string_view name, Backend backend, const QuantizationConfig& config);
 };
 
 /// HQQ, any backend.
 class HQQAdapter final : public DialectAdapter {
  public:
-  HQQAdapter(Backend backend, const QuantizationConfig& config);
+  HQQAdapter(Backend backend, const QuantizationConfig& config)
+      : DialectAdapter("HQQAdapter", backend, config) {}
 };
 
-/// bitsandbytes NF4 and FP4. Constructed directly for a backend that the documented matrix does not
-/// have, it throws Error{kUnsupported} unless backend_options "support" is "extended".
+/// bitsandbytes NF4, FP4 and LLM.int8.
 class BitsAndBytesAdapter final : public DialectAdapter {
  public:
-  BitsAndBytesAdapter(Backend backend, const QuantizationConfig& config);
+  BitsAndBytesAdapter(Backend backend, const QuantizationConfig& config)
+      : DialectAdapter("BitsAndBytesAdapter", backend, config) {}
+};
+
+/// MLX affine 4 and 8 bits, and the MX formats through backend_options "mode".
+class MLXAdapter final : public DialectAdapter {
+ public:
+  MLXAdapter(Backend backend, const QuantizationConfig& config)
+      : DialectAdapter("MLXAdapter", backend, config) {}
+};
+
+/// Quanto int2, int4 and int8.
+class QuantoAdapter final : public DialectAdapter {
+ public:
+  QuantoAdapter(Backend backend, const QuantizationConfig& config)
+      : DialectAdapter("QuantoAdapter", backend, config) {}
 };
 
 /// Leaves models as they are; warnings() says why.

@@ -27,6 +27,7 @@ constinit const Dialect kDialect = {
     .bits = kBits,
     .group_sizes = {},
     .group_multiple = kGroupMultiple,
+    .keeps_weight_dtype = false,
     .reach = reach,
     .make_spec = make_spec,
     .quantize = quantize,
