@@ -1,11 +1,13 @@
 #include <string>
 
 #include "kernels/cpu/dispatch.h"
+#include "kernels/ref/ref.h"
 #include "quantal/kernels.h"
 
 namespace quantal {
 namespace {
 
+constexpr std::int64_t kColumnUnit = 128;  // codes of the largest unit
 constexpr std::int64_t kTaskBytes =
     64 * 1024;  // output of one task: far above the cost of starting it
 
@@ -20,9 +22,9 @@ void check_panel(const PackedSpec& spec, const Panel& p, std::int64_t ld) {
                            " x columns " + range(p.col_begin, p.col_end) + ", expected a part of " +
                            std::to_string(spec.rows) + " x " + std::to_string(spec.cols));
   }
-  if (p.col_begin % 32 != 0) {
-    fail(Errc::kShape,
-         "dequantize: col_begin is " + std::to_string(p.col_begin) + ", expected a multiple of 32");
+  if (p.col_begin % kColumnUnit != 0) {
+    fail(Errc::kShape, "dequantize: col_begin is " + std::to_string(p.col_begin) +
+                           ", expected a multiple of " + std::to_string(kColumnUnit));
   }
   if (ld < p.col_end - p.col_begin) {
     fail(Errc::kShape, "dequantize: ld is " + std::to_string(ld) + ", expected at least " +
@@ -34,6 +36,14 @@ void check_panel(const PackedSpec& spec, const Panel& p, std::int64_t ld) {
 
 void dequantize(const PackedView& w, const Panel& panel, DType out_dtype, void* out,
                 std::int64_t ld, const Executor& executor) {
+  const bool known = (w.spec.bits == 4 || w.spec.bits == 8) && w.spec.code_map <= CodeMap::kIq4Nl &&
+                     w.spec.offset != Offset::kOver127 && w.spec.scale <= ScaleSource::kNestedU8 &&
+                     w.spec.group_map <= GroupMap::kColumnRuns;
+  if (!known) {
+    check_packed(w);
+    check_panel(w.spec, panel, ld);
+    return ref::dequantize(w, panel, out_dtype, out, ld);
+  }
   const KernelMatrix matrix = kernel_matrix(w);
   const FloatKind kind = float_kind(out_dtype, "dequantize", "out_dtype");
   check_panel(w.spec, panel, ld);

@@ -1,4 +1,4 @@
-// The packed matrix: its spec, the sizes that follow from it, and the order of codes in a strip.
+// The packed matrix: its spec, the sizes that follow from it, and the tables of its codes.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -6,6 +6,7 @@
 #include <numeric>
 #include <string>
 
+#include "kernels/layout.h"
 #include "quantal/kernels.h"
 
 namespace quantal {
@@ -14,8 +15,7 @@ namespace {
 constexpr std::int64_t kMaxCols = std::int64_t{1} << 48;
 constexpr std::int64_t kMaxGroupSize = (std::int64_t{1} << 24) - 1;
 constexpr std::int64_t kMaxNestedGroupSize = 256;
-constexpr std::int64_t kStripBytes = 16;
-constexpr int kFields4 = 2;  // bit fields per byte of the 4-bit plane
+constexpr std::int64_t kMaxResidueBytes = std::int64_t{1} << 40;
 
 [[noreturn]] void fail_spec(Errc code, const std::string& member, std::int64_t actual,
                             const std::string& expected) {
@@ -33,24 +33,6 @@ void check_range(Errc code, const char* member, std::int64_t value, std::int64_t
 std::int64_t max_touched(std::int64_t length, std::int64_t size, std::int64_t step) {
   const std::int64_t latest_phase = size - std::gcd(step, size);
   return ceil_div(latest_phase + length, size);
-}
-
-std::int64_t scale_bytes(ScaleSource source) {
-  switch (source) {
-    case ScaleSource::kF32:
-      return 4;
-    case ScaleSource::kF16:
-    case ScaleSource::kBF16:
-      return 2;
-    case ScaleSource::kNestedU8:
-    case ScaleSource::kE8M0:
-    case ScaleSource::kE4M3:
-    case ScaleSource::kSuperU8:
-    case ScaleSource::kSuperI8:
-    case ScaleSource::kSuperU4:
-      return 1;
-  }
-  return 4;
 }
 
 }  // namespace
@@ -154,14 +136,14 @@ PackedSpec spec_from_ints(std::span<const std::int64_t> ints) {
     fail_spec(Errc::kCorrupt, "layout version", ints[0], std::to_string(kLayoutVersion));
   }
   check_range(Errc::kCorrupt, "bits", ints[3], 1, 8);
-  check_range(Errc::kCorrupt, "code_map", ints[4], 0, static_cast<int>(CodeMap::kTable));
+  check_range(Errc::kCorrupt, "code_map", ints[4], 0, static_cast<int>(CodeMap::kE5M2));
   check_range(Errc::kCorrupt, "centre", ints[5], -255, 255);
-  check_range(Errc::kCorrupt, "offset", ints[6], 0, static_cast<int>(Offset::kZeroPoint));
-  check_range(Errc::kCorrupt, "scale", ints[7], 0, static_cast<int>(ScaleSource::kNestedU8));
+  check_range(Errc::kCorrupt, "offset", ints[6], 0, static_cast<int>(Offset::kOver127));
+  check_range(Errc::kCorrupt, "scale", ints[7], 0, static_cast<int>(ScaleSource::kSuperU4));
   check_range(Errc::kCorrupt, "value_dtype", ints[8], 0, static_cast<int>(DType::kF8E8M0));
-  check_range(Errc::kCorrupt, "group_map", ints[9], 0, static_cast<int>(GroupMap::kColumnRuns));
+  check_range(Errc::kCorrupt, "group_map", ints[9], 0, static_cast<int>(GroupMap::kColumnBlocks));
   check_range(Errc::kCorrupt, "dialect", ints[12], 0, 1 << 20);
-  check_range(Errc::kCorrupt, "residue_bytes", ints[14], 0, std::int64_t{1} << 40);
+  check_range(Errc::kCorrupt, "residue_bytes", ints[14], 0, kMaxResidueBytes);
   check_range(Errc::kCorrupt, "reserved", ints[15], 0, 0);
   const PackedSpec spec{.rows = ints[1],
                         .cols = ints[2],
@@ -181,61 +163,121 @@ PackedSpec spec_from_ints(std::span<const std::int64_t> ints) {
   return spec;
 }
 
+namespace {
+
+void check_width(const PackedSpec& spec) {
+  if (spec.bits < 1 || spec.bits > 8 || spec.bits == 7) {
+    fail_spec(Errc::kConfig, "bits", spec.bits, "1, 2, 3, 4, 5, 6 or 8");
+  }
+  const bool float8 = spec.code_map == CodeMap::kE4M3 || spec.code_map == CodeMap::kE5M2;
+  if (float8 && spec.bits != 8) fail_spec(Errc::kConfig, "bits", spec.bits, "8 with 8-bit floats");
+  if (spec.code_map != CodeMap::kInteger && !float8 && spec.bits != 4) {
+    fail_spec(Errc::kConfig, "bits", spec.bits, "4 with a code map of 16 values");
+  }
+  check_range(Errc::kConfig, "centre", spec.centre, -255, 255);
+}
+
+/// Which offsets each scale source can go with.
+void check_offset(const PackedSpec& spec) {
+  const auto refuse = [&spec](const char* expected) {
+    fail_spec(Errc::kConfig, "offset", static_cast<int>(spec.offset), expected);
+  };
+  const bool none = spec.offset == Offset::kNone;
+  switch (spec.scale) {
+    case ScaleSource::kF32:
+    case ScaleSource::kF16:
+    case ScaleSource::kBF16:
+      return;
+    case ScaleSource::kNestedU8:
+      if (!none) refuse("none with nested scales");
+      return;
+    case ScaleSource::kE8M0:
+    case ScaleSource::kE4M3:
+      if (!none) refuse("none with 8-bit float scales");
+      return;
+    case ScaleSource::kSuperU8:
+      if (spec.offset == Offset::kOver127) refuse("another one with super-blocks");
+      return;
+    case ScaleSource::kSuperI8:
+      if (!none) refuse("none with signed sub-scales");
+      return;
+    case ScaleSource::kSuperU4:
+      if (!stores_offsets(spec.offset)) refuse("a stored one with 4-bit sub-scales");
+      return;
+  }
+}
+
+/// Which weights can share a scale, given the shape and the scale source.
+void check_group_map(const PackedSpec& spec, std::int64_t numel) {
+  if (spec.group_map != GroupMap::kRowRuns && !is_plain(spec.scale)) {
+    fail(Errc::kConfig, "packed spec: group_map is " +
+                            std::string(spec.group_map == GroupMap::kColumnRuns ? "column runs"
+                                                                                : "column blocks") +
+                            ", expected row runs with two-level scales");
+  }
+  if (spec.group_map == GroupMap::kColumnRuns && numel % spec.group_size != 0) {
+    fail_spec(Errc::kShape, "group_size", spec.group_size,
+              "a divisor of " + std::to_string(numel) + " elements with column runs");
+  }
+  if (spec.group_map == GroupMap::kColumnBlocks && spec.rows % spec.group_size != 0) {
+    fail_spec(Errc::kShape, "group_size", spec.group_size,
+              "a divisor of " + std::to_string(spec.rows) + " rows with column blocks");
+  }
+  if (is_super(spec.scale) && spec.cols % (spec.group_size * spec.nested_group_size) != 0) {
+    fail_spec(Errc::kShape, "cols", spec.cols,
+              "whole super-blocks of " + std::to_string(spec.group_size * spec.nested_group_size));
+  }
+}
+
+}  // namespace
+
 void validate_spec(const PackedSpec& spec) {
   check_range(Errc::kShape, "rows", spec.rows, 0, kMaxCols);
   check_range(Errc::kShape, "cols", spec.cols, 1, kMaxCols);
   const std::int64_t numel = checked_mul(spec.rows, spec.cols, "packed spec: rows * cols");
   checked_mul(numel, 16, "packed spec: bytes");
-  if (spec.bits != 4 && spec.bits != 8) fail_spec(Errc::kConfig, "bits", spec.bits, "4 or 8");
-  if (spec.code_map != CodeMap::kInteger && spec.bits != 4) {
-    fail_spec(Errc::kConfig, "bits", spec.bits, "4 with a code map of 16 values");
-  }
-  check_range(Errc::kConfig, "centre", spec.centre, -255, 255);
+  check_width(spec);
   if (!is_weight_dtype(spec.value_dtype)) {
     fail(Errc::kConfig, "packed spec: value_dtype is " + std::string(dtype_name(spec.value_dtype)) +
                             ", expected f32, f16 or bf16");
   }
   check_range(Errc::kConfig, "group_size", spec.group_size, 1, kMaxGroupSize);
   check_range(Errc::kConfig, "nested_group_size", spec.nested_group_size, 1, kMaxNestedGroupSize);
-  if (spec.scale == ScaleSource::kNestedU8 && spec.offset != Offset::kNone) {
-    fail_spec(Errc::kConfig, "offset", static_cast<int>(spec.offset), "none with nested scales");
-  }
-  if (spec.group_map == GroupMap::kColumnRuns) {
-    if (spec.scale == ScaleSource::kNestedU8) {
-      fail(Errc::kConfig,
-           "packed spec: group_map is column runs, expected row runs with nested scales");
-    }
-    if (numel % spec.group_size != 0) {
-      fail_spec(Errc::kShape, "group_size", spec.group_size,
-                "a divisor of " + std::to_string(numel) + " elements with column runs");
-    }
-  }
+  check_range(Errc::kConfig, "residue_bytes", spec.residue_bytes, 0, kMaxResidueBytes);
+  check_offset(spec);
+  check_group_map(spec, numel);
 }
 
 PackedLayout layout_of(const PackedSpec& spec) {
   validate_spec(spec);
   PackedLayout layout;
-  layout.code_bytes = ceil_div(spec.cols, kStripBytes * 8 / spec.bits) * kStripBytes;
+  layout.code_bytes =
+      checked_mul(ceil_div(spec.cols, unit_codes(spec.bits)), unit_bytes(spec.bits), "code bytes");
+  checked_mul(layout.code_bytes, spec.rows, "packed spec: code bytes");
   const bool nested = spec.scale == ScaleSource::kNestedU8;
-  const std::int64_t arrays = spec.offset == Offset::kNone ? 1 : 2;
-  layout.shared_bytes =
-      (spec.code_map == CodeMap::kTable ? 16 * 4 : 0) + (nested ? 4 + 256 * 4 : 0);
-  if (spec.group_map == GroupMap::kColumnRuns) {
+  const std::int64_t one = scale_bytes(spec.scale);
+  layout.shared_bytes = (spec.code_map == CodeMap::kTable ? 16 * 4 : 0) +
+                        (nested ? 4 + 256 * 4 : 0) + spec.residue_bytes;
+  if (spec.group_map != GroupMap::kRowRuns) {
     layout.stat_rows = spec.rows * spec.cols / spec.group_size;
-    layout.stat_bytes = arrays * scale_bytes(spec.scale);
+    layout.stat_bytes = (stores_offsets(spec.offset) ? 2 : 1) * one;
     return layout;
   }
   const bool crosses = spec.cols % spec.group_size != 0;
   layout.stat_rows = spec.rows;
   layout.slots = max_touched(spec.cols, spec.group_size, spec.cols);
   layout.has_header = crosses || nested;
+  layout.stat_bytes = (layout.has_header ? 4 : 0) + layout.slots * one;
+  if (has_offset_slots(spec)) layout.stat_bytes += layout.slots * one;
   if (nested) {
     // Rows of whole groups start at multiples of the groups per row, others anywhere.
     layout.nested_slots =
         max_touched(layout.slots, spec.nested_group_size, crosses ? 1 : layout.slots);
+    layout.stat_bytes += layout.nested_slots * 4;
+  } else if (is_super(spec.scale)) {
+    layout.nested_slots = layout.slots / spec.nested_group_size;
+    layout.stat_bytes += layout.nested_slots * (stores_offsets(spec.offset) ? 4 : 2);
   }
-  layout.stat_bytes = (layout.has_header ? 4 : 0) +
-                      arrays * layout.slots * scale_bytes(spec.scale) + layout.nested_slots * 4;
   checked_mul(layout.stat_bytes, spec.rows, "packed spec: statistics bytes");
   return layout;
 }
@@ -262,47 +304,6 @@ void check_packed(const PackedView& w) {
              static_cast<std::size_t>(layout.stat_rows * layout.stat_bytes));
   check_size("packed matrix: shared bytes", w.shared.size(),
              static_cast<std::size_t>(layout.shared_bytes));
-}
-
-void pack_row(int bits, const std::uint8_t* codes, std::int64_t cols, std::uint8_t* out) {
-  if (bits == 8) {
-    const std::int64_t padded = ceil_div(cols, kStripBytes) * kStripBytes;
-    std::memcpy(out, codes, static_cast<std::size_t>(cols));
-    std::memset(out + cols, 0, static_cast<std::size_t>(padded - cols));
-    return;
-  }
-  const auto pack_strip = [](const std::uint8_t* from, std::uint8_t* to) {
-    for (int j = 0; j < kStripBytes; ++j) {
-      to[j] = static_cast<std::uint8_t>(from[j] | (from[kStripBytes + j] << 4));
-    }
-  };
-  constexpr std::int64_t kCodes = kStripBytes * kFields4;
-  std::int64_t c = 0;
-  for (; c + kCodes <= cols; c += kCodes, out += kStripBytes) pack_strip(codes + c, out);
-  if (c == cols) return;
-  std::uint8_t tail[kCodes] = {};
-  std::memcpy(tail, codes + c, static_cast<std::size_t>(cols - c));
-  pack_strip(tail, out);
-}
-
-void unpack_row(int bits, const std::uint8_t* packed, std::int64_t cols, std::uint8_t* codes) {
-  if (bits == 8) {
-    std::memcpy(codes, packed, static_cast<std::size_t>(cols));
-    return;
-  }
-  const auto unpack_strip = [](const std::uint8_t* from, std::uint8_t* to) {
-    for (int j = 0; j < kStripBytes; ++j) {
-      to[j] = from[j] & 0x0F;
-      to[kStripBytes + j] = static_cast<std::uint8_t>(from[j] >> 4);
-    }
-  };
-  constexpr std::int64_t kCodes = kStripBytes * kFields4;
-  std::int64_t c = 0;
-  for (; c + kCodes <= cols; c += kCodes, packed += kStripBytes) unpack_strip(packed, codes + c);
-  if (c == cols) return;
-  std::uint8_t tail[kCodes];
-  unpack_strip(packed, tail);
-  std::memcpy(codes + c, tail, static_cast<std::size_t>(cols - c));
 }
 
 }  // namespace quantal

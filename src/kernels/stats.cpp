@@ -3,6 +3,7 @@
 #include <cstring>
 #include <string>
 
+#include "kernels/layout.h"
 #include "quantal/kernels.h"
 
 namespace quantal {
@@ -24,7 +25,7 @@ RowGroups row_groups(const PackedSpec& spec, std::int64_t row) {
   g.phase = start % spec.group_size;
   g.first = start / spec.group_size;
   g.count = ceil_div(g.phase + spec.cols, spec.group_size);
-  if (spec.scale == ScaleSource::kNestedU8) {
+  if (!is_plain(spec.scale)) {  // supers: rows hold whole ones, so the phase is 0
     g.nested_phase = g.first % spec.nested_group_size;
     g.nested_first = g.first / spec.nested_group_size;
     g.nested_count = ceil_div(g.nested_phase + g.count, spec.nested_group_size);
@@ -36,17 +37,11 @@ std::uint32_t header_of(const RowGroups& g) {
   return static_cast<std::uint32_t>(g.phase) | (static_cast<std::uint32_t>(g.nested_phase) << 24);
 }
 
-std::int64_t element_bytes(const PackedSpec& spec) {
-  if (spec.scale == ScaleSource::kNestedU8) return 1;
-  return spec.scale == ScaleSource::kF32 ? 4 : 2;
-}
-
 void require_row_runs(const PackedSpec& spec, const char* where) {
   if (spec.group_map == GroupMap::kRowRuns) return;
-  fail(Errc::kUnsupported,
-       std::string(where) +
-           ": group_map is column runs, expected row runs (column runs store flat "
-           "statistics as they are)");
+  fail(Errc::kUnsupported, std::string(where) +
+                               ": group_map is not row runs, expected row runs (the others store "
+                               "flat statistics as they are)");
 }
 
 void copy_bytes(std::uint8_t* to, const void* from, std::int64_t bytes) {
@@ -71,20 +66,49 @@ std::int64_t merge(const std::uint8_t* slots, std::int64_t first, std::int64_t c
   return std::max(known, first + count);
 }
 
+/// Where each part of a row's statistics begins, in bytes; absent parts are empty.
+struct RowParts {
+  std::int64_t scales, offsets, nested, nested_offsets;
+};
+RowParts row_parts(const PackedSpec& spec, const PackedLayout& layout) {
+  const std::int64_t bytes = scale_bytes(spec.scale);
+  RowParts p{};
+  p.scales = layout.has_header ? 4 : 0;
+  p.offsets = p.scales + layout.slots * bytes;
+  p.nested = p.offsets + (has_offset_slots(spec) ? layout.slots * bytes : 0);
+  p.nested_offsets = p.nested + layout.nested_slots * 2;  // supers only
+  return p;
+}
+
+void require_arrays(const PackedSpec& spec, const FlatStats& flat) {
+  const bool super = is_super(spec.scale);
+  if (flat.scales != nullptr && (!has_offset_slots(spec) || flat.offsets != nullptr) &&
+      (spec.scale != ScaleSource::kNestedU8 || flat.absmax2 != nullptr) &&
+      (!super || flat.supers != nullptr) &&
+      (!super || !stores_offsets(spec.offset) || flat.super_offsets != nullptr)) {
+    return;
+  }
+  fail(Errc::kConfig, "spread_stats: a flat array is null, expected all that the spec names");
+}
+
+void check_header(const std::uint8_t* stats, const RowGroups& g, std::int64_t row) {
+  std::uint32_t header = 0;
+  for (int i = 0; i < 4; ++i) header |= static_cast<std::uint32_t>(stats[i]) << (8 * i);
+  if (header == header_of(g)) return;
+  fail(Errc::kCorrupt, "packed statistics: header of row " + std::to_string(row) + " is " +
+                           std::to_string(header) + ", expected " + std::to_string(header_of(g)));
+}
+
 }  // namespace
 
 void spread_stats(const PackedSpec& spec, const FlatStats& flat, std::int64_t first_row,
                   std::uint8_t* stats, const Executor& executor) {
   require_row_runs(spec, "spread_stats");
   const PackedLayout layout = layout_of(spec);
-  const std::int64_t bytes = element_bytes(spec);
-  const bool nested = spec.scale == ScaleSource::kNestedU8;
-  const bool has_offset = spec.offset != Offset::kNone;
   if (spec.rows == 0) return;
-  if (flat.scales == nullptr || (has_offset && flat.offsets == nullptr) ||
-      (nested && flat.absmax2 == nullptr)) {
-    fail(Errc::kConfig, "spread_stats: a flat array is null, expected all that the spec names");
-  }
+  require_arrays(spec, flat);
+  const std::int64_t bytes = scale_bytes(spec.scale);
+  const RowParts parts = row_parts(spec, layout);
   const auto body = [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t r = begin; r < end; ++r) {
       const RowGroups g = row_groups(spec, first_row + r);
@@ -93,12 +117,21 @@ void spread_stats(const PackedSpec& spec, const FlatStats& flat, std::int64_t fi
       if (layout.has_header) {
         const std::uint32_t header = header_of(g);
         for (int i = 0; i < 4; ++i) row[i] = static_cast<std::uint8_t>(header >> (8 * i));
-        row += 4;
       }
-      copy_bytes(row, flat.scales + g.first * bytes, g.count * bytes);
-      row += layout.slots * bytes;
-      if (has_offset) copy_bytes(row, flat.offsets + g.first * bytes, g.count * bytes);
-      if (nested) copy_bytes(row, flat.absmax2 + g.nested_first, g.nested_count * 4);
+      copy_bytes(row + parts.scales, flat.scales + g.first * bytes, g.count * bytes);
+      if (has_offset_slots(spec)) {
+        copy_bytes(row + parts.offsets, flat.offsets + g.first * bytes, g.count * bytes);
+      }
+      if (spec.scale == ScaleSource::kNestedU8) {
+        copy_bytes(row + parts.nested, flat.absmax2 + g.nested_first, g.nested_count * 4);
+      }
+      if (is_super(spec.scale)) {
+        copy_bytes(row + parts.nested, flat.supers + g.nested_first, g.nested_count * 2);
+        if (stores_offsets(spec.offset)) {
+          copy_bytes(row + parts.nested_offsets, flat.super_offsets + g.nested_first,
+                     g.nested_count * 2);
+        }
+      }
     }
   };
   executor.parallel_for(0, spec.rows, ceil_div(std::int64_t{1} << 16, layout.stat_bytes + 1), body);
@@ -109,38 +142,40 @@ GatheredStats gather_stats(const PackedView& w) {
   check_packed(w);
   const PackedSpec& spec = w.spec;
   const PackedLayout layout = layout_of(spec);
-  const std::int64_t bytes = element_bytes(spec);
-  const bool nested = spec.scale == ScaleSource::kNestedU8;
+  const RowParts parts = row_parts(spec, layout);
+  const std::int64_t bytes = scale_bytes(spec.scale);
   const std::int64_t groups = ceil_div(spec.rows * spec.cols, spec.group_size);
+  const auto blocks = static_cast<std::size_t>(ceil_div(groups, spec.nested_group_size));
+  const bool nested = spec.scale == ScaleSource::kNestedU8;
   GatheredStats out;
   out.scales.resize(static_cast<std::size_t>(groups * bytes));
-  if (spec.offset != Offset::kNone) out.offsets.resize(out.scales.size());
-  if (nested)
-    out.absmax2.resize(static_cast<std::size_t>(ceil_div(groups, spec.nested_group_size)));
+  if (has_offset_slots(spec)) out.offsets.resize(out.scales.size());
+  if (nested) out.absmax2.resize(blocks);
+  if (is_super(spec.scale)) out.supers.resize(blocks);
+  if (is_super(spec.scale) && stores_offsets(spec.offset)) out.super_offsets.resize(blocks);
   std::int64_t known = 0;
   std::int64_t nested_known = 0;
   for (std::int64_t r = 0; r < spec.rows; ++r) {
     const RowGroups g = row_groups(spec, r);
     const std::uint8_t* row = w.stats.data() + r * layout.stat_bytes;
-    if (layout.has_header) {
-      std::uint32_t header = 0;
-      for (int i = 0; i < 4; ++i) header |= static_cast<std::uint32_t>(row[i]) << (8 * i);
-      if (header != header_of(g)) {
-        fail(Errc::kCorrupt, "packed statistics: header of row " + std::to_string(r) + " is " +
-                                 std::to_string(header) + ", expected " +
-                                 std::to_string(header_of(g)));
-      }
-      row += 4;
-    }
+    if (layout.has_header) check_header(row, g, r);
     if (!out.offsets.empty()) {
-      merge(row + layout.slots * bytes, g.first, g.count, bytes, known, out.offsets.data(), r,
-            "offset");
+      merge(row + parts.offsets, g.first, g.count, bytes, known, out.offsets.data(), r, "offset");
     }
     if (nested) {
-      nested_known = merge(row + layout.slots, g.nested_first, g.nested_count, 4, nested_known,
+      nested_known = merge(row + parts.nested, g.nested_first, g.nested_count, 4, nested_known,
                            reinterpret_cast<std::uint8_t*>(out.absmax2.data()), r, "absmax2");
     }
-    known = merge(row, g.first, g.count, bytes, known, out.scales.data(), r, "scale");
+    if (!out.supers.empty()) {  // never shared by rows
+      copy_bytes(reinterpret_cast<std::uint8_t*>(out.supers.data() + g.nested_first),
+                 row + parts.nested, g.nested_count * 2);
+    }
+    if (!out.super_offsets.empty()) {
+      copy_bytes(reinterpret_cast<std::uint8_t*>(out.super_offsets.data() + g.nested_first),
+                 row + parts.nested_offsets, g.nested_count * 2);
+    }
+    known =
+        merge(row + parts.scales, g.first, g.count, bytes, known, out.scales.data(), r, "scale");
   }
   return out;
 }

@@ -51,7 +51,7 @@ constexpr std::int64_t kPanelBytes = 8 << 20;
 constexpr std::int64_t kMinPanelRows = 256;
 constexpr std::int64_t kMinPanelCols = 128;
 /// Panels begin at multiples of this column (contract of quantal::dequantize).
-constexpr std::int64_t kColumnUnit = 32;
+constexpr std::int64_t kColumnUnit = 128;
 
 // ------------------------------------------------------------------ small helpers
 

@@ -32,7 +32,7 @@ TEST(Packed, EveryDamagedIntegerIsRefused) {
     EXPECT_TRUE(refused(i, -1)) << i;
     EXPECT_TRUE(refused(i, INT64_MAX)) << i;
   }
-  EXPECT_TRUE(refused(3, 5));                             // width
+  EXPECT_TRUE(refused(3, 7));                             // width
   EXPECT_TRUE(refused(8, static_cast<int>(DType::kU8)));  // value type
   EXPECT_THROW(spec_from_ints(std::span(good).first(15)), Error);
 }
@@ -73,20 +73,44 @@ TEST(Packed, SlotsAreTheMostGroupsThatARowTouches) {
   }
 }
 
-TEST(Packed, StripHoldsCode16FPlusJInFieldFOfByteJ) {
-  std::vector<std::uint8_t> codes(70);
-  for (std::size_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<std::uint8_t>(i * 7 % 16);
-  std::vector<std::uint8_t> packed(48, 0xFF);
-  pack_row(4, codes.data(), 70, packed.data());
-  for (std::size_t i = 0; i < 96; ++i) {
-    const unsigned byte = packed[i / 32 * 16 + i % 16];
-    const unsigned code = i % 32 < 16 ? byte & 15U : byte >> 4;
-    EXPECT_EQ(code, i < 70 ? codes[i] : 0U) << i;
+/// Bits [shift, shift + width) of a code, read from a plane of strips as the header defines it.
+unsigned plane_field(const std::uint8_t* plane, std::size_t width, std::size_t code) {
+  const std::size_t per_strip = 128 / width;
+  const std::size_t in_strip = code % per_strip;
+  const unsigned byte = plane[code / per_strip * 16 + in_strip % 16];
+  return (byte >> (width * (in_strip / 16))) & ((1U << width) - 1U);
+}
+
+TEST(Packed, PlanesAreInterleavedByUnit) {
+  struct Width {
+    int bits;
+    std::size_t low, high, codes, bytes;
+  };
+  for (const Width& w : {Width{1, 1, 0, 128, 16}, Width{2, 2, 0, 64, 16}, Width{3, 2, 1, 128, 48},
+                         Width{4, 4, 0, 32, 16}, Width{5, 4, 1, 128, 80}, Width{6, 4, 2, 64, 48},
+                         Width{8, 8, 0, 16, 16}}) {
+    EXPECT_EQ(unit_codes(w.bits), static_cast<std::int64_t>(w.codes));
+    EXPECT_EQ(unit_bytes(w.bits), static_cast<std::int64_t>(w.bytes));
+    Random random(static_cast<std::uint64_t>(w.bits));
+    std::vector<std::uint8_t> codes(2 * w.codes + w.codes / 2 + 1);
+    for (auto& c : codes) c = static_cast<std::uint8_t>(random.below(1 << w.bits));
+    std::vector<std::uint8_t> packed(3 * w.bytes, 0xFF);
+    pack_row(w.bits, codes.data(), static_cast<std::int64_t>(codes.size()), packed.data());
+    for (std::size_t i = 0; i < 3 * w.codes; ++i) {
+      const std::uint8_t* unit = packed.data() + i / w.codes * w.bytes;
+      unsigned code = plane_field(unit, w.low, i % w.codes);
+      if (w.high != 0) {
+        code |= plane_field(unit + w.codes * w.low / 8, w.high, i % w.codes) << w.low;
+      }
+      EXPECT_EQ(code, i < codes.size() ? codes[i] : 0U) << w.bits << " bits, code " << i;
+    }
   }
+  EXPECT_THROW(unit_codes(7), Error);
+  EXPECT_THROW(unit_bytes(0), Error);
 }
 
 TEST(Packed, PackAndUnpackAreInverseForEveryLengthAndCode) {
-  for (int bits : {4, 8}) {
+  for (int bits : {1, 2, 3, 4, 5, 6, 8}) {
     for (std::int64_t cols = 1; cols <= 300; ++cols) {
       std::vector<std::uint8_t> codes(static_cast<std::size_t>(cols)), back(codes.size());
       for (std::size_t i = 0; i < codes.size(); ++i) {
@@ -98,9 +122,10 @@ TEST(Packed, PackAndUnpackAreInverseForEveryLengthAndCode) {
       pack_row(bits, codes.data(), cols, packed.data());
       unpack_row(bits, packed.data(), cols, back.data());
       EXPECT_EQ(back, codes) << bits << " bits, " << cols << " columns";
-      if (bits == 8) {
-        for (std::size_t i = codes.size(); i < packed.size(); ++i) EXPECT_EQ(packed[i], 0);
-      }
+      std::vector<std::uint8_t> padded(
+          static_cast<std::size_t>(ceil_div(cols, unit_codes(bits)) * unit_codes(bits)));
+      unpack_row(bits, packed.data(), static_cast<std::int64_t>(padded.size()), padded.data());
+      for (std::size_t i = codes.size(); i < padded.size(); ++i) EXPECT_EQ(padded[i], 0);
     }
   }
 }
