@@ -26,8 +26,11 @@ py::tuple packed_to_python(PackedMatrix packed) {
       buffer(std::move(packed.shared)));
 }
 
-Spec make_spec(std::int64_t rows, std::int64_t cols, const QuantizeOptions& options) {
-  return to_ints(dialect_of(options.method).make_spec(rows, cols, options));
+/// `dialect` names one without a method of its own, or one whose widths go beyond its methods.
+Spec make_spec(std::int64_t rows, std::int64_t cols, const QuantizeOptions& options,
+               const std::optional<std::string>& dialect) {
+  const Dialect& d = dialect ? dialect_by_name(*dialect) : dialect_of(options.method);
+  return to_ints(d.make_spec(rows, cols, options));
 }
 
 py::dict layout(const Spec& ints) {
@@ -63,17 +66,9 @@ py::dict export_layer(const Spec& ints, const py::buffer& codes, const py::buffe
   return out;
 }
 
-const Dialect& find_by_name(const std::string& name) {
-  std::string known;
-  for (const Dialect* d : dialects()) {
-    if (d->name == name) return *d;
-    known += (known.empty() ? "" : ", ") + std::string(d->name);
-  }
-  fail(Errc::kConfig, "formats: dialect is \"" + name + "\", expected one of " + known);
-}
-
 py::tuple import_layer(const std::string& dialect, const std::string& prefix,
-                       const std::map<std::string, py::tuple>& tensors) {
+                       const std::map<std::string, py::tuple>& tensors,
+                       const std::string& settings, const Spec& weight_shape) {
   std::vector<BytesIn> held;
   held.reserve(tensors.size());
   std::map<std::string, TensorView> views;
@@ -86,11 +81,11 @@ py::tuple import_layer(const std::string& dialect, const std::string& prefix,
     const auto found = views.find(name);
     return found == views.end() ? nullptr : &found->second;
   };
-  const Dialect& d = find_by_name(dialect);
+  const Dialect& d = dialect_by_name(dialect);
   PackedMatrix packed;
   {
     py::gil_scoped_release released;
-    packed = d.import_layer(prefix, lookup, {});
+    packed = d.import_layer(prefix, lookup, {settings, weight_shape});
   }
   return packed_to_python(std::move(packed));
 }
@@ -111,7 +106,10 @@ void bind_options(py::module_& m) {
       .def_readwrite("quant_type", &O::quant_type)
       .def_readwrite("axis", &O::axis)
       .def_readwrite("optimize", &O::optimize)
-      .def_readwrite("round_zero", &O::round_zero);
+      .def_readwrite("round_zero", &O::round_zero)
+      .def_readwrite("quant_zero", &O::quant_zero)
+      .def_readwrite("quant_scale", &O::quant_scale)
+      .def_readwrite("mode", &O::mode);
 }
 
 }  // namespace
@@ -122,7 +120,8 @@ void bind_layers(py::module_& m) {
       .def_readonly("shape", &OwnedTensor::shape)
       .def_readonly("data", &OwnedTensor::data);
   bind_options(m);
-  m.def("make_spec", &make_spec, py::arg("rows"), py::arg("cols"), py::arg("options"));
+  m.def("make_spec", &make_spec, py::arg("rows"), py::arg("cols"), py::arg("options"),
+        py::arg("dialect") = py::none());
   m.def("layout", &layout, py::arg("spec"), "Shapes and bytes of the buffers of a packed matrix.");
   m.def("describe", &describe, py::arg("spec"));
   m.def("dialects", [] {
@@ -132,7 +131,8 @@ void bind_layers(py::module_& m) {
   });
   m.def("export_layer", &export_layer, py::arg("spec"), py::arg("codes"), py::arg("stats"),
         py::arg("shared"), py::arg("prefix"));
-  m.def("import_layer", &import_layer, py::arg("dialect"), py::arg("prefix"), py::arg("tensors"));
+  m.def("import_layer", &import_layer, py::arg("dialect"), py::arg("prefix"), py::arg("tensors"),
+        py::arg("settings") = "{}", py::arg("weight_shape") = Spec{});
   m.def("hf_quantization_config",
         [](const QuantizeOptions& options, const std::vector<std::string>& skip_modules) {
           return dialect_of(options.method).hf_quantization_config(options, skip_modules);

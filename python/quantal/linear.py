@@ -152,11 +152,25 @@ class QuantizedLinear(nn.Linear):
 
     @classmethod
     def from_upstream(
-        cls, tensors: dict[str, torch.Tensor], dialect: str, prefix: str = "", **kwargs: Any
+        cls,
+        tensors: dict[str, torch.Tensor],
+        dialect: str,
+        prefix: str = "",
+        *,
+        settings: str = "{}",
+        weight_shape: tuple[int, ...] = (),
+        **kwargs: Any,
     ) -> QuantizedLinear:
-        """A layer from the tensors of one layer as the upstream package writes them."""
+        """A layer from the tensors of one layer as the upstream package writes them.
+
+        settings      JSON with what the dialect keeps outside of the tensors: mlx {"bits",
+                      "group_size", "mode"}, quanto {"weights": "qint4"}
+        weight_shape  of the dense weight, where tensors do not tell (quanto with groups)
+        """
         parts = {n: (dtype_name(t.dtype), list(t.shape), bytes_of(t)) for n, t in tensors.items()}
-        spec, codes, stats, shared = _core.import_layer(dialect, prefix, parts)
+        spec, codes, stats, shared = _core.import_layer(
+            dialect, prefix, parts, settings, list(weight_shape)
+        )
         buffers = [tensor_from(b, "u8", [r, c]) for r, c, b in (codes, stats)]
         buffers.append(tensor_from(shared, "u8", [len(shared)]))
         return cls.from_packed(spec, *buffers, **kwargs)

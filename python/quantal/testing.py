@@ -20,12 +20,15 @@ Packed = tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor]
 def options(method: str, **settings: Any) -> _core.QuantizeOptions:
     """Options of a quantizer.
 
-    method    "bnb_nf4" or "hqq"
+    method    a method of the public API ("bnb_nf4", "hqq" ...), or the name of a dialect ("mlx",
+              "gguf") for widths and modes beyond its methods
     settings  members of QuantizeOptions: bits, group_size, double_quant, quant_type, axis,
-              optimize, round_zero, value_dtype (a torch dtype; bitsandbytes takes the weight's own)
+              optimize, round_zero, quant_zero, quant_scale, mode, value_dtype (a torch dtype; all
+              but HQQ take the weight's own)
     """
     out = _core.QuantizeOptions()
-    out.method = method
+    if method not in _core.dialects() or method == "hqq":
+        out.method = method
     for name, value in settings.items():
         name = _ALIASES.get(name, name)
         if not hasattr(out, name):
@@ -34,10 +37,15 @@ def options(method: str, **settings: Any) -> _core.QuantizeOptions:
     return out
 
 
-def quantize_packed(weight: torch.Tensor, settings: _core.QuantizeOptions) -> Packed:
-    """(spec, codes, stats, shared) of a matrix."""
-    settings = follow_weight_dtype(settings, weight.dtype)
-    spec = _core.make_spec(weight.shape[0], weight.shape[1], settings)
+def quantize_packed(
+    weight: torch.Tensor, settings: _core.QuantizeOptions, dialect: str | None = None
+) -> Packed:
+    """(spec, codes, stats, shared) of a matrix; `dialect` overrules that of the method."""
+    if dialect is not None and dialect != "hqq":
+        settings.value_dtype = dtype_name(weight.dtype)
+    else:
+        settings = follow_weight_dtype(settings, weight.dtype)
+    spec = _core.make_spec(weight.shape[0], weight.shape[1], settings, dialect)
     return (spec, *_ops.quantize(weight, spec))
 
 
@@ -53,7 +61,8 @@ def quantize_tensors(
     """Quantizes a matrix and returns the tensors that the upstream package would store.
 
     The arguments are those of `options`."""
-    packed = quantize_packed(weight, options(method, **settings))
+    dialect = method if method in _core.dialects() else None
+    packed = quantize_packed(weight, options(method, **settings), dialect)
     return QuantizedLinear.from_packed(*packed).to_upstream(prefix)
 
 
@@ -63,6 +72,15 @@ def dequantize_tensors(
     dtype: torch.dtype = torch.float32,
     *,
     prefix: str = "",
+    settings: str = "{}",
+    weight_shape: tuple[int, ...] = (),
 ) -> torch.Tensor:
-    """The exact values, as `dtype`, of one layer's upstream tensors. dialect: "bnb" or "hqq"."""
-    return QuantizedLinear.from_upstream(tensors, dialect, prefix).dequantize_weights(dtype)
+    """The exact values, as `dtype`, of one layer's upstream tensors.
+
+    dialect   "bnb", "hqq", "mlx" or "quanto"
+    settings, weight_shape  what some dialects keep outside of the tensors (LayerFacts)
+    """
+    layer = QuantizedLinear.from_upstream(
+        tensors, dialect, prefix, settings=settings, weight_shape=weight_shape
+    )
+    return layer.dequantize_weights(dtype)
