@@ -92,8 +92,8 @@ using TensorLookup = std::function<const TensorView*(const std::string&)>;
 
 /// What a tensor stands for where a file can hold Python objects (torch zips). Containers of plain
 /// tensors hold the encoding: bool u8 scalar, int i32 scalar, float f32 scalar, text and dtype u8
-/// characters ("torch.float16"), size i64 [n]; none is left out. kPlainOnly is the opposite of none:
-/// a tensor that files of Python objects leave out (HQQ's encoded_state_dict).
+/// characters ("torch.float16"), size i64 [n]; none is left out. kPlainOnly is the opposite of
+/// none: a tensor that files of Python objects leave out (HQQ's encoded_state_dict).
 enum class StateKind : std::uint8_t {
   kTensor,
   kBool,
