@@ -9,10 +9,12 @@
 namespace quantal::bnb {
 namespace {
 
-constexpr std::array<QuantizationMethod, 1> kMethods = {QuantizationMethod::BNB_NF4};
+constexpr std::array<QuantizationMethod, 2> kMethods = {QuantizationMethod::BNB_NF4,
+                                                        QuantizationMethod::BNB_INT8};
 
 /// The nested offset is the mean of every absmax; without it a block reaches into the next row.
 Reach reach(const QuantizeOptions& options) {
+  if (options.method == QuantizationMethod::BNB_INT8) return Reach::kRow;
   return options.double_quant ? Reach::kTensor : Reach::kNeighbourRows;
 }
 
@@ -32,6 +34,9 @@ constinit const Dialect kDialect = {
     .export_layer = export_layer,
     .recognizes = recognizes,
     .import_layer = import_layer,
+    .layouts = kLayouts,
+    .side_files = side_files,
+    .read_settings = read_settings,
     .hf_quantization_config = hf_quantization_config,
     .parse_hf_quantization_config = parse_hf_quantization_config,
 };

@@ -1,14 +1,16 @@
 // Layout of a layer in a state dict (bitsandbytes 0.50.2), names after `<module>.`:
 //
 //   weight                                uint8 [ceil(n/2), 1]; element 2k in the high nibble of
-//   byte
-//                                         k; or the same bytes viewed as another dtype
+//                                         byte k; or the same bytes viewed as another dtype
 //                                         (quant_storage)
 //   weight.absmax                         float32 [blocks], uint8 [blocks] when nested
 //   weight.quant_map                      float32 [16]
 //   weight.nested_absmax                  float32 [ceil(blocks/256)], nested only
 //   weight.nested_quant_map               float32 [256], nested only
-//   weight.quant_state.bitsandbytes__nf4  uint8, JSON text (or __fp4)
+//   weight.quant_state.bitsandbytes__nf4  uint8, JSON text (or __fp4); old torch files hold its
+//                                         members one by one (bnb_state.h)
+//
+// and of LLM.int8: weight int8 [rows, cols], SCB float32 [rows], weight_format uint8 [] = 0.
 #include "formats/bnb/bnb_checkpoint.h"
 
 #include <algorithm>
@@ -18,14 +20,15 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 
+#include "formats/bnb/bnb_int8.h"
 #include "formats/bnb/bnb_params.h"
+#include "formats/bnb/bnb_state.h"
 #include "formats/tensors.h"
 
 namespace quantal::bnb {
 namespace {
 
 constexpr std::string_view kWhere = "bnb";
-constexpr std::string_view kStateKey = "weight.quant_state.bitsandbytes__";
 
 /// Codes of the table in `shared`, or of the named codebook.
 std::array<float, 16> codebook(const PackedView& w) {
@@ -89,101 +92,17 @@ void unpack_flat(std::span<const std::uint8_t> bytes, PackedMatrix& w) {
   }
 }
 
-std::string state_json(const PackedSpec& spec, const Flags& flags, std::optional<float> offset) {
-  std::string json = std::string("{\"quant_type\": \"") + (flags.fp4 ? "fp4" : "nf4") +
-                     "\", \"blocksize\": " + std::to_string(spec.group_size) + ", \"dtype\": \"" +
-                     std::string(dtype_torch_name(spec.value_dtype)) + "\", \"shape\": [" +
-                     std::to_string(spec.rows) + ", " + std::to_string(spec.cols) + "]";
-  if (offset) {
-    json += ", \"nested_blocksize\": " + std::to_string(spec.nested_group_size) +
-            ", \"nested_dtype\": \"float32\", \"nested_offset\": " +
-            python_repr(static_cast<double>(*offset));
-  }
-  return json + "}";
+/// Shape of the dense weight: kept as residue where it has not two dimensions.
+std::vector<std::int64_t> shape_of(const PackedView& w) {
+  if (w.spec.residue_bytes == 0) return {w.spec.rows, w.spec.cols};
+  const auto bytes = static_cast<std::size_t>(w.spec.residue_bytes);
+  std::vector<std::int64_t> shape(bytes / sizeof(std::int64_t));
+  std::memcpy(shape.data(), w.shared.data() + (w.shared.size() - bytes),
+              shape.size() * sizeof(std::int64_t));
+  return shape;
 }
 
 // ------------------------------------------------------------------ import
-
-[[noreturn]] void corrupt(const std::string& name, const std::string& text) {
-  fail(Errc::kCorrupt, std::string(kWhere) + ": " + text, {.path = {}, .tensor = name});
-}
-
-/// The quant_state of a layer, checked.
-struct State {
-  std::string name;
-  bool fp4 = false;
-  bool nested = false;
-  std::int64_t block_size = 0, rows = 0, cols = 0, nested_block_size = kNestedBlock;
-  DType value_dtype = DType::kF32;
-  float nested_offset = 0;
-};
-
-std::int64_t json_size(const nlohmann::json& json, const char* key, const std::string& name) {
-  const auto it = json.find(key);
-  if (it == json.end() || !it->is_number_integer() || it->get<std::int64_t>() < 1) {
-    corrupt(name, std::string("quant_state member ") + key + " is " +
-                      (it == json.end() ? "missing" : it->dump()) + ", expected an integer >= 1");
-  }
-  return it->get<std::int64_t>();
-}
-
-std::string json_text(const nlohmann::json& json, const char* key, const std::string& name) {
-  const auto it = json.find(key);
-  if (it == json.end() || !it->is_string()) {
-    corrupt(name, std::string("quant_state member ") + key + " is " +
-                      (it == json.end() ? "missing" : it->dump()) + ", expected a string");
-  }
-  return it->get<std::string>();
-}
-
-void read_shape(const nlohmann::json& json, State& state) {
-  const auto it = json.find("shape");
-  const bool sizes = it != json.end() && it->is_array() &&
-                     std::all_of(it->begin(), it->end(), [](const nlohmann::json& d) {
-                       return d.is_number_integer() && d.get<std::int64_t>() >= 1;
-                     });
-  if (!sizes) corrupt(state.name, "quant_state member shape is not a list of sizes >= 1");
-  if (it->size() != 2) {
-    fail(Errc::kUnsupported,
-         std::string(kWhere) + ": shape is " + it->dump() + ", expected 2 dimensions",
-         {.path = {}, .tensor = state.name});
-  }
-  state.rows = (*it)[0].get<std::int64_t>();
-  state.cols = (*it)[1].get<std::int64_t>();
-}
-
-State read_state(const std::string& prefix, const TensorLookup& lookup) {
-  State state;
-  const std::string nf4 = prefix + std::string(kStateKey) + "nf4";
-  const std::string fp4 = prefix + std::string(kStateKey) + "fp4";
-  state.fp4 = lookup(fp4) != nullptr;
-  state.name = state.fp4 ? fp4 : nf4;
-  if (state.fp4 && lookup(nf4) != nullptr) corrupt(fp4, "a layer has both an nf4 and an fp4 state");
-  const TensorView& tensor = require_tensor(lookup, state.name, kWhere);
-  constexpr std::array<DType, 1> kBytes = {DType::kU8};
-  require_dtype(tensor, state.name, kWhere, kBytes);
-  const auto json = nlohmann::json::parse(text_of(tensor), nullptr, false);
-  if (!json.is_object()) corrupt(state.name, "quant_state is not a JSON object");
-  const std::string type = json_text(json, "quant_type", state.name);
-  if (type != (state.fp4 ? "fp4" : "nf4")) {
-    corrupt(state.name, "quant_type is '" + type + "', expected the ending of the tensor name");
-  }
-  state.block_size = json_size(json, "blocksize", state.name);
-  state.value_dtype = parse_dtype(json_text(json, "dtype", state.name));
-  if (!is_weight_dtype(state.value_dtype)) {
-    corrupt(state.name, "dtype is " + std::string(dtype_name(state.value_dtype)) +
-                            ", expected one of float32, float16, bfloat16");
-  }
-  read_shape(json, state);
-  state.nested = json.contains("nested_offset");
-  if (state.nested) {
-    const nlohmann::json& offset = json["nested_offset"];
-    if (!offset.is_number()) corrupt(state.name, "nested_offset is not a number");
-    state.nested_offset = offset.get<float>();
-    state.nested_block_size = json_size(json, "nested_blocksize", state.name);
-  }
-  return state;
-}
 
 /// A float32 tensor of exactly n elements.
 const TensorView& float_tensor(const TensorLookup& lookup, const std::string& name,
@@ -219,8 +138,19 @@ PackedSpec import_spec(const State& state, const TensorView& absmax, bool own_ta
   spec.nested_group_size = state.nested_block_size;
   spec.dialect = kDialectId;
   spec.dialect_flags = flags.to_int();
+  if (state.shape.size() != 2) {
+    spec.residue_bytes = static_cast<std::int64_t>(state.shape.size() * sizeof(std::int64_t));
+  }
   validate_spec(spec);
   return spec;
+}
+
+/// `llm_int8_threshold` of a layer's settings.
+float threshold_of(const LayerFacts& facts) {
+  const auto json = nlohmann::json::parse(facts.settings, nullptr, false);
+  const auto it = json.is_object() ? json.find("llm_int8_threshold") : json.end();
+  return json.is_object() && it != json.end() && it->is_number() ? it->get<float>()
+                                                                 : kDefaultThreshold;
 }
 
 }  // namespace
@@ -228,6 +158,7 @@ PackedSpec import_spec(const State& state, const TensorView& absmax, bool own_ta
 std::vector<NamedTensor> export_layer(const PackedView& w, const std::string& prefix) {
   check_packed(w);
   const PackedSpec& spec = w.spec;
+  if (is_int8(spec)) return export_int8(w, prefix);
   const Flags flags = Flags::from_int(spec.dialect_flags);
   const bool nested = spec.scale == ScaleSource::kNestedU8;
   std::vector<NamedTensor> out;
@@ -259,27 +190,24 @@ std::vector<NamedTensor> export_layer(const PackedView& w, const std::string& pr
     add("weight.nested_quant_map",
         tensor_of(DType::kF32, {256}, {second + sizeof(float), 256 * sizeof(float)}));
   }
-  add(std::string(kStateKey) + (flags.fp4 ? "fp4" : "nf4"),
-      tensor_of_text(state_json(spec, flags, offset)));
+  add(state_key(flags.fp4), tensor_of_text(state_json(spec, flags, shape_of(w), offset)));
   return out;
 }
 
 bool recognizes(const std::function<bool(const std::string& suffix)>& has) {
-  return has("weight") &&
-         (has(std::string(kStateKey) + "nf4") || has(std::string(kStateKey) + "fp4"));
+  return has("weight") && (has_state(has) || has("SCB"));
 }
 
 PackedMatrix import_layer(const std::string& prefix, const TensorLookup& lookup,
-                          const LayerFacts&) {
+                          const LayerFacts& facts) {
+  if (lookup(prefix + "SCB") != nullptr) return import_int8(prefix, lookup, threshold_of(facts));
   const State state = read_state(prefix, lookup);
-  const std::int64_t n = checked_mul(state.rows, state.cols, "bnb: elements of " + state.name);
+  const std::int64_t n = state.rows * state.cols;
   const std::int64_t blocks = ceil_div(n, state.block_size);
 
   const std::string weight_name = prefix + "weight";
   const TensorView& weight = require_tensor(lookup, weight_name, kWhere);
-  constexpr std::array<DType, 5> kStorage = {DType::kU8, DType::kI8, DType::kF16, DType::kBF16,
-                                             DType::kF32};
-  require_dtype(weight, weight_name, kWhere, kStorage);
+  require_dtype(weight, weight_name, kWhere, kStorageTypes);
   if (static_cast<std::int64_t>(weight.bytes.size()) != ceil_div(n, 2)) {
     fail(Errc::kShape,
          std::string(kWhere) + ": tensor " + weight_name + " has " +
@@ -312,50 +240,14 @@ PackedMatrix import_layer(const std::string& prefix, const TensorLookup& lookup,
     const TensorView& nested_map = float_tensor(lookup, prefix + "weight.nested_quant_map", 256);
     std::memcpy(shared, &state.nested_offset, sizeof(float));
     std::memcpy(shared + sizeof(float), nested_map.bytes.data(), nested_map.bytes.size());
+    shared += sizeof(float) + nested_map.bytes.size();
+  }
+  if (w.spec.residue_bytes != 0) {
+    std::memcpy(shared, state.shape.data(), static_cast<std::size_t>(w.spec.residue_bytes));
   }
   spread_stats(w.spec, {absmax.bytes.data(), nullptr, absmax2.data()}, 0, w.stats.data(),
                serial_executor());
   return w;
-}
-
-// ------------------------------------------------------------------ quantization_config
-
-std::string hf_quantization_config(const QuantizeOptions& options,
-                                   std::span<const std::string> skip_modules) {
-  nlohmann::ordered_json json;
-  json["_load_in_4bit"] = true;
-  json["_load_in_8bit"] = false;
-  json["bnb_4bit_compute_dtype"] = dtype_torch_name(options.value_dtype);
-  json["bnb_4bit_quant_storage"] = "uint8";
-  json["bnb_4bit_quant_type"] = options.quant_type;
-  json["bnb_4bit_use_double_quant"] = options.double_quant;
-  json["llm_int8_enable_fp32_cpu_offload"] = false;
-  json["llm_int8_has_fp16_weight"] = false;
-  json["llm_int8_skip_modules"] =
-      std::vector<std::string>(skip_modules.begin(), skip_modules.end());
-  json["llm_int8_threshold"] = 6.0;
-  json["load_in_4bit"] = true;
-  json["load_in_8bit"] = false;
-  json["quant_method"] = "bitsandbytes";
-  return json.dump();
-}
-
-bool parse_hf_quantization_config(const std::string& text, QuantizeOptions& options) {
-  const auto json = nlohmann::json::parse(text, nullptr, false);
-  if (!json.is_object() || json.value("quant_method", nlohmann::json()) != "bitsandbytes" ||
-      json.value("load_in_4bit", nlohmann::json()) != true) {
-    return false;
-  }
-  const auto text_member = [&](const char* key, const char* fallback) {
-    const auto it = json.find(key);
-    return it != json.end() && it->is_string() ? it->get<std::string>() : std::string(fallback);
-  };
-  options.method = QuantizationMethod::BNB_NF4;
-  options.bits = 4;
-  options.quant_type = text_member("bnb_4bit_quant_type", "fp4");
-  options.double_quant = json.value("bnb_4bit_use_double_quant", nlohmann::json()) == true;
-  options.value_dtype = parse_dtype(text_member("bnb_4bit_compute_dtype", "float32"));
-  return true;
 }
 
 }  // namespace quantal::bnb

@@ -7,6 +7,7 @@
 #include <limits>
 #include <string>
 
+#include "formats/bnb/bnb_int8.h"
 #include "formats/bnb/bnb_params.h"
 #include "formats/tensors.h"
 
@@ -179,10 +180,36 @@ Nested quantize_dynamic(std::span<const float> values) {
   return out;
 }
 
+namespace {
+
+[[noreturn]] void refuse(const std::string& text) { fail(Errc::kConfig, "bnb: " + text); }
+
+/// QuantizeOptions::mode as quant_storage: a dtype that divides the packed bytes.
+DType storage_of(const std::string& mode, std::int64_t rows, std::int64_t cols) {
+  if (mode.empty()) return DType::kU8;
+  const auto legal = [&](DType d) { return mode == dtype_torch_name(d) || mode == dtype_name(d); };
+  const auto* const found = std::find_if(kStorageTypes.begin(), kStorageTypes.end(), legal);
+  if (found == kStorageTypes.end()) {
+    refuse("mode (quant_storage) is '" + mode +
+           "', expected one of uint8, int8, float16, bfloat16, float32");
+  }
+  const std::int64_t bytes = ceil_div(checked_mul(rows, cols, "bnb: elements"), 2);
+  const auto item = static_cast<std::int64_t>(dtype_size(*found));
+  if (bytes % item != 0) {
+    fail(Errc::kShape, "bnb: packed bytes are " + std::to_string(bytes) +
+                           ", expected a multiple of " + std::to_string(item) +
+                           " for quant_storage " + mode);
+  }
+  return *found;
+}
+
+}  // namespace
+
 PackedSpec make_spec(std::int64_t rows, std::int64_t cols, const QuantizeOptions& options) {
-  const auto refuse = [](const std::string& text) { fail(Errc::kConfig, "bnb: " + text); };
+  if (options.method == QuantizationMethod::BNB_INT8) return make_int8_spec(rows, cols, options);
   if (options.method != QuantizationMethod::BNB_NF4) {
-    refuse("method is " + std::string(method_name(options.method)) + ", expected bnb_nf4");
+    refuse("method is " + std::string(method_name(options.method)) +
+           ", expected one of bnb_nf4, bnb_int8");
   }
   if (options.bits != 4) refuse("bits is " + std::to_string(options.bits) + ", expected 4");
   if (options.quant_type != "nf4" && options.quant_type != "fp4") {
@@ -207,7 +234,7 @@ PackedSpec make_spec(std::int64_t rows, std::int64_t cols, const QuantizeOptions
   spec.group_size = options.group_size;
   spec.nested_group_size = kNestedBlock;
   spec.dialect = kDialectId;
-  spec.dialect_flags = Flags{.fp4 = fp4}.to_int();
+  spec.dialect_flags = Flags{.fp4 = fp4, .storage = storage_of(options.mode, rows, cols)}.to_int();
   validate_spec(spec);
   return spec;
 }
@@ -219,6 +246,7 @@ void quantize_with_offset(const PackedSpec& spec, DType dtype, const void* weigh
     fail(Errc::kDtype, "bnb: weights have dtype " + std::string(dtype_name(dtype)) +
                            ", expected one of f32, f16, bf16");
   }
+  if (is_int8(spec)) return quantize_int8(spec, dtype, weights, codes, stats, executor);
   const PackedLayout layout = layout_of(spec);
   const std::int64_t numel = checked_mul(spec.rows, spec.cols, "bnb: elements");
   std::vector<float> absmax(static_cast<std::size_t>(ceil_div(numel, spec.group_size)));

@@ -1,4 +1,4 @@
-// bitsandbytes 4-bit: choosing codes and statistics.
+// bitsandbytes: choosing codes and statistics (LLM.int8 in bnb_int8.h).
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace quantal::bnb {
 
-/// Dialect::make_spec.
+/// Dialect::make_spec. options.mode names quant_storage ("" = uint8) of 4-bit layers.
 PackedSpec make_spec(std::int64_t rows, std::int64_t cols, const QuantizeOptions& options);
 
 /// Dialect::quantize with the nested offset given instead of computed (nullopt: computed). The
