@@ -246,7 +246,7 @@ TEST(HostileLayer, BnbLyingState) {
       {"[33, 65]", "[33, 66]", Errc::kShape, "expected 1089"},
       {"[33, 65]", "[33, -65]", Errc::kCorrupt, "shape"},
       {"[33, 65]", "[4611686018427387904, 65]", Errc::kShape, "elements"},
-      {"[33, 65]", "[3, 11, 65]", Errc::kUnsupported, "2 dimensions"},
+      {"[33, 65]", "[]", Errc::kCorrupt, "shape"},
       {"\"blocksize\": 64", "\"blocksize\": 0", Errc::kCorrupt, "blocksize"},
       {"\"blocksize\": 64", "\"blocksize\": 32", Errc::kShape, "weight.absmax"},
       {"\"blocksize\": 64", "\"block\": 64", Errc::kCorrupt, "missing"},
