@@ -142,6 +142,7 @@ struct FileLayout {
   Container container = Container::kSafetensors;
   std::string_view weights;  ///< file name in a folder: "model.safetensors"; empty: single file
   StateTree tree = StateTree::kFlat;
+  bool always_index = false;  ///< safetensors: an index also where there is one file (mlx-lm)
 };
 
 /// Files that a layout has beside the weights.
@@ -172,6 +173,8 @@ struct Dialect {
   /// True: values have the dtype of the weight that was quantized (QuantizeOptions::value_dtype is
   /// set to it); false: that of the computation.
   bool keeps_weight_dtype = true;
+  /// True: upstream keeps embeddings as quantized layers too; false: they are always dense.
+  bool quantizes_embeddings = false;
   Reach (*reach)(const QuantizeOptions& options);
 
   /// The packed form that `quantize` will fill. Throws Error{kConfig} / Error{kShape} naming the
