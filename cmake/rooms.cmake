@@ -7,6 +7,7 @@
 
 find_package(nlohmann_json 3.10 REQUIRED)
 find_package(Threads REQUIRED)
+find_package(ZLIB 1.2 REQUIRED)
 
 set(QUANTAL_WARNINGS "")
 if(QUANTAL_DEVELOPER)
@@ -61,6 +62,9 @@ function(quantal_room name)
   endforeach()
   if(name MATCHES "^(formats|io|policy|checkpoint)$")
     target_link_libraries(${target} PRIVATE $<BUILD_INTERFACE:nlohmann_json::nlohmann_json>)
+  endif()
+  if(name STREQUAL "io")
+    target_link_libraries(${target} PRIVATE ZLIB::ZLIB)
   endif()
   set_property(GLOBAL APPEND PROPERTY QUANTAL_ROOMS ${target})
 endfunction()

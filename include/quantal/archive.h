@@ -139,22 +139,17 @@ class TorchValue {
 /// "None", "an int", "a list" ...
 std::string_view torch_kind_name(TorchValue::Kind kind) noexcept;
 
-struct TorchReadOptions {
-  /// Off for files written under torch.serialization.set_crc32_options(False).
-  bool check_crc = true;
-};
-
 /// A torch zip file, mapped. Opening reads the tree of values and checks every tensor against its
 /// storage; the bytes of tensors are read when they are asked for.
 class TorchFile {
  public:
   /// Throws Error{kIo}; Error{kCorrupt}; Error{kUnsupported} naming what was refused: a global
   /// ("posix.system"), an opcode, a call, a legacy, tar or TorchScript file.
-  explicit TorchFile(const std::string& path, const TorchReadOptions& options = {});
+  explicit TorchFile(const std::string& path);
   const TorchValue& root() const;
   /// Row-major, native byte order: a view of the mapping where the tensor is contiguous and aligned
   /// to its elements, else a copy. `tensor` is one of this file's. The CRC-32 of a storage is
-  /// checked once. Throws Error{kCorrupt}. Thread-safe.
+  /// checked once, except in files that were written without (every CRC zero). Throws Error{kCorrupt}. Thread-safe.
   HeldTensor read(const TorchTensor& tensor) const;
   const std::string& path() const;
 

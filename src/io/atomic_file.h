@@ -28,12 +28,18 @@ class AtomicFile {
 
   void write(std::span<const std::uint8_t> bytes);  ///< appends; throws Error{kIo}
   void write(std::string_view text);
+  std::uint64_t size() const { return size_; }  ///< bytes that `write` has appended
+  /// Writes inside or beyond what is there, without moving the end that `write` appends to.
+  void write_at(std::uint64_t offset, std::span<const std::uint8_t> bytes);
+  /// Syncs and closes; only `commit` may follow. Keeps descriptors low where many files are open.
+  void seal();
   void commit();  ///< throws Error{kIo}
 
  private:
   std::string path_;
   std::string temporary_;
   int descriptor_ = -1;
+  std::uint64_t size_ = 0;
 };
 
 }  // namespace quantal::io

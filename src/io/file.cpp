@@ -124,33 +124,44 @@ AtomicFile::AtomicFile(const std::string& path) : path_(path) {
     if (descriptor_ >= 0) return;
     if (errno != EEXIST) break;
   }
-  fail_errno("io.create", temporary_);
+  fail_errno("io.create", std::exchange(temporary_, ""));
 }
 
 AtomicFile::~AtomicFile() {
-  if (descriptor_ < 0) return;
-  ::close(descriptor_);
-  ::unlink(temporary_.c_str());
+  if (descriptor_ >= 0) ::close(descriptor_);
+  if (!temporary_.empty()) ::unlink(temporary_.c_str());
 }
 
 void AtomicFile::write(std::span<const std::uint8_t> bytes) {
-  std::size_t done = 0;
-  while (done < bytes.size()) {
-    const ssize_t wrote = ::write(descriptor_, bytes.data() + done, bytes.size() - done);
-    if (wrote < 0 && errno == EINTR) continue;
-    if (wrote < 0) fail_errno("io.write", temporary_);
-    done += static_cast<std::size_t>(wrote);
-  }
+  write_at(size_, bytes);
+  size_ += bytes.size();
 }
 
 void AtomicFile::write(std::string_view text) {
   write({reinterpret_cast<const std::uint8_t*>(text.data()), text.size()});
 }
 
-void AtomicFile::commit() {
+void AtomicFile::write_at(std::uint64_t offset, std::span<const std::uint8_t> bytes) {
+  std::size_t done = 0;
+  while (done < bytes.size()) {
+    const ssize_t wrote = ::pwrite(descriptor_, bytes.data() + done, bytes.size() - done,
+                                   static_cast<off_t>(offset + done));
+    if (wrote < 0 && errno == EINTR) continue;
+    if (wrote < 0) fail_errno("io.write", temporary_);
+    done += static_cast<std::size_t>(wrote);
+  }
+}
+
+void AtomicFile::seal() {
+  if (descriptor_ < 0) return;
   if (::fsync(descriptor_) != 0) fail_errno("io.fsync", temporary_);
+  if (::close(std::exchange(descriptor_, -1)) != 0) fail_errno("io.close", temporary_);
+}
+
+void AtomicFile::commit() {
+  seal();
   if (::rename(temporary_.c_str(), path_.c_str()) != 0) fail_errno("io.rename", path_);
-  ::close(std::exchange(descriptor_, -1));
+  temporary_.clear();
   sync_folder(folder_of(path_));
 }
 

@@ -62,7 +62,7 @@ std::uint64_t alignment_of(const GgufFile& file) {
 }
 
 /// What the info section says about a tensor.
-struct TensorInfo {
+struct TensorRecord {
   GgufTensor tensor;
   std::uint64_t offset = 0;  ///< in the data section
   std::uint64_t bytes = 0;
@@ -90,8 +90,8 @@ std::uint64_t tensor_bytes(const ByteReader& reader, const GgufTensor& tensor,
   }
 }
 
-TensorInfo read_info(ByteReader& reader, BlockSizes block_size) {
-  TensorInfo info;
+TensorRecord read_info(ByteReader& reader, BlockSizes block_size) {
+  TensorRecord info;
   info.at = reader.offset();
   GgufTensor& tensor = info.tensor;
   tensor.name = reader.string("tensor name");
@@ -129,13 +129,13 @@ TensorInfo read_info(ByteReader& reader, BlockSizes block_size) {
 
 /// Gives every tensor its bytes. Tensors stand in the order of their entries, each padded to the
 /// alignment; the padding after the last one may be missing.
-void place_tensors(std::vector<TensorInfo>& infos, const MappedFile& file, std::int64_t header_end,
+void place_tensors(std::vector<TensorRecord>& infos, const MappedFile& file, std::int64_t header_end,
                    std::uint64_t alignment) {
   const std::uint64_t size = file.bytes().size();
   const auto aligned = [&](std::uint64_t n) { return (n + alignment - 1) / alignment * alignment; };
   const std::uint64_t data_start = aligned(static_cast<std::uint64_t>(header_end));
   std::uint64_t expected = 0;
-  for (TensorInfo& info : infos) {
+  for (TensorRecord& info : infos) {
     const ErrorSite site{.path = file.path(), .tensor = info.tensor.name, .offset = info.at};
     if (info.offset != expected) {
       fail(Errc::kCorrupt,
@@ -169,10 +169,10 @@ GgufFile::GgufFile(const std::string& path, BlockSizes block_size)
   const std::uint64_t pair_count = read_count(reader, "metadata count", kMinPairBytes);
   metadata_ = io::read_gguf_metadata(reader, pair_count);
 
-  std::vector<TensorInfo> infos;
+  std::vector<TensorRecord> infos;
   for (std::uint64_t i = 0; i < tensor_count; ++i) {
     infos.push_back(read_info(reader, block_size));
-    const TensorInfo& info = infos.back();
+    const TensorRecord& info = infos.back();
     if (!index_.emplace(info.tensor.name, static_cast<std::size_t>(i)).second) {
       reader.set_subject(info.tensor.name);
       reader.bad("tensor name stands twice, expected once", info.at);
@@ -180,7 +180,7 @@ GgufFile::GgufFile(const std::string& path, BlockSizes block_size)
   }
   place_tensors(infos, *file_, reader.offset(), alignment_of(*this));
   tensors_.reserve(infos.size());
-  for (TensorInfo& info : infos) tensors_.push_back(std::move(info.tensor));
+  for (TensorRecord& info : infos) tensors_.push_back(std::move(info.tensor));
 }
 
 const GgufValue* GgufFile::find_metadata(const std::string& key) const {

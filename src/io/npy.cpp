@@ -1,3 +1,5 @@
+#include "io/npy.h"
+
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -31,34 +33,40 @@ constexpr std::array<NpyDtype, 13> kNpyDtypes = {{{"f4", DType::kF32},
 
 constexpr std::array<std::uint8_t, 6> kMagic = {0x93, 'N', 'U', 'M', 'P', 'Y'};
 
+ErrorSite moved(ErrorSite site, std::size_t by) {
+  site.offset = std::max<std::int64_t>(site.offset, 0) + static_cast<std::int64_t>(by);
+  return site;
+}
+
 /// Length of the dict literal, and where it begins.
 struct HeaderPlace {
   std::size_t begin = 0;
   std::size_t bytes = 0;
 };
 
-HeaderPlace find_header(std::span<const std::uint8_t> file, const std::string& path) {
-  if (file.size() < 10 || !std::equal(kMagic.begin(), kMagic.end(), file.begin())) {
+HeaderPlace find_header(std::span<const std::uint8_t> head, const ErrorSite& site) {
+  if (head.size() < 10 || !std::equal(kMagic.begin(), kMagic.end(), head.begin())) {
     fail(Errc::kCorrupt, "npy: file does not begin with \\x93NUMPY, a version and a length",
-         {.path = path, .offset = 0});
+         moved(site, 0));
   }
-  const unsigned major = file[6];
+  const unsigned major = head[6];
   if (major < 1 || major > 3) {
     fail(Errc::kUnsupported, "npy: version is " + std::to_string(major) + ", expected 1, 2 or 3",
-         {.path = path, .offset = 6});
+         moved(site, 6));
   }
   HeaderPlace place{.begin = major == 1 ? 10u : 12u, .bytes = 0};
-  if (file.size() < place.begin) {
-    fail(Errc::kCorrupt, "npy: file ends inside the header length", {.path = path, .offset = 8});
+  if (head.size() < place.begin) {
+    fail(Errc::kCorrupt, "npy: file ends inside the header length", moved(site, 8));
   }
   for (std::size_t i = 8; i < place.begin; ++i) {
-    place.bytes |= static_cast<std::size_t>(file[i]) << (8 * (i - 8));
+    place.bytes |= static_cast<std::size_t>(head[i]) << (8 * (i - 8));
   }
-  if (place.bytes > file.size() - place.begin) {
+  const std::size_t most = std::min(head.size(), io::kMostNpyHeader) - place.begin;
+  if (place.bytes > most) {
     fail(Errc::kCorrupt,
          "npy: header length is " + std::to_string(place.bytes) + ", expected at most " +
-             std::to_string(file.size() - place.begin),
-         {.path = path, .offset = 8});
+             std::to_string(most),
+         moved(site, 8));
   }
   return place;
 }
@@ -82,76 +90,82 @@ DType parse_descr(const std::string& descr, bool& swapped, const ErrorSite& site
        site);
 }
 
-void swap_elements(std::vector<std::uint8_t>& bytes, std::size_t size) {
-  for (std::size_t i = 0; i < bytes.size(); i += size) {
+/// Column-major to row-major: walks the source in order and counts the index up, first axis
+/// fastest.
+void reorder_fortran(const io::NpyLayout& layout, std::vector<std::uint8_t>& data) {
+  const std::size_t rank = layout.shape.size();
+  if (rank < 2 || data.empty()) return;
+  const std::size_t size = dtype_size(layout.dtype);
+  std::vector<std::size_t> stride(rank, size);
+  for (std::size_t d = rank - 1; d > 0; --d) {
+    stride[d - 1] = stride[d] * static_cast<std::size_t>(layout.shape[d]);
+  }
+  std::vector<std::uint8_t> out(data.size());
+  std::vector<std::int64_t> index(rank, 0);
+  std::size_t target = 0;
+  for (std::size_t source = 0; source < out.size(); source += size) {
+    std::memcpy(out.data() + target, data.data() + source, size);
+    for (std::size_t d = 0; d < rank; ++d) {
+      target += stride[d];
+      if (++index[d] < layout.shape[d]) break;
+      target -= stride[d] * static_cast<std::size_t>(layout.shape[d]);
+      index[d] = 0;
+    }
+  }
+  data = std::move(out);
+}
+
+}  // namespace
+
+namespace io {
+
+NpyLayout read_npy_layout(std::span<const std::uint8_t> head, std::uint64_t bytes,
+                          const ErrorSite& site) {
+  const HeaderPlace place = find_header(head, site);
+  const std::string_view text(reinterpret_cast<const char*>(head.data()) + place.begin,
+                              place.bytes);
+  const ErrorSite at_header = moved(site, place.begin);
+  NpyHeader header = parse_npy_header(text, at_header.offset, site.path);
+  NpyLayout layout;
+  layout.dtype = parse_descr(header.descr, layout.swapped, at_header);
+  layout.shape = std::move(header.shape);
+  layout.fortran_order = header.fortran_order;
+  layout.data_begin = place.begin + place.bytes;
+
+  std::int64_t needed = -1;
+  try {
+    needed = checked_mul(checked_numel(layout.shape, "npy: shape"),
+                         static_cast<std::int64_t>(dtype_size(layout.dtype)), "npy: bytes");
+  } catch (const Error&) {
+    fail(Errc::kCorrupt, "npy: shape " + shape_string(layout.shape) + " overflows", at_header);
+  }
+  const std::uint64_t there = bytes - layout.data_begin;
+  if (static_cast<std::uint64_t>(needed) != there) {
+    fail(Errc::kCorrupt,
+         "npy: data is " + std::to_string(there) + " bytes, expected " + std::to_string(needed) +
+             " for '" + header.descr + "' " + shape_string(layout.shape),
+         moved(site, layout.data_begin));
+  }
+  layout.data_bytes = static_cast<std::size_t>(needed);
+  return layout;
+}
+
+void swap_elements(std::span<std::uint8_t> bytes, std::size_t size) {
+  for (std::size_t i = 0; i + size <= bytes.size(); i += size) {
     std::reverse(bytes.begin() + static_cast<std::ptrdiff_t>(i),
                  bytes.begin() + static_cast<std::ptrdiff_t>(i + size));
   }
 }
 
-/// Column-major to row-major: walks the source in order and counts the index up, first axis
-/// fastest.
-void reorder_fortran(Tensor& tensor) {
-  const std::size_t rank = tensor.shape.size();
-  if (rank < 2 || tensor.bytes.empty()) return;
-  const std::size_t size = dtype_size(tensor.dtype);
-  std::vector<std::size_t> stride(rank, size);
-  for (std::size_t d = rank - 1; d > 0; --d) {
-    stride[d - 1] = stride[d] * static_cast<std::size_t>(tensor.shape[d]);
-  }
-  std::vector<std::uint8_t> out(tensor.bytes.size());
-  std::vector<std::int64_t> index(rank, 0);
-  std::size_t target = 0;
-  for (std::size_t source = 0; source < out.size(); source += size) {
-    std::memcpy(out.data() + target, tensor.bytes.data() + source, size);
-    for (std::size_t d = 0; d < rank; ++d) {
-      target += stride[d];
-      if (++index[d] < tensor.shape[d]) break;
-      target -= stride[d] * static_cast<std::size_t>(tensor.shape[d]);
-      index[d] = 0;
-    }
-  }
-  tensor.bytes = std::move(out);
+void normalize_npy(const NpyLayout& layout, std::vector<std::uint8_t>& data) {
+  if (layout.swapped) swap_elements(data, dtype_size(layout.dtype));
+  if (layout.fortran_order) reorder_fortran(layout, data);
 }
 
-}  // namespace
-
-Tensor read_npy(const std::string& path) {
-  const MappedFile mapped(path);
-  const auto file = mapped.bytes();
-  const HeaderPlace place = find_header(file, path);
-  const std::string_view text(reinterpret_cast<const char*>(file.data()) + place.begin,
-                              place.bytes);
-  io::NpyHeader header = io::parse_npy_header(text, static_cast<std::int64_t>(place.begin), path);
-  bool swapped = false;
-  const ErrorSite at_header{.path = path, .offset = static_cast<std::int64_t>(place.begin)};
-  const DType dtype = parse_descr(header.descr, swapped, at_header);
-
-  const auto data = file.subspan(place.begin + place.bytes);
-  std::int64_t needed = -1;
-  try {
-    needed = checked_mul(checked_numel(header.shape, "npy: shape"),
-                         static_cast<std::int64_t>(dtype_size(dtype)), "npy: bytes");
-  } catch (const Error&) {
-    fail(Errc::kCorrupt, "npy: shape " + shape_string(header.shape) + " overflows", at_header);
-  }
-  if (needed != static_cast<std::int64_t>(data.size())) {
-    fail(Errc::kCorrupt,
-         "npy: data is " + std::to_string(data.size()) + " bytes, expected " +
-             std::to_string(needed) + " for '" + header.descr + "' " + shape_string(header.shape),
-         {.path = path, .offset = at_header.offset + static_cast<std::int64_t>(place.bytes)});
-  }
-  Tensor tensor{dtype, std::move(header.shape), {data.begin(), data.end()}};
-  if (swapped) swap_elements(tensor.bytes, dtype_size(dtype));
-  if (header.fortran_order) reorder_fortran(tensor);
-  return tensor;
-}
-
-void write_npy(const std::string& path, const TensorView& tensor) {
+std::string npy_head(const TensorView& tensor, const ErrorSite& site) {
   const std::int64_t bytes = checked_mul(
       tensor.numel(), static_cast<std::int64_t>(dtype_size(tensor.dtype)), "npy: bytes");
-  check_size("npy: tensor bytes", tensor.bytes.size(), static_cast<std::size_t>(bytes),
-             {.path = path});
+  check_size("npy: tensor bytes", tensor.bytes.size(), static_cast<std::size_t>(bytes), site);
   std::string code;
   for (const NpyDtype& known : kNpyDtypes) {
     if (known.dtype == tensor.dtype) code = known.code;
@@ -160,7 +174,7 @@ void write_npy(const std::string& path, const TensorView& tensor) {
     fail(Errc::kDtype,
          "npy: dtype is " + std::string(dtype_name(tensor.dtype)) +
              ", which the format cannot express",
-         {.path = path});
+         site);
   }
   std::string shape;
   for (const std::int64_t dim : tensor.shape) shape += std::to_string(dim) + ", ";
@@ -175,14 +189,32 @@ void write_npy(const std::string& path, const TensorView& tensor) {
     fail(Errc::kConfig,
          "npy: shape has " + std::to_string(tensor.shape.size()) +
              " dimensions, too many for a version 1.0 header",
-         {.path = path});
+         site);
   }
-  const std::uint8_t version_and_length[4] = {1, 0, static_cast<std::uint8_t>(text.size() & 0xFF),
-                                              static_cast<std::uint8_t>(text.size() >> 8)};
+  std::string head(kMagic.begin(), kMagic.end());
+  for (const std::size_t byte :
+       {std::size_t{1}, std::size_t{0}, text.size() & 0xFF, text.size() >> 8}) {
+    head += static_cast<char>(byte);
+  }
+  return head + text;
+}
+
+}  // namespace io
+
+Tensor read_npy(const std::string& path) {
+  const MappedFile mapped(path);
+  const auto file = mapped.bytes();
+  io::NpyLayout layout = io::read_npy_layout(file, file.size(), {.path = path});
+  const auto data = file.subspan(layout.data_begin, layout.data_bytes);
+  std::vector<std::uint8_t> bytes(data.begin(), data.end());
+  io::normalize_npy(layout, bytes);
+  return {layout.dtype, std::move(layout.shape), std::move(bytes)};
+}
+
+void write_npy(const std::string& path, const TensorView& tensor) {
+  const std::string head = io::npy_head(tensor, {.path = path});
   io::AtomicFile file(path);
-  file.write(kMagic);
-  file.write(version_and_length);
-  file.write(text);
+  file.write(head);
   file.write(tensor.bytes);
   file.commit();
 }
