@@ -1,0 +1,176 @@
+"""What modules with a packed weight share: buffers, the exact weight, strict state."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from . import _core, _ops
+from ._dtypes import bytes_of, dtype_name, parse_dtype, tensor_bytes, tensor_from
+from ._errors import ShapeError, UnsupportedError
+from ._lazy import LazyWeight
+
+#: State of a packed module, in order.
+BUFFERS = ("codes", "stats", "shared", "spec")
+_Module = TypeVar("_Module", bound="PackedWeight")
+
+
+class PackedWeight(nn.Module):
+    """A [rows, cols] weight kept as packed codes and statistics.
+
+    ``codes`` [rows, code_bytes] and ``stats`` are frozen uint8 parameters, ``shared`` and ``spec``
+    small buffers; ``spec`` (16 integers) says what the bytes mean and is checked when a state dict
+    is loaded. ``weight`` stands for the exact decoded values: reading its shape, dtype or device
+    decodes nothing, using it decodes for that one use, writing it raises.
+    """
+
+    codes: nn.Parameter
+    stats: nn.Parameter
+    shared: torch.Tensor
+    spec: torch.Tensor
+    _rows: int
+    _cols: int
+
+    def _init_packed(self, spec: list[int], device: torch.device | str | None) -> None:
+        """Zero-filled buffers of this form."""
+        self._set_spec(spec)
+        layout = _core.layout(self._spec)
+        for name in ("codes", "stats"):
+            data = torch.zeros(layout[name], dtype=torch.uint8, device=device)
+            self.register_parameter(name, nn.Parameter(data, requires_grad=False))
+        shared = torch.zeros(layout["shared"], dtype=torch.uint8, device=device)
+        self.register_buffer("shared", shared)
+        self.register_buffer("spec", torch.tensor(self._spec, dtype=torch.int64))
+
+    def _set_spec(self, spec: list[int]) -> None:
+        facts = _core.describe(list(spec))
+        if (facts["rows"], facts["cols"]) != (self._rows, self._cols):
+            raise ShapeError(
+                f"{type(self).__name__}: spec is for [{facts['rows']}, {facts['cols']}], expected "
+                f"[{self._rows}, {self._cols}]"
+            )
+        self._spec = [int(v) for v in spec]
+        self.value_dtype = parse_dtype(facts["value_dtype"])
+        self.bits: int = facts["bits"]
+        self.group_size: int = facts["group_size"]
+        self.dialect: str = facts["dialect"]
+
+    def _set_buffers(self, codes: torch.Tensor, stats: torch.Tensor, shared: torch.Tensor) -> None:
+        for name, data in (("codes", codes), ("stats", stats)):
+            if not isinstance(data, nn.Parameter):
+                data = nn.Parameter(data, requires_grad=False)
+            setattr(self, name, data)  # a Parameter stays the same object: tied layers share it
+        self.shared = shared
+
+    @property
+    def _buffers_packed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.codes, self.stats, self.shared
+
+    # ------------------------------------------------------------------ the weight
+
+    @property
+    def weight(self) -> torch.Tensor:
+        dense = self.__dict__.get("_dense")
+        if dense is not None:  # an adapter is being merged
+            return dense
+        buffers = self._buffers_packed
+        spec, dtype = self._spec, self.value_dtype
+
+        def decode() -> torch.Tensor:
+            return _ops.dequantize(*buffers, spec, dtype)
+
+        return LazyWeight(decode, (self._rows, self._cols), dtype, self.codes.device)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise UnsupportedError(
+                f"{type(self).__name__}: weight cannot be assigned, expected "
+                "layer.quantize_weights(tensor)"
+            )
+        super().__setattr__(name, value)
+
+    def reset_parameters(self) -> None:
+        """Nothing to reset: random initialisation of packed codes has no meaning."""
+
+    def quantize_weights(self, weights: torch.Tensor) -> None:
+        """Replaces the codes and statistics by those of a dense [rows, cols]."""
+        expected = (self._rows, self._cols)
+        if tuple(weights.shape) != expected:
+            raise ShapeError(
+                f"{type(self).__name__}: weights have shape {list(weights.shape)}, expected "
+                f"{list(expected)}"
+            )
+        device = self.codes.device if self.codes.device.type != "meta" else weights.device
+        self._set_buffers(*_ops.quantize(weights.to(device), self._spec))
+
+    def dequantize_weights(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The exact decoded values [rows, cols]; a new dense tensor."""
+        return _ops.dequantize(*self._buffers_packed, self._spec, dtype or self.value_dtype)
+
+    def _dequantize_rows(self, rows: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Exact values of some rows; needs statistics by row (``_row_runs``)."""
+        codes, stats = self.codes[rows], self.stats[rows]
+        part = [*self._spec]
+        part[1] = codes.shape[0]
+        return _ops.dequantize(codes, stats, self.shared, part, dtype)
+
+    @property
+    def _row_runs(self) -> bool:
+        return _core.layout(self._spec)["row_runs"]
+
+    def packed_bytes(self) -> int:
+        """Bytes of codes, statistics, shared tables and the spec."""
+        return sum(map(tensor_bytes, (self.codes, self.stats, self.shared, self.spec)))
+
+    # ------------------------------------------------------------------ upstream's tensors
+
+    @classmethod
+    def from_upstream(
+        cls: type[_Module],
+        tensors: dict[str, torch.Tensor],
+        dialect: str,
+        prefix: str = "",
+        *,
+        settings: str = "{}",
+        weight_shape: tuple[int, ...] = (),
+        **kwargs: Any,
+    ) -> _Module:
+        """A layer from the tensors of one layer as the upstream package writes them.
+
+        settings      JSON with what the dialect keeps outside of the tensors: mlx {"bits",
+                      "group_size", "mode"}, quanto {"weights": "qint4"}
+        weight_shape  of the dense weight, where tensors do not tell (quanto with groups)
+        """
+        parts = {n: (dtype_name(t.dtype), list(t.shape), bytes_of(t)) for n, t in tensors.items()}
+        spec, codes, stats, shared = _core.import_layer(
+            dialect, prefix, parts, settings, list(weight_shape)
+        )
+        buffers = [tensor_from(b, "u8", [r, c]) for r, c, b in (codes, stats)]
+        buffers.append(tensor_from(shared, "u8", [len(shared)]))
+        return cls.from_packed(spec, *buffers, **kwargs)  # type: ignore[attr-defined]
+
+    def to_upstream(self, prefix: str = "") -> dict[str, torch.Tensor]:
+        """The tensors of this layer (without its bias) as the upstream package names them."""
+        exported = _core.export_layer(self._spec, *map(bytes_of, self._buffers_packed), prefix)
+        return {n: tensor_from(t.data, t.dtype, t.shape) for n, t in exported.items()}
+
+    # ------------------------------------------------------------------ state
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+    ) -> None:
+        stored = state_dict.get(prefix + "spec")
+        if stored is not None and stored.tolist() != self._spec:
+            errors.append(
+                f'spec of "{prefix[:-1]}" is {stored.tolist()}, expected {self._spec}: the '
+                "state dict was written by a layer of another form"
+            )
+            state_dict = {
+                k: v for k, v in state_dict.items() if k not in {prefix + n for n in BUFFERS}
+            }
+            strict = False
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+        )
