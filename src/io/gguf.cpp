@@ -129,8 +129,8 @@ TensorRecord read_info(ByteReader& reader, BlockSizes block_size) {
 
 /// Gives every tensor its bytes. Tensors stand in the order of their entries, each padded to the
 /// alignment; the padding after the last one may be missing.
-void place_tensors(std::vector<TensorRecord>& infos, const MappedFile& file, std::int64_t header_end,
-                   std::uint64_t alignment) {
+void place_tensors(std::vector<TensorRecord>& infos, const MappedFile& file,
+                   std::int64_t header_end, std::uint64_t alignment) {
   const std::uint64_t size = file.bytes().size();
   const auto aligned = [&](std::uint64_t n) { return (n + alignment - 1) / alignment * alignment; };
   const std::uint64_t data_start = aligned(static_cast<std::uint64_t>(header_end));

@@ -29,8 +29,8 @@ struct PickleSource {
 
 /// Reads a protocol 2 pickle. Throws Error{kUnsupported} naming opcodes, globals, calls and
 /// persistent ids that are not read; Error{kCorrupt} for contradictions, cycles, duplicate keys,
-/// nesting deeper than 100 and values that sharing multiplies beyond 16 million. Memory: at most 80
-/// bytes for each byte of the pickle.
+/// nesting deeper than 100 and values that sharing multiplies beyond 16 million. Memory and
+/// time grow with the length of the pickle, by about 100 bytes for each of its bytes at worst.
 TorchValue read_torch_pickle(const PickleSource& source);
 
 /// Protocol 2 pickle of a tree, as torch.save writes it. `storage_bytes` gives the size of a

@@ -66,7 +66,6 @@ struct PickleTables {
   std::vector<std::string_view> texts;  ///< views of the pickle
   std::vector<PickleStorage> storages;
   std::vector<TorchTensor> tensors;
-  std::vector<std::vector<std::int64_t>> sizes;
 };
 
 /// Tree below `root`. Throws Error{kCorrupt} as read_torch_pickle.
