@@ -1,0 +1,314 @@
+#include "formats/quanto/quanto_codec.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <string>
+
+#include "core/half.h"
+#include "formats/tensors.h"
+#include "kernels/rounded.h"
+
+namespace quantal::quanto {
+namespace {
+
+/// Columns that one task of the axis -1 path handles.
+constexpr std::int64_t kColumnChunk = 512;
+
+float round_to(DType dtype, float x) {
+  if (dtype == DType::kF16) return f16_to_f32(f32_to_f16(x));
+  if (dtype == DType::kBF16) return bf16_to_f32(f32_to_bf16(x));
+  return x;
+}
+
+/// A matrix of weights, already of the value dtype, seen as groups.
+struct Groups {
+  const PackedSpec& spec;
+  WeightRun weights;
+  Flags flags;
+  const QuantizeKernels& kernels;
+  const RoundedKernels& rounded;
+
+  bool columns() const { return spec.group_map == GroupMap::kColumnBlocks; }
+  bool symmetric() const { return spec.offset == Offset::kNone; }
+  float max_code() const { return static_cast<float>((1 << spec.bits) - 1); }
+  std::int64_t groups() const { return spec.rows * spec.cols / spec.group_size; }
+  std::int64_t groups_per_row() const { return spec.cols / spec.group_size; }
+  float round(float x) const { return round_to(spec.value_dtype, x); }
+};
+
+Groups groups_of(const PackedSpec& spec, WeightRun weights) {
+  return {spec, weights, Flags::from_int(spec.dialect_flags), quantize_kernels(),
+          rounded_kernels()};
+}
+
+/// Scale and shift of the max optimizer, or the absmax scale of a symmetric group.
+void initialize_group(const Groups& g, float low, float high, std::size_t k, GroupParameters& p) {
+  if (g.symmetric()) {
+    constexpr float kLargest = 127.0F;
+    p.scale[k] = g.round(std::max(std::fabs(low), std::fabs(high)) / kLargest);
+    p.shift[k] = 0.0F;
+    return;
+  }
+  p.scale[k] = g.round(g.round(high - low) / g.max_code());
+  p.shift[k] = -low;
+}
+
+/// Replaces the shift in weight units by a rounded one in codes.
+void round_shift(const Groups& g, std::size_t k, GroupParameters& p) {
+  const float x = g.round(p.shift[k] / p.scale[k]);
+  p.zero[k] = std::isnan(x) ? 0.0F : std::nearbyint(std::clamp(x, 0.0F, g.max_code()));
+  p.shift[k] = 0.0F;
+}
+
+/// Parameters of one row's groups; false if a weight is not finite.
+bool initialize_row(const Groups& g, std::int64_t row, GroupParameters& p) {
+  bool finite = true;
+  for (std::int64_t i = 0; i < g.groups_per_row(); ++i) {
+    const std::int64_t group = row * g.groups_per_row() + i;
+    const WeightRun run = g.weights.at(group * g.spec.group_size);
+    if (g.symmetric()) {
+      const float most = g.kernels.absmax(run, g.spec.group_size);
+      finite = finite && std::isfinite(most);
+      initialize_group(g, most, most, static_cast<std::size_t>(group), p);
+      continue;
+    }
+    const Range r = g.kernels.range(run, g.spec.group_size);
+    finite = finite && r.finite;
+    initialize_group(g, r.low, r.high, static_cast<std::size_t>(group), p);
+  }
+  return finite;
+}
+
+/// Parameters of columns [begin, begin + count) of row block `block`.
+bool initialize_columns(const Groups& g, std::int64_t block, std::int64_t begin, std::int64_t count,
+                        GroupParameters& p) {
+  const auto n = static_cast<std::size_t>(count);
+  std::vector<float> low(n, std::numeric_limits<float>::infinity());
+  std::vector<float> high(n, -std::numeric_limits<float>::infinity());
+  bool finite = true;
+  for (std::int64_t r = block * g.spec.group_size; r < (block + 1) * g.spec.group_size; ++r) {
+    const WeightRun run = g.weights.at(r * g.spec.cols + begin);
+    finite = g.rounded.range_each(run, count, low.data(), high.data()) && finite;
+  }
+  for (std::size_t j = 0; j < n; ++j) {
+    initialize_group(g, low[j], high[j], static_cast<std::size_t>(block * g.spec.cols + begin) + j,
+                     p);
+  }
+  return finite;
+}
+
+/// Calls body(block, first column, count) for pieces of the column groups.
+template <class Body>
+void for_each_columns(const Groups& g, const Executor& executor, Body body) {
+  const std::int64_t chunks = ceil_div(g.spec.cols, kColumnChunk);
+  const std::int64_t tasks = g.spec.rows / g.spec.group_size * chunks;
+  executor.parallel_for(0, tasks, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t t = begin; t < end; ++t) {
+      const std::int64_t first = t % chunks * kColumnChunk;
+      body(t, t / chunks, first, std::min(kColumnChunk, g.spec.cols - first));
+    }
+  });
+}
+
+/// Codes of row `r`, one per byte.
+void encode_row(const Groups& g, const GroupParameters& p, std::int64_t r, std::uint8_t* row) {
+  const float max_code = g.symmetric() ? 255.0F : g.max_code();
+  const float nan = g.flags.zero_point ? std::numeric_limits<float>::lowest() : 0.0F;
+  if (g.columns()) {
+    const std::int64_t first = r / g.spec.group_size * g.spec.cols;
+    g.rounded.encode_each(
+        g.weights.at(r * g.spec.cols), g.spec.cols,
+        {p.scale.data() + first, p.shift.data() + first, p.zero.data() + first, max_code, nan},
+        row);
+    return;
+  }
+  for (std::int64_t i = 0; i < g.groups_per_row(); ++i) {
+    const auto k = static_cast<std::size_t>(r * g.groups_per_row() + i);
+    const std::int64_t at = i * g.spec.group_size;
+    g.rounded.encode(g.weights.at(r * g.spec.cols + at), g.spec.group_size,
+                     {p.scale[k], p.shift[k], p.zero[k], max_code, nan}, row + at);
+  }
+}
+
+/// Scales and offsets in their storage type, into the packed statistics.
+void write_stats(const Groups& g, const GroupParameters& p, std::uint8_t* stats,
+                 const Executor& executor) {
+  const std::size_t item = dtype_size(g.spec.value_dtype), groups = p.scale.size();
+  const std::vector<float>& offsets = g.flags.zero_point ? p.zero : p.shift;
+  const auto n = static_cast<std::int64_t>(groups);
+  std::vector<std::uint8_t> scale(groups * item), offset(g.symmetric() ? 0 : groups * item);
+  narrow_from_f32(g.spec.value_dtype, p.scale.data(), n, scale.data());
+  if (!offset.empty()) narrow_from_f32(g.spec.value_dtype, offsets.data(), n, offset.data());
+  if (!g.columns()) {
+    spread_stats(g.spec,
+                 {.scales = scale.data(), .offsets = offset.empty() ? nullptr : offset.data()}, 0,
+                 stats, executor);
+    return;
+  }
+  const std::size_t step = offset.empty() ? item : 2 * item;
+  for (std::size_t i = 0; i < groups; ++i) {
+    std::memcpy(stats + i * step, scale.data() + i * item, item);
+    if (!offset.empty()) std::memcpy(stats + i * step + item, offset.data() + i * item, item);
+  }
+}
+
+/// Sums of the residuals of one solver step, by task; the terms of each group go to `sums`.
+double step(const Groups& g, const GroupParameters& p, const Shrink& shrink,
+            std::vector<double>& sums, const Executor& executor) {
+  std::vector<double> errors;
+  const float max_code = g.max_code();
+  if (g.columns()) {
+    const std::int64_t chunks = ceil_div(g.spec.cols, kColumnChunk);
+    errors.resize(static_cast<std::size_t>(g.spec.rows / g.spec.group_size * chunks));
+    std::fill(sums.begin(), sums.end(), 0.0);
+    for_each_columns(
+        g, executor,
+        [&](std::int64_t task, std::int64_t block, std::int64_t first, std::int64_t count) {
+          std::vector<double> error(static_cast<std::size_t>(count));
+          const std::int64_t at = block * g.spec.cols + first;
+          const RoundedCodes codes = {p.scale.data() + at, p.shift.data() + at, p.zero.data() + at,
+                                      max_code, 0.0F};
+          for (std::int64_t r = block * g.spec.group_size; r < (block + 1) * g.spec.group_size;
+               ++r) {
+            g.rounded.shrink_step_each(g.weights.at(r * g.spec.cols + first), count, codes, shrink,
+                                       sums.data() + at, error.data());
+          }
+          for (const double e : error) errors[static_cast<std::size_t>(task)] += e;
+        });
+  } else {
+    errors.resize(static_cast<std::size_t>(g.spec.rows));
+    executor.parallel_for(
+        0, g.spec.rows, rows_per_task(g.spec.cols), [&](std::int64_t begin, std::int64_t end) {
+          for (std::int64_t r = begin; r < end; ++r) {
+            for (std::int64_t i = 0; i < g.groups_per_row(); ++i) {
+              const auto k = static_cast<std::size_t>(r * g.groups_per_row() + i);
+              const SolverSums s = g.rounded.shrink_step(
+                  g.weights.at(static_cast<std::int64_t>(k) * g.spec.group_size), g.spec.group_size,
+                  {p.scale[k], p.shift[k], 0.0F, max_code, 0.0F}, shrink);
+              sums[k] = s.zero;
+              errors[static_cast<std::size_t>(r)] += s.error;
+            }
+          }
+        });
+  }
+  double total = 0;
+  for (const double e : errors) total += e;
+  return total;
+}
+
+/// Weights rounded to the value dtype, where they have another.
+std::vector<std::uint8_t> converted(const PackedSpec& spec, WeightRun weights,
+                                    const Executor& executor) {
+  const auto item = static_cast<std::int64_t>(dtype_size(spec.value_dtype));
+  std::vector<std::uint8_t> out(static_cast<std::size_t>(spec.rows * spec.cols * item));
+  executor.parallel_for(
+      0, spec.rows, rows_per_task(spec.cols), [&](std::int64_t begin, std::int64_t end) {
+        std::vector<float> row(static_cast<std::size_t>(spec.cols));
+        for (std::int64_t r = begin; r < end; ++r) {
+          widen_to_f32(weights.dtype, weights.at(r * spec.cols).data, spec.cols, row.data());
+          narrow_from_f32(spec.value_dtype, row.data(), spec.cols,
+                          out.data() + r * spec.cols * item);
+        }
+      });
+  return out;
+}
+
+/// Fills scale and shift of every group; with `codes`, encodes each row right after its groups.
+/// Returns false if a weight is not finite.
+bool initialize(const Groups& g, GroupParameters& p, const Executor& executor,
+                const std::function<void(std::int64_t)>& then) {
+  std::atomic<bool> finite{true};
+  if (g.columns()) {
+    for_each_columns(g, executor,
+                     [&](std::int64_t, std::int64_t block, std::int64_t first, std::int64_t count) {
+                       if (!initialize_columns(g, block, first, count, p)) finite = false;
+                     });
+    return finite;
+  }
+  executor.parallel_for(0, g.spec.rows, rows_per_task(g.spec.cols),
+                        [&](std::int64_t begin, std::int64_t end) {
+                          for (std::int64_t r = begin; r < end; ++r) {
+                            if (!initialize_row(g, r, p)) finite = false;
+                            if (then && finite) then(r);
+                          }
+                        });
+  return finite;
+}
+
+}  // namespace
+
+void optimize_shifts(const PackedSpec& spec, WeightRun weights, GroupParameters& p,
+                     const Executor& executor) {
+  constexpr double kFirstBeta = 10, kKappa = 1.01, kNorm = 0.7;
+  const Groups g = groups_of(spec, weights);
+  const auto numel = static_cast<double>(spec.rows * spec.cols);
+  const auto size = static_cast<double>(spec.group_size);
+  const auto power = static_cast<float>(kNorm - 1);
+  std::vector<double> sums(p.scale.size());
+  std::vector<float> best = p.shift;
+  double beta = kFirstBeta;
+  for (int round = 0; round <= kSolverRounds; ++round, beta *= kKappa) {
+    Shrink shrink{static_cast<float>(1.0 / beta), g.round(power), 0.0F};
+    // Below this |d| - |d|^power / beta is negative by more than two roundings.
+    constexpr double kMargin = 0.97;
+    shrink.no_shrink = static_cast<float>(std::pow(kMargin / beta, 1.0 / (2.0 - kNorm)));
+    const double error = step(g, p, shrink, sums, executor);
+    p.errors.push_back(g.round(static_cast<float>(error / numel)));
+    const std::size_t last = p.errors.size() - 1;
+    if (last > 0 && !(p.errors[last] < p.errors[last - 1])) break;
+    best = p.shift;
+    for (std::size_t k = 0; k < sums.size(); ++k) {
+      p.shift[k] = g.round(static_cast<float>(sums[k] / size));
+    }
+  }
+  p.shift = std::move(best);
+}
+
+void quantize(const PackedSpec& spec, DType dtype, const void* weights, std::uint8_t* codes,
+              std::uint8_t* stats, std::uint8_t* /*shared*/, const Executor& executor) {
+  if (!is_weight_dtype(dtype)) {
+    fail(Errc::kDtype, "quanto: weights have dtype " + std::string(dtype_name(dtype)) +
+                           ", expected one of f32, f16, bf16");
+  }
+  const PackedLayout layout = layout_of(spec);
+  const WeightRun original{dtype, weights};
+  std::vector<std::uint8_t> copy;
+  if (dtype != spec.value_dtype) copy = converted(spec, original, executor);
+  const WeightRun run{spec.value_dtype, copy.empty() ? weights : copy.data()};
+  const Groups g = groups_of(spec, run);
+  GroupParameters p;
+  const auto groups = static_cast<std::size_t>(g.groups());
+  p.scale.resize(groups);
+  p.shift.resize(groups);
+  p.zero.resize(groups, g.symmetric() ? static_cast<float>(kInt8Centre) : 0.0F);
+
+  const auto encode = [&](std::int64_t r) {
+    thread_local std::vector<std::uint8_t> row;
+    row.resize(static_cast<std::size_t>(spec.cols));
+    encode_row(g, p, r, row.data());
+    pack_row(spec.bits, row.data(), spec.cols, codes + r * layout.code_bytes);
+  };
+  const bool at_once =
+      !g.columns() && !g.flags.optimize && !g.flags.zero_point && !g.flags.per_tensor;
+  if (!initialize(g, p, executor, at_once ? encode : std::function<void(std::int64_t)>{})) {
+    refuse_not_finite("quanto", run, spec.rows, spec.cols);
+  }
+  if (g.flags.optimize) optimize_shifts(spec, run, p, executor);
+  if (g.flags.per_tensor) {
+    const float top = *std::max_element(p.scale.begin(), p.scale.end());
+    std::fill(p.scale.begin(), p.scale.end(), top);
+  }
+  for (std::size_t k = 0; g.flags.zero_point && k < groups; ++k) round_shift(g, k, p);
+  if (!at_once) {
+    executor.parallel_for(0, spec.rows, rows_per_task(spec.cols),
+                          [&](std::int64_t begin, std::int64_t end) {
+                            for (std::int64_t r = begin; r < end; ++r) encode(r);
+                          });
+  }
+  write_stats(g, p, stats, executor);
+}
+
+}  // namespace quantal::quanto
