@@ -146,7 +146,7 @@ TEST(DialectBehaviour, IllegalOptionsAreNamed) {
   o = bnb("nf4", 64, false, DType::kF32);
   o.bits = 8;
   refused(o, {"bits is 8", "expected 4"});
-  refused(hqq(3, 64, 1, true, DType::kF32), {"hqq", "bits is 3", "4, 8"});
+  refused(hqq(7, 64, 1, true, DType::kF32), {"hqq", "bits is 7", "1, 2, 3, 4, 5, 6, 8"});
   refused(hqq(4, 64, 2, true, DType::kF32), {"axis is 2", "0, 1"});
   refused(hqq(4, 36, 1, true, DType::kF32), {"group_size is 36", "multiple of 8"});
   refused(hqq(4, 40, 1, true, DType::kF32), {"group_size is 40", "divides the 3072 weights"});
@@ -282,15 +282,16 @@ TEST(HostileLayer, HqqMissingTensors) {
 
 TEST(HostileLayer, HqqLyingFields) {
   const std::vector<std::tuple<const char*, int, Errc, const char*>> lies = {
-      {"l.nbits", 3, Errc::kUnsupported, "nbits is 3"},
+      {"l.nbits", 7, Errc::kUnsupported, "nbits is 7"},
+      {"l.nbits", 3, Errc::kCorrupt, "packing"},
       {"l.nbits", 8, Errc::kCorrupt, "packing"},
       {"l.axis", 2, Errc::kCorrupt, "axis is 2"},
       {"l.axis", 0, Errc::kShape, ""},
       {"l.group_size", 0, Errc::kCorrupt, "group_size is 0"},
       {"l.group_size", 60, Errc::kCorrupt, "group_size is 60"},
-      {"l.group_size", 32, Errc::kShape, "l.scale"},
+      {"l.group_size", 32, Errc::kShape, "l.W_q"},
       {"l.shape", 16, Errc::kShape, "W_q"},
-      {"l.quant_zero", 1, Errc::kUnsupported, "quant_zero is true"},
+      {"l.quant_zero", 1, Errc::kCorrupt, "l.zero_q"},
       {"l.view_as_float", 1, Errc::kDtype, "l.W_q"},
   };
   for (const auto& [name, value, code, part] : lies) {

@@ -27,6 +27,7 @@ class TensorMap {
     tensors_.erase(name);
     views_.erase(name);
   }
+  std::size_t size() const { return tensors_.size(); }
   Tensor& at(const std::string& name) { return tensors_.at(name); }
   TensorLookup lookup() {
     for (auto& [name, tensor] : tensors_) views_[name] = tensor.view();

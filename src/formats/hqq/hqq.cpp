@@ -5,15 +5,18 @@
 #include "formats/hqq/hqq_checkpoint.h"
 #include "formats/hqq/hqq_codec.h"
 #include "formats/hqq/hqq_params.h"
+#include "formats/hqq/hqq_settings.h"
 
 namespace quantal::hqq {
 namespace {
 
 constexpr std::array<QuantizationMethod, 1> kMethods = {QuantizationMethod::HQQ};
 
-/// The solver stops on an error over the whole tensor; groups along axis 0 span all rows.
+/// The solver stops on an error over the whole tensor; groups along axis 0 span all rows; quantized
+/// zeros and scales need the range of all of them.
 Reach reach(const QuantizeOptions& options) {
-  if (options.optimize || options.axis == 0) return Reach::kTensor;
+  const bool meta = options.quant_zero.value_or(false) || options.quant_scale.value_or(false);
+  if (options.optimize || options.axis == 0 || meta) return Reach::kTensor;
   return options.group_size == 0 ? Reach::kRow : Reach::kNeighbourRows;
 }
 
@@ -34,6 +37,9 @@ constinit const Dialect kDialect = {
     .export_layer = export_layer,
     .recognizes = recognizes,
     .import_layer = import_layer,
+    .layouts = kLayouts,
+    .side_files = side_files,
+    .read_settings = read_settings,
     .hf_quantization_config = hf_quantization_config,
     .parse_hf_quantization_config = parse_hf_quantization_config,
 };

@@ -5,7 +5,7 @@
 
 namespace quantal::hqq {
 
-/// Half-quadratic quantization at 8 and 4 bits, as hqq 0.2.8.post1 on the CPU.
+/// Half-quadratic quantization at 1 to 8 bits, as hqq 0.2.8.post1 on the CPU.
 extern const Dialect kDialect;
 
 }  // namespace quantal::hqq

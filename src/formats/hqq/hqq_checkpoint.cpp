@@ -1,399 +1,291 @@
-// Layout of a layer in a safetensors state dict (hqq 0.2.8.post1), names after `<module>.`:
+// Fields of a layer (hqq 0.2.8.post1), names after `<module>.` or, in torch files with a nested
+// dictionary, `<module>.meta.`:
 //
-//   W_q               uint8 [R, C] at 8 bits; [R/2, C] at 4 bits, byte (i, j) = q(i, j) << 4 |
-//                     q(i + R/2, j). [R, C] are the flattened weights by groups. With view_as_float
-//                     the same bytes viewed as compute_dtype along the last dimension
-//   scale, zero       compute_dtype [R, 1] (axis 1), [1, C] (axis 0), [] (channel_wise false)
-//   shape             int64 [2], of the weight
-//   nbits, group_size, axis                                              int32 scalars
-//   packing, compute_dtype, unpack_view_dtype                            text as uint8
-//   view_as_float, quant_scale, quant_zero, offload_meta, channel_wise,
-//   optimize, round_zero, stores_quant_config, encoded_state_dict        uint8 scalars
+//   W_q               codes, see hqq_packing.h. With view_as_float the same bytes viewed as a
+//                     float type along the last dimension; without packing codes as floats
+//   scale, zero       compute_dtype [R, 1] (axis 1), [1, C] (axis 0), [] (channel_wise false);
+//                     quantized or stacked: see hqq_meta.h
+//   shape             size, of the weight
+//   nbits             int; float 1.58 for ternary codes
+//   group_size        int or None
+//   axis              int
+//   packing           text or None
+//   compute_dtype, unpack_view_dtype                                     dtype
+//   view_as_float, quant_scale, quant_zero, offload_meta                 bool
+//   channel_wise, optimize, round_zero, stores_quant_config              bool, absent in old files
+//   encoded_state_dict                                                   only in safetensors
 #include "formats/hqq/hqq_checkpoint.h"
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstring>
-#include <nlohmann/json.hpp>
 
+#include "formats/hqq/hqq_meta.h"
+#include "formats/hqq/hqq_packing.h"
 #include "formats/hqq/hqq_params.h"
+#include "formats/hqq/hqq_state.h"
 #include "formats/tensors.h"
 
 namespace quantal::hqq {
 namespace {
 
-constexpr std::string_view kWhere = "hqq";
-
-std::string packing_name(int bits) { return std::to_string(bits) + "bit_u8"; }
-
-Tensor scalar_u8(bool value) {
-  return {DType::kU8, {}, {static_cast<std::uint8_t>(value ? 1 : 0)}};
-}
-
-Tensor scalar_i32(std::int64_t value) {
-  const auto narrow = static_cast<std::int32_t>(value);
-  return tensor_of(DType::kI32, {},
-                   {reinterpret_cast<const std::uint8_t*>(&narrow), sizeof(narrow)});
-}
-
-/// Bytes of W_q in flat order of the grouped matrix.
-std::vector<std::uint8_t> pack_flat(const PackedView& w) {
-  const PackedSpec& spec = w.spec;
-  const PackedLayout layout = layout_of(spec);
-  const std::int64_t n = spec.rows * spec.cols, half = n / 2;
-  std::vector<std::uint8_t> bytes(static_cast<std::size_t>(spec.bits == 8 ? n : half));
-  std::vector<std::uint8_t> row(static_cast<std::size_t>(spec.cols));
-  for (std::int64_t r = 0; r < spec.rows; ++r) {
-    unpack_row(spec.bits, w.codes.data() + r * layout.code_bytes, spec.cols, row.data());
-    const std::int64_t start = r * spec.cols;
-    if (spec.bits == 8) {
-      std::memcpy(bytes.data() + start, row.data(), row.size());
-      continue;
-    }
-    const std::int64_t upper = std::clamp<std::int64_t>(half - start, 0, spec.cols);
-    std::uint8_t* high = bytes.data() + start;
-    for (std::int64_t c = 0; c < upper; ++c)
-      high[c] = static_cast<std::uint8_t>(row[static_cast<std::size_t>(c)] << 4);
-    for (std::int64_t c = upper; c < spec.cols; ++c) {
-      bytes[static_cast<std::size_t>(start + c - half)] |= row[static_cast<std::size_t>(c)];
-    }
-  }
-  return bytes;
-}
-
-/// Inverse of pack_flat, into rows of `w`.
-void unpack_flat(std::span<const std::uint8_t> bytes, PackedMatrix& w) {
-  const PackedSpec& spec = w.spec;
-  const PackedLayout layout = layout_of(spec);
-  const std::int64_t half = spec.rows * spec.cols / 2;
-  std::vector<std::uint8_t> row(static_cast<std::size_t>(spec.cols));
-  for (std::int64_t r = 0; r < spec.rows; ++r) {
-    const std::int64_t start = r * spec.cols;
-    std::uint8_t* out = w.codes.data() + r * layout.code_bytes;
-    if (spec.bits == 8) {
-      pack_row(8, bytes.data() + start, spec.cols, out);
-      continue;
-    }
-    const std::int64_t upper = std::clamp<std::int64_t>(half - start, 0, spec.cols);
-    const std::uint8_t* high = bytes.data() + start;
-    for (std::int64_t c = 0; c < upper; ++c) row[static_cast<std::size_t>(c)] = high[c] >> 4;
-    for (std::int64_t c = upper; c < spec.cols; ++c) {
-      row[static_cast<std::size_t>(c)] = bytes[static_cast<std::size_t>(start + c - half)] & 15;
-    }
-    pack_row(4, row.data(), spec.cols, out);
-  }
-}
-
-struct FlatParameters {
-  std::vector<std::uint8_t> scales, zeros;
-};
-
-FlatParameters flat_parameters(const PackedView& w) {
-  if (w.spec.group_map == GroupMap::kRowRuns) {
-    GatheredStats stats = gather_stats(w);
-    return {std::move(stats.scales), std::move(stats.offsets)};
-  }
-  const std::size_t item = dtype_size(scale_dtype(w.spec.scale));
-  FlatParameters out;
-  for (std::size_t i = 0; i < w.stats.size(); i += 2 * item) {
-    const std::uint8_t* at = w.stats.data() + i;
-    out.scales.insert(out.scales.end(), at, at + item);
-    out.zeros.insert(out.zeros.end(), at + item, at + 2 * item);
-  }
-  return out;
-}
-
 // ------------------------------------------------------------------ import
 
-/// Typed access to the encoded fields of one layer.
-class Fields {
- public:
-  Fields(const std::string& prefix, const TensorLookup& lookup)
-      : prefix_(prefix), lookup_(lookup) {}
-
-  std::string name(std::string_view field) const { return prefix_ + std::string(field); }
-  const TensorView& tensor(std::string_view field) const {
-    return require_tensor(lookup_, name(field), kWhere);
-  }
-  bool has(std::string_view field) const { return lookup_(name(field)) != nullptr; }
-
-  std::int64_t integer(std::string_view field) const {
-    constexpr std::array<DType, 3> kIntegers = {DType::kI32, DType::kI64, DType::kU8};
-    const TensorView& t = tensor(field);
-    if (t.dtype == DType::kF32) {
-      fail(Errc::kUnsupported,
-           std::string(kWhere) + ": " + std::string(field) + " is a fraction, expected an integer",
-           {.path = {}, .tensor = name(field)});
-    }
-    require_dtype(t, name(field), kWhere, kIntegers);
-    require_numel(t, name(field), kWhere, 1);
-    return read_integer(t, 0);
-  }
-  bool flag(std::string_view field, bool fallback) const {
-    return has(field) ? integer(field) != 0 : fallback;
-  }
-  std::string text(std::string_view field) const {
-    constexpr std::array<DType, 1> kBytes = {DType::kU8};
-    require_dtype(tensor(field), name(field), kWhere, kBytes);
-    return text_of(tensor(field));
-  }
-  static std::int64_t read_integer(const TensorView& t, std::size_t i) {
-    if (t.dtype == DType::kU8) return t.bytes[i];
-    if (t.dtype == DType::kI64) return read<std::int64_t>(t, i);
-    return read<std::int32_t>(t, i);
-  }
-
-  [[noreturn]] void refuse(Errc code, std::string_view field, const std::string& actual,
-                           const std::string& expected) const {
-    fail(code,
-         std::string(kWhere) + ": " + std::string(field) + " is " + actual + ", expected " +
-             expected,
-         {.path = {}, .tensor = name(field)});
-  }
-
- private:
-  template <class T>
-  static T read(const TensorView& t, std::size_t i) {
-    T value;
-    std::memcpy(&value, t.bytes.data() + i * sizeof(T), sizeof(T));
-    return value;
-  }
-
-  const std::string& prefix_;
-  const TensorLookup& lookup_;
-};
-
 void read_shape(const Fields& fields, PackedSpec& spec) {
-  constexpr std::array<DType, 1> kInt64 = {DType::kI64};
-  const TensorView& shape = fields.tensor("shape");
-  require_dtype(shape, fields.name("shape"), kWhere, kInt64);
-  if (shape.numel() != 2) {
-    fields.refuse(Errc::kUnsupported, "shape", std::to_string(shape.numel()) + " dimensions", "2");
+  const std::vector<std::int64_t> shape = fields.sizes("shape");
+  if (shape.size() != 2) {
+    fields.refuse(Errc::kUnsupported, "shape", std::to_string(shape.size()) + " dimensions", "2");
   }
-  spec.rows = Fields::read_integer(shape, 0);
-  spec.cols = Fields::read_integer(shape, 1);
-  if (spec.rows < 1 || spec.cols < 1) {
-    fields.refuse(Errc::kShape, "shape",
-                  "[" + std::to_string(spec.rows) + ", " + std::to_string(spec.cols) + "]",
-                  "sizes >= 1");
+  if (shape[0] < 1 || shape[1] < 1) {
+    fields.refuse(Errc::kShape, "shape", shape_string(shape), "sizes >= 1");
   }
+  spec.rows = shape[0];
+  spec.cols = shape[1];
+}
+
+void read_width(const Fields& fields, PackedSpec& spec, Flags& flags) {
+  const double bits = fields.number("nbits");
+  constexpr double kNear = 1e-3;
+  flags.ternary = std::fabs(bits - static_cast<double>(kTernaryBits)) < kNear;
+  const auto legal = [&](int b) { return static_cast<double>(b) == bits; };
+  const auto* found = std::find_if(kBits.begin(), kBits.end(), legal);
+  if (!flags.ternary && found == kBits.end()) {
+    fields.refuse(Errc::kUnsupported, "nbits", python_repr(bits),
+                  "one of 1, 1.58, 2, 3, 4, 5, 6, 8");
+  }
+  spec.bits = flags.ternary ? 2 : *found;
+  const std::string_view expected = packing_name(spec.bits);
+  if (fields.given("packing") && fields.text("packing") != expected) {
+    fields.refuse(Errc::kCorrupt, "packing", "'" + fields.text("packing") + "'",
+                  std::string(expected));
+  }
+}
+
+/// Old files do not say channel_wise: then a single scale for many groups does.
+bool is_channel_wise(const Fields& fields, std::int64_t groups) {
+  if (fields.has("channel_wise")) return fields.flag("channel_wise", true);
+  const TensorView* scale = fields.find("scale");
+  return groups == 1 || scale == nullptr || scale->numel() != 1;
 }
 
 /// Group map and size from axis, group_size and channel_wise.
 void read_grouping(const Fields& fields, PackedSpec& spec, Flags& flags) {
+  constexpr std::int64_t kLargestStored = 0xFFFFFFFF;
   const std::int64_t n = checked_mul(spec.rows, spec.cols, "hqq: shape");
   const std::int64_t axis = fields.integer("axis");
   if (axis != 0 && axis != 1) {
     fields.refuse(Errc::kCorrupt, "axis", std::to_string(axis), "0 or 1");
   }
-  spec.group_map = axis == 1 ? GroupMap::kRowRuns : GroupMap::kColumnRuns;
-  flags.channel_wise = fields.flag("channel_wise", true);
-  std::int64_t size = axis == 1 ? spec.cols : spec.rows;
-  if (fields.has("group_size")) size = fields.integer("group_size");
-  if (size < 1 || n % size != 0) {
+  flags.no_group_size = !fields.given("group_size");
+  const std::int64_t whole = axis == 1 ? spec.cols : spec.rows;
+  const std::int64_t size = flags.no_group_size ? whole : fields.integer("group_size");
+  if (size < 1 || size > kLargestStored || n % size != 0) {
     fields.refuse(Errc::kCorrupt, "group_size", std::to_string(size),
                   "a divisor of the " + std::to_string(n) + " weights");
   }
-  spec.group_size = size;
-  if (flags.channel_wise) return;
-  if (axis == 0) {
-    fields.refuse(Errc::kUnsupported, "channel_wise", "false with axis 0", "true");
+  flags.channel_wise = is_channel_wise(fields, n / size);
+  if (flags.channel_wise) {
+    spec.group_map = axis == 1 ? GroupMap::kRowRuns : GroupMap::kColumnRuns;
+    spec.group_size = size;
+    return;
   }
-  flags.stored_group_size = size;
-  spec.group_size = n;
+  // One scale for the matrix: every row repeats it.
+  spec.group_map = GroupMap::kRowRuns;
+  spec.group_size = spec.cols;
+  flags.along_columns = axis == 0;
+  flags.stored_group_size = flags.no_group_size ? 0 : size;
 }
 
-void read_settings(const Fields& fields, PackedSpec& spec, Flags& flags) {
-  const std::int64_t bits = fields.integer("nbits");
-  if (bits != 4 && bits != 8) {
-    fields.refuse(Errc::kUnsupported, "nbits", std::to_string(bits), "one of 4, 8");
-  }
-  spec.bits = static_cast<int>(bits);
-  if (fields.has("packing") && fields.text("packing") != packing_name(spec.bits)) {
-    fields.refuse(Errc::kCorrupt, "packing", "'" + fields.text("packing") + "'",
-                  packing_name(spec.bits));
-  }
-  for (const char* field : {"quant_scale", "quant_zero"}) {
-    if (fields.flag(field, false)) {
-      fields.refuse(Errc::kUnsupported, field, "true", "false (plain scale and zero)");
-    }
-  }
-  spec.value_dtype = parse_dtype(fields.text("compute_dtype"));
-  if (!is_weight_dtype(spec.value_dtype)) {
-    fields.refuse(Errc::kCorrupt, "compute_dtype", "'" + fields.text("compute_dtype") + "'",
-                  "torch.float32, torch.float16 or torch.bfloat16");
-  }
+void read_facts(const Fields& fields, PackedSpec& spec, Flags& flags) {
+  spec.value_dtype = fields.dtype("compute_dtype");
+  spec.scale = scale_source_of(spec.value_dtype);
+  flags.no_settings = !fields.has("stores_quant_config") && !fields.has("optimize");
+  flags.no_view_facts = !fields.has("view_as_float") && !fields.has("unpack_view_dtype");
+  flags.no_offload_meta = !fields.has("offload_meta");
   flags.optimize = fields.flag("optimize", true);
   flags.round_zero = fields.flag("round_zero", spec.bits == 4);
   flags.view_as_float = fields.flag("view_as_float", false);
   flags.offload_meta = fields.flag("offload_meta", false);
 }
 
-/// scale or zero: one number per group in one of the float types.
-const TensorView& parameter(const Fields& fields, std::string_view field, std::int64_t groups,
-                            DType dtype) {
-  const TensorView& t = fields.tensor(field);
-  const std::array<DType, 1> allowed = {dtype};
-  require_dtype(t, fields.name(field), kWhere, allowed);
-  require_numel(t, fields.name(field), kWhere, groups);
-  return t;
+/// Shape of W_q when its elements are of `stored`; the words of a row need not fill them.
+std::vector<std::int64_t> stored_shape(const Packing& packing, DType stored) {
+  const auto word = static_cast<std::int64_t>(dtype_size(packing.word));
+  const auto item = static_cast<std::int64_t>(dtype_size(stored));
+  if (packing.cols * word % item != 0) {
+    fail(Errc::kUnsupported, "hqq: view_as_float with " + std::to_string(packing.cols * word) +
+                                 " bytes in a row, expected a multiple of " + std::to_string(item));
+  }
+  return {packing.rows, packing.cols * word / item};
 }
 
-const TensorView& weight_codes(const Fields& fields, const PackedSpec& spec, const Flags& flags) {
+void require_shape(const TensorView& t, const std::string& name,
+                   const std::vector<std::int64_t>& expected) {
+  if (t.shape == expected) return;
+  fail(Errc::kShape,
+       "hqq: tensor " + name + " has shape " + shape_string(t.shape) + ", expected " +
+           shape_string(expected),
+       {.path = {}, .tensor = name});
+}
+
+/// W_q, checked against everything that follows from the other fields; sets unpacked and
+/// view_dtype.
+const TensorView& weight_codes(const Fields& fields, const PackedSpec& spec, const Packing& packing,
+                               Flags& flags) {
+  constexpr std::array<DType, 3> kFloats = {DType::kF32, DType::kF16, DType::kBF16};
   const TensorView& t = fields.tensor("W_q");
-  const std::array<DType, 1> allowed = {flags.view_as_float ? spec.value_dtype : DType::kU8};
-  require_dtype(t, fields.name("W_q"), kWhere, allowed);
-  const std::int64_t n = spec.rows * spec.cols;
-  const std::int64_t rows = grouping_of(spec).rows;
-  // One scale for everything keeps the grouped matrix of the file's own group size.
-  const std::int64_t packed_rows = flags.channel_wise ? rows : n / flags.stored_group_size;
-  if (spec.bits == 4 && packed_rows % 2 != 0) {
-    fields.refuse(Errc::kShape, "W_q", std::to_string(packed_rows) + " grouped rows",
-                  "an even number at 4 bits");
+  const std::string name = fields.name("W_q");
+  flags.unpacked = !fields.given("packing") && is_weight_dtype(t.dtype) && !flags.view_as_float;
+  if (flags.unpacked || flags.view_as_float) {
+    require_dtype(t, name, kWhere, kFloats);
+    flags.view_dtype = t.dtype;
+  } else {
+    const std::array<DType, 1> allowed = {packing.word};
+    require_dtype(t, name, kWhere, allowed);
   }
-  const std::int64_t bytes = spec.bits == 8 ? n : n / 2;
-  if (static_cast<std::int64_t>(t.bytes.size()) != bytes) {
-    fields.refuse(Errc::kShape, "W_q", std::to_string(t.bytes.size()) + " bytes",
-                  std::to_string(bytes));
+  if (flags.unpacked) {
+    const Grouping grouping = grouping_of(spec);
+    require_shape(t, name, {grouping.rows, grouping.cols});
+  } else {
+    require_shape(t, name, stored_shape(packing, t.dtype));
   }
   return t;
 }
 
 }  // namespace
 
-std::vector<NamedTensor> export_layer(const PackedView& w, const std::string& prefix) {
-  check_packed(w);
-  const PackedSpec& spec = w.spec;
-  const Flags flags = Flags::from_int(spec.dialect_flags);
-  const bool columns = spec.group_map == GroupMap::kColumnRuns;
-  const std::int64_t n = spec.rows * spec.cols;
-  Grouping grouping = grouping_of(spec);
-  const std::int64_t group_size = flags.channel_wise ? spec.group_size : flags.stored_group_size;
-  if (!flags.channel_wise) grouping = {n / group_size, group_size, 1};
-  std::vector<NamedTensor> out;
-  const auto add = [&](std::string_view field, Tensor tensor) {
-    out.push_back({prefix + std::string(field), std::move(tensor)});
-  };
-  const std::int64_t rows = spec.bits == 8 ? grouping.rows : grouping.rows / 2;
-  const DType stored = flags.view_as_float ? spec.value_dtype : DType::kU8;
-  const auto item = static_cast<std::int64_t>(dtype_size(stored));
-  if (grouping.cols % item != 0) {
-    fail(Errc::kUnsupported, "hqq: view_as_float with " + std::to_string(grouping.cols) +
-                                 " bytes in a row, expected a multiple of " + std::to_string(item));
-  }
-  add("W_q", Tensor{stored, {rows, grouping.cols / item}, pack_flat(w)});
-  FlatParameters parameters = flat_parameters(w);
-  std::vector<std::int64_t> shape;
-  if (flags.channel_wise) {
-    shape = columns ? std::vector<std::int64_t>{1, grouping.groups}
-                    : std::vector<std::int64_t>{grouping.groups, 1};
-  }
-  const DType dtype = scale_dtype(spec.scale);
-  add("scale", Tensor{dtype, shape, std::move(parameters.scales)});
-  add("zero", Tensor{dtype, shape, std::move(parameters.zeros)});
-  const std::array<std::int64_t, 2> sizes = {spec.rows, spec.cols};
-  add("shape", tensor_of(DType::kI64, {2},
-                         {reinterpret_cast<const std::uint8_t*>(sizes.data()), sizeof(sizes)}));
-  add("nbits", scalar_i32(spec.bits));
-  add("group_size", scalar_i32(group_size));
-  add("axis", scalar_i32(columns ? 0 : 1));
-  add("packing", tensor_of_text(packing_name(spec.bits)));
-  add("compute_dtype", tensor_of_text("torch." + std::string(dtype_torch_name(spec.value_dtype))));
-  add("unpack_view_dtype", tensor_of_text("torch.uint8"));
-  add("view_as_float", scalar_u8(flags.view_as_float));
-  add("quant_scale", scalar_u8(false));
-  add("quant_zero", scalar_u8(false));
-  add("offload_meta", scalar_u8(flags.offload_meta));
-  add("channel_wise", scalar_u8(flags.channel_wise));
-  add("optimize", scalar_u8(flags.optimize));
-  add("round_zero", scalar_u8(flags.round_zero));
-  add("stores_quant_config", scalar_u8(true));
-  add("encoded_state_dict", scalar_u8(true));
-  return out;
-}
-
-bool recognizes(const std::function<bool(const std::string& suffix)>& has) {
-  return has("W_q") && has("scale") && has("zero") && has("nbits");
-}
-
 PackedMatrix import_layer(const std::string& prefix, const TensorLookup& lookup,
-                          const LayerFacts&) {
+                          const LayerFacts& /*the tensors say everything*/) {
   const Fields fields(prefix, lookup);
   PackedSpec spec;
   Flags flags;
   spec.offset = Offset::kZeroPoint;
   spec.dialect = kDialectId;
   read_shape(fields, spec);
+  read_width(fields, spec, flags);
   read_grouping(fields, spec, flags);
-  read_settings(fields, spec, flags);
-  spec.scale = scale_source_of(spec.value_dtype);
+  read_facts(fields, spec, flags);
   spec.dialect_flags = flags.to_int();
-  const TensorView& codes = weight_codes(fields, spec, flags);
-  const std::int64_t groups = spec.rows * spec.cols / spec.group_size;
-  const TensorView& scale = parameter(fields, "scale", groups, spec.value_dtype);
-  const TensorView& zero = parameter(fields, "zero", groups, spec.value_dtype);
+  const Grouping grouping = grouping_of(spec);
+  const std::string name = fields.name("W_q");
+  const Packing packing = packing_of(spec.bits, grouping, "hqq: " + name);
+  const TensorView& codes = weight_codes(fields, spec, packing, flags);
+
+  std::vector<NamedTensor> residue;
+  const StoredParameters parameters =
+      read_parameters(fields, spec.value_dtype, grouping.groups, flags, residue);
+  if (!flags.unpacked) {
+    std::vector<std::uint8_t> stray =
+        stray_bits(codes.bytes, packing, checked_mul(grouping.rows, grouping.cols, "hqq: codes"));
+    if (!stray.empty()) {
+      residue.push_back({std::string(kStrayBits),
+                         {packing.word, {packing.rows, packing.cols}, std::move(stray)}});
+    }
+  }
+  const std::vector<std::uint8_t> kept = encode_residue(residue);
+  spec.dialect_flags = flags.to_int();
+  spec.residue_bytes = static_cast<std::int64_t>(kept.size());
 
   PackedMatrix w = make_packed(spec);
-  unpack_flat(codes.bytes, w);
-  if (spec.group_map == GroupMap::kRowRuns) {
-    spread_stats(spec, {scale.bytes.data(), zero.bytes.data(), nullptr}, 0, w.stats.data(),
-                 serial_executor());
-    return w;
+  if (flags.unpacked) {
+    codes_from_numbers(codes, name, w);
+  } else {
+    unpack_codes(codes.bytes, packing, name, w);
   }
-  const std::size_t item = dtype_size(spec.value_dtype);
-  for (std::size_t i = 0; i < static_cast<std::size_t>(groups); ++i) {
-    std::memcpy(w.stats.data() + 2 * i * item, scale.bytes.data() + i * item, item);
-    std::memcpy(w.stats.data() + (2 * i + 1) * item, zero.bytes.data() + i * item, item);
-  }
+  write_parameters(spec, parameters, w.stats.data(), serial_executor());
+  if (!kept.empty()) std::memcpy(w.shared.data(), kept.data(), kept.size());
   return w;
 }
 
-// ------------------------------------------------------------------ quantization_config
+// ------------------------------------------------------------------ export
 
-std::string hf_quantization_config(const QuantizeOptions& options,
-                                   std::span<const std::string> skip_modules) {
-  nlohmann::ordered_json weight;
-  weight["nbits"] = options.bits;
-  weight["channel_wise"] = true;
-  weight["group_size"] = nullptr;
-  if (options.group_size != 0) weight["group_size"] = options.group_size;
-  weight["optimize"] = options.optimize;
-  weight["round_zero"] = options.round_zero.value_or(options.bits == 4);
-  weight["axis"] = options.axis;
-  weight["view_as_float"] = false;
-  nlohmann::ordered_json json;
-  json["quant_method"] = "hqq";
-  json["quant_config"]["weight_quant_params"] = weight;
-  json["quant_config"]["scale_quant_params"] = nullptr;
-  json["quant_config"]["zero_quant_params"] = nullptr;
-  json["quant_config"]["offload_meta"] = false;
-  json["skip_modules"] = std::vector<std::string>(skip_modules.begin(), skip_modules.end());
-  return json.dump();
+namespace {
+
+NamedTensor exported_codes(const PackedView& w, const Flags& flags,
+                           std::span<const NamedTensor> residue) {
+  const Grouping grouping = grouping_of(w.spec);
+  if (flags.unpacked) {
+    return {
+        "W_q",
+        {flags.view_dtype, {grouping.rows, grouping.cols}, codes_as_numbers(w, flags.view_dtype)}};
+  }
+  const Packing packing = packing_of(w.spec.bits, grouping, kWhere);
+  std::vector<std::uint8_t> words = pack_codes(w, packing);
+  for (const NamedTensor& field : residue) {
+    if (field.name != kStrayBits) continue;
+    check_size("hqq: residue bytes of W_q", field.tensor.bytes.size(), words.size());
+    for (std::size_t i = 0; i < words.size(); ++i) words[i] |= field.tensor.bytes[i];
+  }
+  const DType stored = flags.view_as_float ? flags.view_dtype : packing.word;
+  return {"W_q", {stored, stored_shape(packing, stored), std::move(words)}};
 }
 
-bool parse_hf_quantization_config(const std::string& text, QuantizeOptions& options) {
-  const auto json = nlohmann::json::parse(text, nullptr, false);
-  if (!json.is_object() || json.value("quant_method", nlohmann::json()) != "hqq") return false;
-  options.method = QuantizationMethod::HQQ;
-  // Settings by layer have no weight_quant_params at this level: the layers' own tensors decide.
-  const auto config = json.value("quant_config", nlohmann::json::object());
-  const auto found = config.is_object() ? config.find("weight_quant_params") : config.end();
-  if (found == config.end() || !found->is_object()) return true;
-  const nlohmann::json& weight = *found;
-  const auto integer = [&](const char* key, std::int64_t fallback) {
-    const auto it = weight.find(key);
-    return it != weight.end() && it->is_number_integer() ? it->get<std::int64_t>() : fallback;
+/// group_size as Python has it; where that is None, files of plain tensors get what it stands for.
+void append_group_size(const PackedSpec& spec, const Flags& flags, std::vector<NamedTensor>& out) {
+  const std::int64_t real = flags.channel_wise ? spec.group_size : flags.stored_group_size;
+  if (!flags.no_group_size) {
+    out.push_back(named_int("group_size", real));
+    return;
+  }
+  out.push_back(named_none("group_size"));
+  NamedTensor plain = named_int("group_size", flags.channel_wise    ? real
+                                              : flags.along_columns ? spec.rows
+                                                                    : spec.cols);
+  plain.kind = StateKind::kPlainOnly;
+  out.push_back(std::move(plain));
+}
+
+/// Fields other than codes and parameters.
+void append_facts(const PackedSpec& spec, const Flags& flags, std::vector<NamedTensor>& out) {
+  const bool columns = spec.group_map == GroupMap::kColumnRuns || flags.along_columns;
+  const std::array<std::int64_t, 2> sizes = {spec.rows, spec.cols};
+  // Fields that an old file lacked are written only where upstream cannot read without them.
+  const auto add = [&](NamedTensor field, bool lacking) {
+    if (lacking) field.kind = StateKind::kPlainOnly;
+    out.push_back(std::move(field));
   };
-  const auto flag = [&](const char* key, bool fallback) {
-    const auto it = weight.find(key);
-    return it != weight.end() && it->is_boolean() ? it->get<bool>() : fallback;
-  };
-  options.bits = static_cast<int>(integer("nbits", 4));
-  options.group_size = integer("group_size", 0);
-  options.axis = static_cast<int>(integer("axis", 1));
-  options.optimize = flag("optimize", true);
-  options.round_zero = flag("round_zero", options.bits == 4);
-  return true;
+  add(named_size("shape", sizes), false);
+  add(flags.ternary ? named_float("nbits", kTernaryBits) : named_int("nbits", spec.bits), false);
+  append_group_size(spec, flags, out);
+  add(named_int("axis", columns ? 0 : 1), false);
+  add(flags.unpacked ? named_none("packing") : named_text("packing", packing_name(spec.bits)),
+      false);
+  add(named_dtype("compute_dtype", spec.value_dtype), false);
+  add(named_dtype("unpack_view_dtype", spec.bits == 3 ? DType::kI32 : DType::kU8),
+      flags.no_view_facts);
+  add(named_bool("view_as_float", flags.view_as_float), flags.no_view_facts);
+  add(named_bool("quant_scale", flags.quant_scale), false);
+  add(named_bool("quant_zero", flags.quant_zero), false);
+  add(named_bool("offload_meta", flags.offload_meta), flags.no_offload_meta);
+  add(named_bool("channel_wise", flags.channel_wise), flags.no_settings);
+  add(named_bool("optimize", flags.optimize), flags.no_settings);
+  add(named_bool("round_zero", flags.round_zero), flags.no_settings);
+  add(named_bool("stores_quant_config", true), flags.no_settings);
+  add(named_bool("encoded_state_dict", true), true);
+}
+
+}  // namespace
+
+std::vector<NamedTensor> export_layer(const PackedView& w, const std::string& prefix) {
+  check_packed(w);
+  Flags flags = Flags::from_int(w.spec.dialect_flags);
+  const std::vector<NamedTensor> residue =
+      decode_residue(w.shared.last(static_cast<std::size_t>(w.spec.residue_bytes)));
+  std::vector<NamedTensor> out;
+  out.push_back(exported_codes(w, flags, residue));
+  append_parameters(w.spec, parameters_of(w), residue, out);
+  append_facts(w.spec, flags, out);
+  for (NamedTensor& field : out) field.name = prefix + field.name;
+  return out;
+}
+
+bool recognizes(const std::function<bool(const std::string& suffix)>& has) {
+  if (!has("W_q")) return false;
+  const auto field = [&](const std::string& name) { return has(name) || has("meta." + name); };
+  const bool scale = field("scale") || field("scale_q") || field("zero_scale");
+  const bool zero = field("zero") || field("zero_q") || field("zero_scale");
+  return scale && zero && field("nbits");
 }
 
 }  // namespace quantal::hqq

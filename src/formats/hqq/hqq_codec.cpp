@@ -7,6 +7,8 @@
 #include <limits>
 #include <string>
 
+#include "formats/hqq/hqq_meta.h"
+#include "formats/hqq/hqq_packing.h"
 #include "formats/tensors.h"
 
 namespace quantal::hqq {
@@ -31,24 +33,15 @@ struct Groups {
   }
 };
 
-/// Initial scale and zero of a group:
-///   scale = min(recip(high - low) * max_code, 2e4), 1 where the range is at most 1e-4
-///   zero = -low * scale, rounded to an integer with round_zero
-void initialize_group(float low, float high, float max_code, bool round_zero, float* scale,
-                      float* zero) {
-  const float range = high - low;
-  float s = (1.0F / range) * max_code;
-  if (std::fabs(range) <= kTinyRange) s = 1.0F;
-  s = std::min(s, kMaxInverseScale);
-  const float z = -low * s;
-  *scale = s;
-  *zero = round_zero ? std::nearbyint(z) : z;
-}
-
 /// Returns false if a weight of the chunk is not finite.
 bool initialize_chunk(const Groups& g, std::int64_t chunk, bool round_zero, GroupParameters& p) {
   const std::int64_t begin = chunk * g.per_chunk(), end = g.end_of(chunk);
   bool finite = true;
+  const auto set = [&](std::size_t k, float lowest, float highest) {
+    const InitialCode code = initial_code(lowest, highest, g.max_code, round_zero);
+    p.scale[k] = code.scale;
+    p.zero[k] = code.zero;
+  };
   std::array<float, kColumnBlock> low, high;
   if (g.columns()) {
     finite = g.kernels.range_columns(g.weights.at(begin), g.grouping.rows, g.grouping.cols,
@@ -57,12 +50,12 @@ bool initialize_chunk(const Groups& g, std::int64_t chunk, bool round_zero, Grou
   for (std::int64_t i = begin; i < end; ++i) {
     const auto k = static_cast<std::size_t>(i), j = static_cast<std::size_t>(i - begin);
     if (g.columns()) {
-      initialize_group(low[j], high[j], g.max_code, round_zero, &p.scale[k], &p.zero[k]);
+      set(k, low[j], high[j]);
       continue;
     }
     const Range r = g.kernels.range(g.weights.at(i * g.spec.group_size), g.spec.group_size);
     finite = finite && r.finite;
-    initialize_group(r.low, r.high, g.max_code, round_zero, &p.scale[k], &p.zero[k]);
+    set(k, r.low, r.high);
   }
   return finite;
 }
@@ -116,63 +109,94 @@ void encode_row(const Groups& g, const GroupParameters& p, std::int64_t r, std::
   }
 }
 
-/// Stores 1 / scale and zero, both rounded to value_dtype.
-void write_stats(const Groups& g, const GroupParameters& p, std::uint8_t* stats,
+/// Residue of quantized parameters before they are filled, in the order of the file's fields.
+struct MetaFields {
+  std::vector<NamedTensor> scale, zero;
+};
+MetaFields blank_fields(const PackedSpec& spec) {
+  const Flags flags = Flags::from_int(spec.dialect_flags);
+  MetaFields out;
+  if (flags.quant_scale) out.scale = blank_meta("scale", spec, kScaleMetaGroup);
+  if (flags.quant_zero) out.zero = blank_meta("zero", spec, kZeroMetaGroup);
+  return out;
+}
+std::vector<std::uint8_t> encode_fields(MetaFields fields) {
+  std::vector<NamedTensor> all = std::move(fields.scale);
+  for (NamedTensor& field : fields.zero) all.push_back(std::move(field));
+  return encode_residue(all);
+}
+
+/// Stores 1 / scale and zero, both rounded to value_dtype, quantized before where asked for.
+void write_stats(const Groups& g, GroupParameters p, std::uint8_t* stats, std::uint8_t* shared,
                  const Executor& executor) {
   const PackedSpec& spec = g.spec;
   const std::size_t item = dtype_size(spec.value_dtype);
   const std::size_t groups = p.scale.size();
+  for (float& scale : p.scale) scale = 1.0F / scale;
+  MetaFields fields = blank_fields(spec);
+  if (!fields.scale.empty()) {
+    quantize_parameters("scale", spec, kScaleMetaGroup, p.scale, fields.scale);
+  }
+  if (!fields.zero.empty()) {
+    quantize_parameters("zero", spec, kZeroMetaGroup, p.zero, fields.zero);
+  }
+  const std::vector<std::uint8_t> residue = encode_fields(std::move(fields));
+  if (!residue.empty()) std::memcpy(shared, residue.data(), residue.size());
+
   std::vector<std::uint8_t> scales(groups * item), zeros(groups * item);
-  std::vector<float> inverse(groups);
-  for (std::size_t i = 0; i < groups; ++i) inverse[i] = 1.0F / p.scale[i];
   const auto n = static_cast<std::int64_t>(groups);
-  narrow_from_f32(spec.value_dtype, inverse.data(), n, scales.data());
+  narrow_from_f32(spec.value_dtype, p.scale.data(), n, scales.data());
   narrow_from_f32(spec.value_dtype, p.zero.data(), n, zeros.data());
-  if (!g.columns()) {
-    spread_stats(spec, {scales.data(), zeros.data(), nullptr}, 0, stats, executor);
-    return;
-  }
-  for (std::size_t i = 0; i < groups; ++i) {
-    std::memcpy(stats + 2 * i * item, scales.data() + i * item, item);
-    std::memcpy(stats + (2 * i + 1) * item, zeros.data() + i * item, item);
-  }
+  write_parameters(spec, {std::move(scales), std::move(zeros)}, stats, executor);
 }
 
 Groups groups_of(const PackedSpec& spec, WeightRun weights) {
-  return {spec, weights, quantize_kernels(), grouping_of(spec),
-          static_cast<float>((1 << spec.bits) - 1)};
+  return {spec, weights, quantize_kernels(), grouping_of(spec), max_code_of(spec)};
+}
+
+[[noreturn]] void refuse_option(const std::string& text) { fail(Errc::kConfig, "hqq: " + text); }
+
+void check_options(const QuantizeOptions& options) {
+  if (options.method != QuantizationMethod::HQQ) {
+    refuse_option("method is " + std::string(method_name(options.method)) + ", expected hqq");
+  }
+  if (std::find(kBits.begin(), kBits.end(), options.bits) == kBits.end()) {
+    refuse_option("bits is " + std::to_string(options.bits) +
+                  ", expected one of 1, 2, 3, 4, 5, 6, 8");
+  }
+  if (!options.mode.empty() && (options.mode != kTernaryMode || options.bits != 2)) {
+    refuse_option("mode is '" + options.mode + "' with bits " + std::to_string(options.bits) +
+                  ", expected none, or '1.58' with bits 2");
+  }
+  if (options.axis != 0 && options.axis != 1) {
+    refuse_option("axis is " + std::to_string(options.axis) + ", expected one of 0, 1");
+  }
+  if (!is_weight_dtype(options.value_dtype)) {
+    refuse_option("value_dtype is " + std::string(dtype_name(options.value_dtype)) +
+                  ", expected one of f32, f16, bf16");
+  }
 }
 
 }  // namespace
 
-Grouping grouping_of(const PackedSpec& spec) {
-  const std::int64_t groups = spec.rows * spec.cols / spec.group_size;
-  if (spec.group_map == GroupMap::kColumnRuns) return {spec.group_size, groups, groups};
-  return {groups, spec.group_size, groups};
+InitialCode initial_code(float low, float high, float max_code, bool round_zero) {
+  const float range = high - low;
+  float scale = (1.0F / range) * max_code;
+  if (std::fabs(range) <= kTinyRange) scale = 1.0F;
+  scale = std::min(scale, kMaxInverseScale);
+  const float zero = -low * scale;
+  return {scale, round_zero ? std::nearbyint(zero) : zero};
 }
 
 PackedSpec make_spec(std::int64_t rows, std::int64_t cols, const QuantizeOptions& options) {
-  const auto refuse = [](const std::string& text) { fail(Errc::kConfig, "hqq: " + text); };
-  if (options.method != QuantizationMethod::HQQ) {
-    refuse("method is " + std::string(method_name(options.method)) + ", expected hqq");
-  }
-  if (options.bits != 4 && options.bits != 8) {
-    refuse("bits is " + std::to_string(options.bits) + ", expected one of 4, 8");
-  }
-  if (options.axis != 0 && options.axis != 1) {
-    refuse("axis is " + std::to_string(options.axis) + ", expected one of 0, 1");
-  }
-  if (!is_weight_dtype(options.value_dtype)) {
-    refuse("value_dtype is " + std::string(dtype_name(options.value_dtype)) +
-           ", expected one of f32, f16, bf16");
-  }
+  check_options(options);
   const std::int64_t numel = checked_mul(rows, cols, "hqq: elements");
   const std::int64_t whole = options.axis == 1 ? cols : rows;
   const std::int64_t group = options.group_size == 0 ? whole : options.group_size;
   if (group < 1 || (options.group_size != 0 && group % kGroupMultiple != 0) || numel % group != 0) {
-    refuse("group_size is " + std::to_string(options.group_size) +
-           ", expected a multiple of 8 that divides the " + std::to_string(numel) +
-           " weights, or 0 for one group per " + (options.axis == 1 ? "row" : "column"));
+    refuse_option("group_size is " + std::to_string(options.group_size) +
+                  ", expected a multiple of 8 that divides the " + std::to_string(numel) +
+                  " weights, or 0 for one group per " + (options.axis == 1 ? "row" : "column"));
   }
   PackedSpec spec;
   spec.rows = rows;
@@ -185,15 +209,16 @@ PackedSpec make_spec(std::int64_t rows, std::int64_t cols, const QuantizeOptions
   spec.group_size = group;
   spec.dialect = kDialectId;
   spec.dialect_flags = Flags{.optimize = options.optimize,
-                             .round_zero = options.round_zero.value_or(options.bits == 4)}
+                             .round_zero = options.round_zero.value_or(options.bits == 4),
+                             .quant_zero = options.quant_zero.value_or(false),
+                             .quant_scale = options.quant_scale.value_or(false),
+                             .ternary = options.mode == kTernaryMode}
                            .to_int();
   validate_spec(spec);
-  if (spec.bits == 4 && grouping_of(spec).rows % 2 != 0) {
-    fail(Errc::kShape,
-         "hqq: rows of the grouped matrix are " + std::to_string(grouping_of(spec).rows) +
-             ", expected an even number at 4 bits (group_size " + std::to_string(group) +
-             ", shape [" + std::to_string(rows) + ", " + std::to_string(cols) + "])");
-  }
+  packing_of(spec.bits, grouping_of(spec),
+             "hqq: group_size " + std::to_string(group) + " of shape [" + std::to_string(rows) +
+                 ", " + std::to_string(cols) + "]");
+  spec.residue_bytes = static_cast<std::int64_t>(encode_fields(blank_fields(spec)).size());
   return spec;
 }
 
@@ -234,14 +259,14 @@ GroupParameters solve(const PackedSpec& spec, WeightRun weights, const Executor&
 }
 
 void quantize(const PackedSpec& spec, DType dtype, const void* weights, std::uint8_t* codes,
-              std::uint8_t* stats, std::uint8_t* /*shared*/, const Executor& executor) {
+              std::uint8_t* stats, std::uint8_t* shared, const Executor& executor) {
   if (!is_weight_dtype(dtype)) {
     fail(Errc::kDtype, "hqq: weights have dtype " + std::string(dtype_name(dtype)) +
                            ", expected one of f32, f16, bf16");
   }
   const PackedLayout layout = layout_of(spec);
   const WeightRun run{dtype, weights};
-  const GroupParameters p = solve(spec, run, executor);
+  GroupParameters p = solve(spec, run, executor);
   const Groups g = groups_of(spec, run);
   executor.parallel_for(
       0, spec.rows, rows_per_task(spec.cols), [&](std::int64_t begin, std::int64_t end) {
@@ -251,7 +276,7 @@ void quantize(const PackedSpec& spec, DType dtype, const void* weights, std::uin
           pack_row(spec.bits, row.data(), spec.cols, codes + r * layout.code_bytes);
         }
       });
-  write_stats(g, p, stats, executor);
+  write_stats(g, std::move(p), stats, shared, executor);
 }
 
 }  // namespace quantal::hqq

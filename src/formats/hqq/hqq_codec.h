@@ -10,13 +10,22 @@
 
 namespace quantal::hqq {
 
-/// Dialect::make_spec. group_size 0 means one group per row (axis 1) or column (axis 0).
+/// Dialect::make_spec. group_size 0 means one group per row (axis 1) or column (axis 0); mode
+/// "1.58" with bits 2 asks for ternary codes.
 PackedSpec make_spec(std::int64_t rows, std::int64_t cols, const QuantizeOptions& options);
 
 /// Dialect::quantize. Without the solver bit-exact with hqq 0.2.8.post1 on the CPU; with it up to
 /// the order of summation of the mean of a group and of the error.
 void quantize(const PackedSpec& spec, DType dtype, const void* weights, std::uint8_t* codes,
               std::uint8_t* stats, std::uint8_t* shared, const Executor& executor);
+
+/// Scale (codes per weight unit) and zero (codes) of a group before the solver:
+///   scale = min(recip(high - low) * max_code, 2e4), 1 where the range is at most 1e-4
+///   zero = -low * scale, rounded to an integer with round_zero
+struct InitialCode {
+  float scale, zero;
+};
+InitialCode initial_code(float low, float high, float max_code, bool round_zero);
 
 /// Parameters of all groups before they are rounded to value_dtype. `scale` is in codes per weight
 /// unit (files hold its reciprocal), `zero` in codes. `errors` holds the mean residual of each
