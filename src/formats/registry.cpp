@@ -3,14 +3,23 @@
 #include <string>
 
 #include "formats/bnb/bnb.h"
+#include "formats/gguf/gguf.h"
 #include "formats/hqq/hqq.h"
+#include "formats/mlx/mlx.h"
+#include "formats/quanto/quanto.h"
 #include "quantal/formats.h"
 
 namespace quantal {
 namespace {
 
-// Ids are stored in files: 1 bnb, 2 hqq; 3 mlx, 4 quanto and 5 gguf are reserved.
-constinit const std::array<const Dialect*, 2> kDialects = {&bnb::kDialect, &hqq::kDialect};
+// In order of their ids, which are stored in files: 1 bnb, 2 hqq, 3 mlx, 4 quanto, 5 gguf.
+constinit const std::array kDialects = {
+    &bnb::kDialect,
+    &hqq::kDialect,
+    &mlx::kDialect,
+    &quanto::kDialect,
+    &gguf::kDialect,
+};
 
 std::string built_methods() {
   std::string names;
@@ -48,8 +57,12 @@ const Dialect& dialect_by_id(int id) {
   for (const Dialect* dialect : kDialects) {
     if (dialect->id == id) return *dialect;
   }
-  fail(Errc::kCorrupt,
-       "dialect: id is " + std::to_string(id) + ", expected one of 1 (bnb), 2 (hqq)");
+  std::string known;
+  for (const Dialect* dialect : kDialects) {
+    known += (known.empty() ? "" : ", ") + std::to_string(dialect->id) + " (" +
+             std::string(dialect->name) + ")";
+  }
+  fail(Errc::kCorrupt, "dialect: id is " + std::to_string(id) + ", expected one of " + known);
 }
 
 const Dialect& dialect_by_name(std::string_view name) {

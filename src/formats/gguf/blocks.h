@@ -24,6 +24,9 @@ struct Q5_1 {  ///< w = d * q + m
 struct Q8_0 {  ///< w = d * q, q signed
   std::uint8_t d[2], qs[32];
 };
+struct IQ4_NL {  ///< w = d * kIq4NlCodebook[q]
+  std::uint8_t d[2], qs[16];
+};
 
 // Super-blocks of 256 elements; i is the element.
 
@@ -44,7 +47,7 @@ struct Q6_K {  ///< w = (d * scales[i / 16]) * (q - 32), scales signed
 };
 
 static_assert(sizeof(Q4_0) == 18 && sizeof(Q4_1) == 20 && sizeof(Q5_0) == 22);
-static_assert(sizeof(Q5_1) == 24 && sizeof(Q8_0) == 34);
+static_assert(sizeof(Q5_1) == 24 && sizeof(Q8_0) == 34 && sizeof(IQ4_NL) == 18);
 static_assert(sizeof(Q2_K) == 84 && sizeof(Q3_K) == 110 && sizeof(Q4_K) == 144);
 static_assert(sizeof(Q5_K) == 176 && sizeof(Q6_K) == 210);
 
@@ -54,10 +57,44 @@ void decode_block(const Q4_1& block, float* out) noexcept;
 void decode_block(const Q5_0& block, float* out) noexcept;
 void decode_block(const Q5_1& block, float* out) noexcept;
 void decode_block(const Q8_0& block, float* out) noexcept;
+void decode_block(const IQ4_NL& block, float* out) noexcept;
 void decode_block(const Q2_K& block, float* out) noexcept;
 void decode_block(const Q3_K& block, float* out) noexcept;
 void decode_block(const Q4_K& block, float* out) noexcept;
 void decode_block(const Q5_K& block, float* out) noexcept;
 void decode_block(const Q6_K& block, float* out) noexcept;
+
+/// A block taken apart: codes one per byte, statistics as the packed form keeps them
+/// (quantal/kernels.h). What a type does not have stays as it was.
+struct Parts {
+  std::uint8_t codes[256];
+  std::uint8_t scales[16], offsets[16];  ///< sub-scales and sub-offsets of super-blocks
+  std::uint16_t scale, offset;           ///< d and m or dmin, binary16
+};
+void take_apart(const Q4_0& block, Parts& parts) noexcept;
+void take_apart(const Q4_1& block, Parts& parts) noexcept;
+void take_apart(const Q5_0& block, Parts& parts) noexcept;
+void take_apart(const Q5_1& block, Parts& parts) noexcept;
+void take_apart(const Q8_0& block, Parts& parts) noexcept;
+void take_apart(const IQ4_NL& block, Parts& parts) noexcept;
+void take_apart(const Q2_K& block, Parts& parts) noexcept;
+void take_apart(const Q3_K& block, Parts& parts) noexcept;
+void take_apart(const Q4_K& block, Parts& parts) noexcept;
+void take_apart(const Q5_K& block, Parts& parts) noexcept;
+void take_apart(const Q6_K& block, Parts& parts) noexcept;
+
+/// Inverse of take_apart. False if a sub-scale has no place in the block (6 bits); codes are within
+/// their width.
+bool put_together(const Parts& parts, Q4_0& block) noexcept;
+bool put_together(const Parts& parts, Q4_1& block) noexcept;
+bool put_together(const Parts& parts, Q5_0& block) noexcept;
+bool put_together(const Parts& parts, Q5_1& block) noexcept;
+bool put_together(const Parts& parts, Q8_0& block) noexcept;
+bool put_together(const Parts& parts, IQ4_NL& block) noexcept;
+bool put_together(const Parts& parts, Q2_K& block) noexcept;
+bool put_together(const Parts& parts, Q3_K& block) noexcept;
+bool put_together(const Parts& parts, Q4_K& block) noexcept;
+bool put_together(const Parts& parts, Q5_K& block) noexcept;
+bool put_together(const Parts& parts, Q6_K& block) noexcept;
 
 }  // namespace quantal::formats::gguf

@@ -1,5 +1,6 @@
 #include "core/half.h"
 #include "formats/gguf/blocks.h"
+#include "quantal/kernels.h"
 
 namespace quantal::formats::gguf {
 namespace {
@@ -61,6 +62,14 @@ void decode_block(const Q8_0& block, float* out) noexcept {
   const float d = half_at(block.d);
   for (int j = 0; j < 2 * kHalf; ++j) {
     out[j] = d * static_cast<float>(static_cast<std::int8_t>(block.qs[j]));
+  }
+}
+
+void decode_block(const IQ4_NL& block, float* out) noexcept {
+  const float d = half_at(block.d);
+  for (int j = 0; j < kHalf; ++j) {
+    out[j] = d * kIq4NlCodebook[block.qs[j] & 15];
+    out[j + kHalf] = d * kIq4NlCodebook[block.qs[j] >> 4];
   }
 }
 

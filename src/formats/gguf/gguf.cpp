@@ -1,108 +1,51 @@
-// The table of ggml types and the decoder that reads it.
-#include <algorithm>
+#include "formats/gguf/gguf.h"
+
 #include <array>
-#include <cstring>
 
-#include "core/half.h"
-#include "formats/gguf/blocks.h"
-#include "quantal/ggml.h"
+#include "formats/gguf/gguf_codec.h"
+#include "formats/gguf/gguf_params.h"
 
-namespace quantal {
+namespace quantal::gguf {
 namespace {
 
-using formats::gguf::decode_block;
-
-constexpr std::array<GgmlBlock, 20> kBlocks = {{
-    {GgmlType::kF32, "F32", 1, 4, true},       {GgmlType::kF16, "F16", 1, 2, true},
-    {GgmlType::kQ4_0, "Q4_0", 32, 18, true},   {GgmlType::kQ4_1, "Q4_1", 32, 20, true},
-    {GgmlType::kQ5_0, "Q5_0", 32, 22, true},   {GgmlType::kQ5_1, "Q5_1", 32, 24, true},
-    {GgmlType::kQ8_0, "Q8_0", 32, 34, true},   {static_cast<GgmlType>(9), "Q8_1", 32, 36, false},
-    {GgmlType::kQ2_K, "Q2_K", 256, 84, true},  {GgmlType::kQ3_K, "Q3_K", 256, 110, true},
-    {GgmlType::kQ4_K, "Q4_K", 256, 144, true}, {GgmlType::kQ5_K, "Q5_K", 256, 176, true},
-    {GgmlType::kQ6_K, "Q6_K", 256, 210, true}, {static_cast<GgmlType>(15), "Q8_K", 256, 292, false},
-    {GgmlType::kI8, "I8", 1, 1, false},        {GgmlType::kI16, "I16", 1, 2, false},
-    {GgmlType::kI32, "I32", 1, 4, false},      {GgmlType::kI64, "I64", 1, 8, false},
-    {GgmlType::kF64, "F64", 1, 8, false},      {GgmlType::kBF16, "BF16", 1, 2, true},
+constexpr std::array<FileLayout, 1> kLayouts = {{
+    {.name = "gguf",
+     .title = "one GGUF file with metadata and tokenizer",
+     .container = Container::kGguf,
+     .weights = "",
+     .tree = StateTree::kFlat},
 }};
 
-/// Plain floats. Tensors of a file may lie at any address, widen_to_f32 wants whole elements.
-void widen(DType dtype, const std::uint8_t* data, std::int64_t n, float* out) {
-  constexpr std::int64_t kChunk = 1024;
-  const auto size = static_cast<std::int64_t>(dtype_size(dtype));
-  alignas(16) std::uint8_t aligned[kChunk * 4];
-  for (std::int64_t i = 0; i < n; i += kChunk) {
-    const std::int64_t count = std::min(kChunk, n - i);
-    std::memcpy(aligned, data + i * size, static_cast<std::size_t>(count * size));
-    widen_to_f32(dtype, aligned, count, out + i);
-  }
+/// Blocks lie within a row.
+Reach reach(const QuantizeOptions& /*options*/) { return Reach::kRow; }
+
+/// Nothing stands beside a GGUF file.
+SideFiles side_files(const FileLayout& /*layout*/, std::span<const LayerEntry> /*layers*/,
+                     std::span<const std::string> /*dense*/) {
+  return {};
 }
 
-template <class Block>
-void decode_blocks(const std::uint8_t* data, std::int64_t n, float* out) {
-  constexpr std::int64_t kElements = sizeof(Block) < 40 ? 32 : 256;
-  for (std::int64_t i = 0; i < n; i += kElements) {
-    Block block;
-    std::memcpy(&block, data, sizeof block);
-    decode_block(block, out + i);
-    data += sizeof block;
-  }
-}
+std::map<std::string, std::string> read_settings(const SideTexts& /*texts*/) { return {}; }
 
 }  // namespace
 
-const GgmlBlock* find_ggml_block(std::uint32_t type) noexcept {
-  for (const GgmlBlock& block : kBlocks) {
-    if (static_cast<std::uint32_t>(block.type) == type) return &block;
-  }
-  return nullptr;
-}
+constinit const Dialect kDialect = {
+    .id = kDialectId,
+    .name = "gguf",
+    .title = "GGUF",
+    .methods = {},
+    .bits = kBits,
+    .group_sizes = kGroupSizes,
+    .group_multiple = 16,
+    .reach = reach,
+    .make_spec = make_spec,
+    .quantize = quantize,
+    .export_layer = export_layer,
+    .recognizes = recognizes,
+    .import_layer = import_layer,
+    .layouts = kLayouts,
+    .side_files = side_files,
+    .read_settings = read_settings,
+};
 
-void decode_ggml(GgmlType type, const std::uint8_t* data, std::int64_t n, float* out) {
-  using namespace formats::gguf;
-  const GgmlBlock* block = find_ggml_block(static_cast<std::uint32_t>(type));
-  if (block == nullptr || !block->decodable) {
-    fail(Errc::kUnsupported,
-         "gguf: tensor type is " +
-             (block == nullptr ? std::to_string(static_cast<std::uint32_t>(type))
-                               : std::string(block->name)) +
-             ", expected F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or Q2_K to Q6_K");
-  }
-  if (n < 0 || n % block->elements != 0) {
-    fail(Errc::kShape, "gguf: number of elements is " + std::to_string(n) +
-                           ", expected a multiple of " + std::to_string(block->elements) + " (" +
-                           std::string(block->name) + ")");
-  }
-  switch (type) {
-    case GgmlType::kF32:
-      return widen(DType::kF32, data, n, out);
-    case GgmlType::kF16:
-      return widen(DType::kF16, data, n, out);
-    case GgmlType::kBF16:
-      return widen(DType::kBF16, data, n, out);
-    case GgmlType::kQ4_0:
-      return decode_blocks<Q4_0>(data, n, out);
-    case GgmlType::kQ4_1:
-      return decode_blocks<Q4_1>(data, n, out);
-    case GgmlType::kQ5_0:
-      return decode_blocks<Q5_0>(data, n, out);
-    case GgmlType::kQ5_1:
-      return decode_blocks<Q5_1>(data, n, out);
-    case GgmlType::kQ8_0:
-      return decode_blocks<Q8_0>(data, n, out);
-    case GgmlType::kQ2_K:
-      return decode_blocks<Q2_K>(data, n, out);
-    case GgmlType::kQ3_K:
-      return decode_blocks<Q3_K>(data, n, out);
-    case GgmlType::kQ4_K:
-      return decode_blocks<Q4_K>(data, n, out);
-    case GgmlType::kQ5_K:
-      return decode_blocks<Q5_K>(data, n, out);
-    case GgmlType::kQ6_K:
-      return decode_blocks<Q6_K>(data, n, out);
-    default:
-      break;
-  }
-  fail(Errc::kInternal, "gguf: type is listed as decodable without a decoder");
-}
-
-}  // namespace quantal
+}  // namespace quantal::gguf

@@ -1,0 +1,94 @@
+#include "formats/gguf/gguf_codec.h"
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+
+#include "formats/gguf/gguf_encode.h"
+#include "formats/gguf/gguf_params.h"
+#include "formats/tensors.h"
+
+namespace quantal::gguf {
+namespace {
+
+std::string encodable_names() {
+  std::string names;
+  for (const BlockForm& form : kForms) {
+    if (!ggml_encodable(form.type)) continue;
+    names += (names.empty() ? "" : ", ") + std::string(ggml_block(form.type).name);
+  }
+  return names;
+}
+
+/// The block type that the options name: `mode`, or the simplest type of `bits`.
+GgmlType type_of(const QuantizeOptions& options) {
+  if (!options.mode.empty()) {
+    const GgmlBlock* block = find_ggml_block(options.mode);
+    if (block != nullptr && find_form(block->type) != nullptr && ggml_encodable(block->type)) {
+      return block->type;
+    }
+    fail(Errc::kConfig,
+         "gguf: mode is \"" + options.mode + "\", expected one of " + encodable_names());
+  }
+  switch (options.bits) {
+    case 0:
+    case 4:
+      return GgmlType::kQ4_0;
+    case 5:
+      return GgmlType::kQ5_0;
+    case 6:
+      return GgmlType::kQ6_K;
+    case 8:
+      return GgmlType::kQ8_0;
+    default:
+      fail(Errc::kConfig, "gguf: bits is " + std::to_string(options.bits) +
+                              ", expected one of 4, 5, 6, 8, or a mode (" + encodable_names() +
+                              ")");
+  }
+}
+
+}  // namespace
+
+PackedSpec make_spec(std::int64_t rows, std::int64_t cols, const QuantizeOptions& options) {
+  return ggml_spec(type_of(options), rows, cols);
+}
+
+void quantize(const PackedSpec& spec, DType dtype, const void* weights, std::uint8_t* codes,
+              std::uint8_t* stats, std::uint8_t* /*shared*/, const Executor& executor) {
+  const GgmlType type = ggml_type_of(spec);
+  if (!is_weight_dtype(dtype)) {
+    fail(Errc::kDtype, "gguf: weights have dtype " + std::string(dtype_name(dtype)) +
+                           ", expected one of f32, f16, bf16");
+  }
+  // Rows in slices, so that the blocks never lie beside the packed form as a whole. A slice is
+  // large enough for all threads; errors name rows of the matrix.
+  const PackedLayout layout = layout_of(spec);
+  const std::int64_t slice = rows_per_task(spec.cols) * 16 * executor.num_threads();
+  const WeightRun run{dtype, weights};
+  for (std::int64_t r = 0; r < spec.rows; r += slice) {
+    const std::int64_t rows = std::min(slice, spec.rows - r);
+    std::vector<std::uint8_t> blocks(static_cast<std::size_t>(ggml_bytes(type, rows, spec.cols)));
+    encode_rows(type, run, r, rows, spec.cols, blocks.data(), executor);
+    const PackedMatrix part = pack_ggml(type, rows, spec.cols, blocks, executor);
+    std::memcpy(codes + r * layout.code_bytes, part.codes.data(), part.codes.size());
+    std::memcpy(stats + r * layout.stat_bytes, part.stats.data(), part.stats.size());
+  }
+}
+
+std::vector<NamedTensor> export_layer(const PackedView& w, const std::string& prefix) {
+  const std::vector<std::uint8_t> blocks = unpack_ggml(w, serial_executor());
+  const std::int64_t row_bytes = ggml_bytes(ggml_type_of(w.spec), 1, w.spec.cols);
+  return {{prefix + "weight", tensor_of(DType::kU8, {w.spec.rows, row_bytes}, blocks)}};
+}
+
+bool recognizes(const std::function<bool(const std::string& suffix)>& /*has*/) { return false; }
+
+PackedMatrix import_layer(const std::string& prefix, const TensorLookup& /*lookup*/,
+                          const LayerFacts& /*facts*/) {
+  fail(Errc::kUnsupported,
+       "gguf: tensor " + prefix +
+           "weight carries no block type outside a GGUF file, expected a .gguf file (pack_ggml)",
+       {.path = {}, .tensor = prefix + "weight"});
+}
+
+}  // namespace quantal::gguf
