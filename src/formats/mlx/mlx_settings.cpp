@@ -144,7 +144,7 @@ Json block_of(std::span<const LayerEntry> layers, bool with_mode) {
 
 const std::array<FileLayout, 3> kLayouts = {{
     {"mlx-lm", "folder with config.json and model.safetensors, as mlx-lm writes it",
-     Container::kSafetensors, "model.safetensors", StateTree::kFlat},
+     Container::kSafetensors, "model.safetensors", StateTree::kFlat, true},
     {"npz", "folder with config.json and weights.npz (older mlx-lm)", Container::kNpz,
      "weights.npz", StateTree::kFlat},
     {"guide", "folder with mlx_model.npz and mlx_config.json", Container::kNpz, "mlx_model.npz",
