@@ -168,6 +168,30 @@ struct GgufArray {
   std::vector<GgufValue> values;
 };
 
+/// Types of metadata values (numbers of the file format).
+enum class GgufType : std::uint32_t {
+  kU8 = 0,
+  kI8 = 1,
+  kU16 = 2,
+  kI16 = 3,
+  kU32 = 4,
+  kI32 = 5,
+  kF32 = 6,
+  kBool = 7,
+  kString = 8,
+  kArray = 9,
+  kU64 = 10,
+  kI64 = 11,
+  kF64 = 12,
+};
+
+/// A metadata pair with the type that it has in a file.
+struct GgufPair {
+  std::string key;
+  GgufType type = GgufType::kString;
+  GgufValue value;
+};
+
 /// One tensor of a GGUF file. `shape` is row-major (slowest first), i.e. reversed file dims.
 struct GgufTensor {
   std::string name;
@@ -191,6 +215,8 @@ class GgufFile {
   std::uint32_t version() const { return version_; }
   const std::vector<std::pair<std::string, GgufValue>>& metadata() const { return metadata_; }
   const GgufValue* find_metadata(const std::string& key) const;
+  /// metadata() with the types of the file, as GgufWriter takes it.
+  std::vector<GgufPair> pairs() const;
   const std::vector<GgufTensor>& tensors() const { return tensors_; }
   const GgufTensor* find(const std::string& name) const;
   const std::string& path() const { return file_->path(); }
@@ -199,8 +225,49 @@ class GgufFile {
   std::shared_ptr<MappedFile> file_;
   std::uint32_t version_ = 0;
   std::vector<std::pair<std::string, GgufValue>> metadata_;
+  std::vector<GgufType> metadata_types_;
   std::vector<GgufTensor> tensors_;
   std::map<std::string, std::size_t> index_;
 };
+
+/// What a writer must know of a tensor before its bytes come. `shape` is row-major.
+struct GgufTensorPlan {
+  std::string name;
+  std::uint32_t type = 0;  ///< ggml_type number
+  std::vector<std::int64_t> shape;
+  std::int64_t bytes = 0;
+};
+
+/// Writes a GGUF v3 file atomically, tensor by tensor; nothing but the header is kept in memory.
+/// The file appears on commit; without it nothing is left. Not thread-safe.
+class GgufWriter {
+ public:
+  /// Alignment is the pair general.alignment (u32), 32 without one. Throws Error{kIo};
+  /// Error{kConfig} naming the key or tensor for empty or repeated keys, values that do not fit
+  /// their type, arrays of arrays, repeated names, names of more than 63 bytes, ranks other than 1
+  /// to 4, sizes that overflow.
+  GgufWriter(const std::string& path, std::span<const GgufPair> metadata,
+             std::vector<GgufTensorPlan> tensors);
+  ~GgufWriter();
+  GgufWriter(const GgufWriter&) = delete;
+  GgufWriter& operator=(const GgufWriter&) = delete;
+
+  /// Appends to the data of the tensor whose turn it is, in the order of the plan; a full tensor is
+  /// padded and the next one begins. Throws Error{kIo}; Error{kConfig} naming the tensor if
+  /// `bytes` reach beyond its end.
+  void write(std::span<const std::uint8_t> bytes);
+  /// Throws Error{kConfig} naming the first tensor that is not complete; Error{kIo}.
+  void commit();
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+/// Metadata alone, as the bytes of a GGUF file without tensors; throws as GgufWriter.
+std::string gguf_metadata_bytes(std::span<const GgufPair> metadata);
+/// Inverse: the metadata of the GGUF file `bytes`, whatever follows it. `name` stands for the path
+/// in errors. Throws Error{kCorrupt}, Error{kUnsupported} as GgufFile.
+std::vector<GgufPair> parse_gguf_metadata(std::string_view bytes, const std::string& name);
 
 }  // namespace quantal

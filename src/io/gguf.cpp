@@ -12,41 +12,9 @@ namespace {
 using io::ByteReader;
 using BlockSizes = GgufBlockSize (*)(std::uint32_t type);
 
-constexpr std::uint32_t kOldest = 2;
-constexpr std::uint32_t kNewest = 3;
-constexpr std::uint64_t kMinPairBytes = 8 + 1 + 4 + 1;        // key length, key, type, value
-constexpr std::uint64_t kMinTensorBytes = 8 + 0 + 4 + 4 + 8;  // name, n_dims, type, offset
-constexpr std::size_t kMaxNameBytes = 63;                     // ggml keeps 64 with the zero
+constexpr std::size_t kMaxNameBytes = 63;  // ggml keeps 64 with the zero
 constexpr std::uint32_t kMaxDims = 4;
 constexpr std::uint64_t kDefaultAlignment = 32;
-
-std::uint32_t read_version(ByteReader& reader, const std::string& path) {
-  const auto magic = reader.take(4, "magic");
-  const std::string text(magic.begin(), magic.end());
-  if (text != "GGUF") reader.bad("magic is not \"GGUF\"", 0);
-  const std::uint32_t version = reader.u32("version");
-  if (version >= kOldest && version <= kNewest) return version;
-  const std::uint32_t swapped =
-      version >> 24 | (version >> 8 & 0xFF00u) | (version << 8 & 0xFF0000u) | version << 24;
-  const bool big_endian = swapped >= 1 && swapped <= kNewest;
-  fail(Errc::kUnsupported,
-       big_endian ? "gguf: file is big-endian, expected little-endian"
-                  : "gguf: version is " + std::to_string(version) + ", expected 2 or 3",
-       {.path = path, .offset = 4});
-}
-
-/// A count of things that take at least `bytes_each`.
-std::uint64_t read_count(ByteReader& reader, const char* what, std::uint64_t bytes_each) {
-  const std::int64_t at = reader.offset();
-  const std::uint64_t count = reader.u64(what);
-  const std::uint64_t most = reader.remaining() / bytes_each;
-  if (count > most) {
-    reader.bad(std::string(what) + " is " + std::to_string(count) + ", expected at most " +
-                   std::to_string(most) + " (file size)",
-               at);
-  }
-  return count;
-}
 
 std::uint64_t alignment_of(const GgufFile& file) {
   const GgufValue* value = file.find_metadata("general.alignment");
@@ -164,13 +132,15 @@ void place_tensors(std::vector<TensorRecord>& infos, const MappedFile& file,
 GgufFile::GgufFile(const std::string& path, BlockSizes block_size)
     : file_(std::make_shared<MappedFile>(path)) {
   ByteReader reader(file_->bytes(), "gguf", path);
-  version_ = read_version(reader, path);
-  const std::uint64_t tensor_count = read_count(reader, "tensor count", kMinTensorBytes);
-  const std::uint64_t pair_count = read_count(reader, "metadata count", kMinPairBytes);
-  metadata_ = io::read_gguf_metadata(reader, pair_count);
+  const io::GgufCounts counts = io::read_gguf_counts(reader);
+  version_ = counts.version;
+  for (GgufPair& pair : io::read_gguf_metadata(reader, counts.pairs)) {
+    metadata_types_.push_back(pair.type);
+    metadata_.emplace_back(std::move(pair.key), std::move(pair.value));
+  }
 
   std::vector<TensorRecord> infos;
-  for (std::uint64_t i = 0; i < tensor_count; ++i) {
+  for (std::uint64_t i = 0; i < counts.tensors; ++i) {
     infos.push_back(read_info(reader, block_size));
     const TensorRecord& info = infos.back();
     if (!index_.emplace(info.tensor.name, static_cast<std::size_t>(i)).second) {
@@ -187,6 +157,14 @@ const GgufValue* GgufFile::find_metadata(const std::string& key) const {
   const auto found = std::find_if(metadata_.begin(), metadata_.end(),
                                   [&key](const auto& pair) { return pair.first == key; });
   return found == metadata_.end() ? nullptr : &found->second;
+}
+
+std::vector<GgufPair> GgufFile::pairs() const {
+  std::vector<GgufPair> out;
+  for (std::size_t i = 0; i < metadata_.size(); ++i) {
+    out.push_back({metadata_[i].first, metadata_types_[i], metadata_[i].second});
+  }
+  return out;
 }
 
 const GgufTensor* GgufFile::find(const std::string& name) const {

@@ -47,8 +47,10 @@ struct BlockQuantizeKernels {
   bool (*range32)(WeightRun w, std::int64_t groups, int max_code, float* scales, float* lows,
                   std::uint8_t* codes);
 
-  /// d = max|w| / 127;  code = w * id rounded, halves away from zero, as a signed byte.
-  bool (*absmax32)(WeightRun w, std::int64_t groups, float* scales, std::uint8_t* codes);
+  /// d = max|w| / 127;  code = w * id rounded, halves away from zero, as a signed byte. The codes
+  /// of group g begin at codes + g * stride.
+  bool (*absmax32)(WeightRun w, std::int64_t groups, float* scales, std::uint8_t* codes,
+                   std::int64_t stride);
 
   /// out[i] = binary16(in[i]), half to even; returns false if a value does not fit (65520 and
   /// above, which become infinite).

@@ -62,9 +62,8 @@ void assemble(const Batch& batch, std::int64_t g, Q5_1& block) {
   put_nibbles(batch.codes + g * kShortGroup, block.qs);
   put_fifth_bits(batch.codes + g * kShortGroup, block.qh);
 }
-void assemble(const Batch& batch, std::int64_t g, Q8_0& block) {
-  std::memcpy(block.qs, batch.codes + g * kShortGroup, sizeof(block.qs));
-}
+/// The codes of Q8_0 are written where they belong.
+void assemble(const Batch& /*batch*/, std::int64_t /*g*/, Q8_0& /*block*/) {}
 
 template <class Block>
 constexpr bool kHasMin = std::is_same_v<Block, Q4_1> || std::is_same_v<Block, Q5_1>;
@@ -83,7 +82,7 @@ EncodeStatus encode(WeightRun weights, std::int64_t n, std::uint8_t* out) {
       finite = kernels.range32(run, groups, kHasFifthBit<Block> ? 31 : 15, batch.scales, batch.lows,
                                batch.codes);
     } else if constexpr (std::is_same_v<Block, Q8_0>) {
-      finite = kernels.absmax32(run, groups, batch.scales, batch.codes);
+      finite = kernels.absmax32(run, groups, batch.scales, out + sizeof(Q8_0::d), sizeof(Q8_0));
     } else {
       finite =
           kernels.extreme32(run, groups, kHasFifthBit<Block> ? 16 : 8, batch.scales, batch.codes);
@@ -93,10 +92,10 @@ EncodeStatus encode(WeightRun weights, std::int64_t n, std::uint8_t* out) {
     if constexpr (kHasMin<Block>) fits = kernels.to_f16(batch.lows, groups, batch.m) && fits;
     if (!fits) return EncodeStatus::kTooLarge;
     for (std::int64_t k = 0; k < groups; ++k, out += sizeof(Block)) {
-      Block block;
+      // In place: a copy would wait for the bytes just written. Blocks are bytes, of no alignment.
+      auto& block = *reinterpret_cast<Block*>(out);
       put_u16(batch.d[k], block.d);
       assemble(batch, k, block);
-      std::memcpy(out, &block, sizeof(Block));
     }
   }
   return EncodeStatus::kDone;

@@ -61,6 +61,21 @@ inline void store_bytes(I lanes, std::uint8_t* out) {
   std::memcpy(out, &bytes, sizeof(bytes));
 }
 
+/// Writes the low bytes of the lanes of kGroupVectors registers, one group of codes.
+inline void store_group(const I* q, std::uint8_t* out) {
+#if QUANTAL_LANES == 8
+  // Four registers make one: byte 4 l + v is lane l of register v. One permutation sorts them.
+  using Bytes = std::uint8_t __attribute__((vector_size(32)));
+  const Bytes mixed = (Bytes)((q[0] & 255) | (q[1] & 255) << 8 | (q[2] & 255) << 16 | q[3] << 24);
+  Bytes order;
+  for (int i = 0; i < 32; ++i) order[i] = static_cast<std::uint8_t>(4 * (i % 8) + i / 8);
+  const Bytes sorted = __builtin_shuffle(mixed, order);
+  std::memcpy(out, &sorted, sizeof(sorted));
+#else
+  for (int v = 0; v < kGroupVectors; ++v) store_bytes(q[v], out + v * kWidth);
+#endif
+}
+
 inline bool below_infinity(I most) {
   for (int l = 0; l < kWidth; ++l) {
     if (most[l] >= kInfinityBits) return false;
@@ -99,14 +114,19 @@ inline F read_vector(const In& in, std::int64_t group, int v) {
 /// Largest magnitudes of groups [first, first + count), as bits; `most` gathers them.
 template <class In>
 inline I magnitudes(const In& in, std::int64_t first, int count, I* most) {
-  I each[kWidth] = {};
-  for (int g = 0; g < count; ++g) {
+  I each[kWidth];
+  const auto one = [&](int g) {
     I m = magnitude(read_vector(in, first + g, 0));
     for (int v = 1; v < kGroupVectors; ++v) {
       const I next = magnitude(read_vector(in, first + g, v));
       m = next > m ? next : m;
     }
-    each[g] = m;
+    return m;
+  };
+  if (count == kWidth) {
+    for (int g = 0; g < kWidth; ++g) each[g] = one(g);
+  } else {
+    for (int g = 0; g < kWidth; ++g) each[g] = g < count ? one(g) : I{};
   }
   const I all_groups = highest_of_each(each);
   *most = all_groups > *most ? all_groups : *most;
@@ -117,8 +137,8 @@ inline I magnitudes(const In& in, std::int64_t first, int count, I* most) {
 /// finds what is not finite.
 template <class In>
 inline Extremes extremes(const In& in, std::int64_t first, int count, I* most) {
-  F high[kWidth] = {}, negated[kWidth] = {};
-  for (int g = 0; g < count; ++g) {
+  F high[kWidth], negated[kWidth];
+  const auto one = [&](int g) {
     F h = read_vector(in, first + g, 0), l = h;
     I m = magnitude(h);
     for (int v = 1; v < kGroupVectors; ++v) {
@@ -131,6 +151,12 @@ inline Extremes extremes(const In& in, std::int64_t first, int count, I* most) {
     *most = m > *most ? m : *most;
     high[g] = h;
     negated[g] = -l;
+  };
+  if (count == kWidth) {
+    for (int g = 0; g < kWidth; ++g) one(g);
+  } else {
+    for (int g = 0; g < count; ++g) one(g);
+    for (int g = count; g < kWidth; ++g) high[g] = negated[g] = F{};
   }
   return {highest_of_each(high), -highest_of_each(negated)};
 }
@@ -148,6 +174,12 @@ inline bool for_each_batch(WeightRun w, std::int64_t groups, Body body) {
     return below_infinity(most);
   });
 }
+
+/// The lanes of a register, to be read one by one.
+struct Lanes {
+  alignas(64) float at[kWidth];
+  explicit Lanes(F x) { std::memcpy(at, &x, sizeof(x)); }
+};
 
 inline void store_floats(F x, int count, float* out) {
   if (count == kWidth) {
@@ -188,11 +220,14 @@ bool extreme32(WeightRun w, std::int64_t groups, int centre, float* scales, std:
     extreme = extreme + 0.0F;  // a zero group has the extreme +0
     const F d = extreme / static_cast<float>(-centre), id = inverse_of(d);
     store_floats(d, count, scales + first);
+    const Lanes inverse(id);
     for (int g = 0; g < count; ++g) {
+      I q[kGroupVectors];
       for (int v = 0; v < kGroupVectors; ++v) {
-        const I q = __builtin_convertvector(read_vector(in, first + g, v) * id[g] + half, I);
-        store_bytes(q < top ? q : top, codes + (first + g) * kShortGroup + v * kWidth);
+        q[v] = __builtin_convertvector(read_vector(in, first + g, v) * inverse.at[g] + half, I);
+        q[v] = q[v] < top ? q[v] : top;
       }
+      store_group(q, codes + (first + g) * kShortGroup);
     }
   });
 }
@@ -212,30 +247,36 @@ bool range32(WeightRun w, std::int64_t groups, int max_code, float* scales, floa
     const F d = (x.high - low) / static_cast<float>(max_code), id = inverse_of(d);
     store_floats(d + 0.0F, count, scales + first);  // -0 less +0 is -0
     store_floats(low, count, lows + first);
+    const Lanes inverse(id), least(low);
     for (int g = 0; g < count; ++g) {
+      I q[kGroupVectors];
       for (int v = 0; v < kGroupVectors; ++v) {
-        const F above = read_vector(in, first + g, v) - low[g];
-        const I q = __builtin_convertvector(above * id[g] + 0.5F, I);
-        store_bytes(q < top ? q : top, codes + (first + g) * kShortGroup + v * kWidth);
+        const F above = read_vector(in, first + g, v) - least.at[g];
+        q[v] = __builtin_convertvector(above * inverse.at[g] + 0.5F, I);
+        q[v] = q[v] < top ? q[v] : top;
       }
+      store_group(q, codes + (first + g) * kShortGroup);
     }
   });
 }
 
-bool absmax32(WeightRun w, std::int64_t groups, float* scales, std::uint8_t* codes) {
+bool absmax32(WeightRun w, std::int64_t groups, float* scales, std::uint8_t* codes,
+              std::int64_t stride) {
   // The largest number below one half: adding it and cutting off rounds halves away from zero.
   const I below_half = all(std::bit_cast<std::int32_t>(0x1.fffffep-2F));
   const I sign = all(std::int32_t{-0x7FFFFFFF - 1});
   return for_each_batch(w, groups, [&](std::int64_t first, int count, const auto& in, I* most) {
     const F d = (F)magnitudes(in, first, count, most) / 127.0F, id = inverse_of(d);
     store_floats(d, count, scales + first);
+    const Lanes inverse(id);
     for (int g = 0; g < count; ++g) {
+      I q[kGroupVectors];
       for (int v = 0; v < kGroupVectors; ++v) {
-        const F y = read_vector(in, first + g, v) * id[g];
+        const F y = read_vector(in, first + g, v) * inverse.at[g];
         const F step = (F)(((I)y & sign) | below_half);
-        store_bytes(__builtin_convertvector(y + step, I),
-                    codes + (first + g) * kShortGroup + v * kWidth);
+        q[v] = __builtin_convertvector(y + step, I);
       }
+      store_group(q, codes + (first + g) * stride);
     }
   });
 }

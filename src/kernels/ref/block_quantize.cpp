@@ -76,7 +76,8 @@ bool range32(WeightRun w, std::int64_t groups, int max_code, float* scales, floa
   return true;
 }
 
-bool absmax32(WeightRun w, std::int64_t groups, float* scales, std::uint8_t* codes) {
+bool absmax32(WeightRun w, std::int64_t groups, float* scales, std::uint8_t* codes,
+              std::int64_t stride) {
   bool finite = true;
   for (std::int64_t g = 0; g < groups; ++g) {
     const auto x = group_of(w, g, &finite);
@@ -85,9 +86,10 @@ bool absmax32(WeightRun w, std::int64_t groups, float* scales, std::uint8_t* cod
     for (const float v : x) most = std::max(most, std::fabs(v));
     const float d = most / 127.0F, id = inverse(d);
     scales[g] = d;
-    for (const float v : x) {
-      *codes++ = static_cast<std::uint8_t>(static_cast<std::int8_t>(std::round(v * id)));
+    for (std::size_t i = 0; i < x.size(); ++i) {
+      codes[i] = static_cast<std::uint8_t>(static_cast<std::int8_t>(std::round(x[i] * id)));
     }
+    codes += stride;
   }
   return true;
 }
