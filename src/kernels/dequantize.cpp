@@ -1,7 +1,6 @@
 #include <string>
 
 #include "kernels/cpu/dispatch.h"
-#include "kernels/ref/ref.h"
 #include "quantal/kernels.h"
 
 namespace quantal {
@@ -36,14 +35,6 @@ void check_panel(const PackedSpec& spec, const Panel& p, std::int64_t ld) {
 
 void dequantize(const PackedView& w, const Panel& panel, DType out_dtype, void* out,
                 std::int64_t ld, const Executor& executor) {
-  const bool known = (w.spec.bits == 4 || w.spec.bits == 8) && w.spec.code_map <= CodeMap::kIq4Nl &&
-                     w.spec.offset != Offset::kOver127 && w.spec.scale <= ScaleSource::kNestedU8 &&
-                     w.spec.group_map <= GroupMap::kColumnRuns;
-  if (!known) {
-    check_packed(w);
-    check_panel(w.spec, panel, ld);
-    return ref::dequantize(w, panel, out_dtype, out, ld);
-  }
   const KernelMatrix matrix = kernel_matrix(w);
   const FloatKind kind = float_kind(out_dtype, "dequantize", "out_dtype");
   check_panel(w.spec, panel, ld);

@@ -14,7 +14,7 @@ constexpr std::int64_t kColumnUnit = 64;        // output columns are cut at mul
 void check_product(const PackedView& w, std::int64_t m_rows, const char* where) {
   if (!supports_packed_matmul(w.spec)) {
     fail(Errc::kUnsupported, std::string(where) +
-                                 ": group_map is column runs, expected row runs "
+                                 ": group_map is not row runs, expected row runs "
                                  "(dequantize panels instead)");
   }
   if (m_rows < 0) {

@@ -39,12 +39,38 @@ TEST(Packed, EveryDamagedIntegerIsRefused) {
 
 TEST(Packed, IllegalCombinationsAreRefused) {
   const PackedSpec illegal[] = {
+      {.rows = 4, .cols = 64, .bits = 7},
+      {.rows = 4, .cols = 64, .bits = 0},
+      {.rows = 4, .cols = 64, .bits = 9},
       {.rows = 4, .cols = 64, .bits = 8, .code_map = CodeMap::kNf4},
+      {.rows = 4, .cols = 64, .bits = 3, .code_map = CodeMap::kTable},
+      {.rows = 4, .cols = 64, .bits = 4, .code_map = CodeMap::kE4M3},
       {.rows = 4, .cols = 64, .offset = Offset::kBias, .scale = ScaleSource::kNestedU8},
+      {.rows = 4, .cols = 64, .offset = Offset::kBias, .scale = ScaleSource::kE8M0},
+      {.rows = 4, .cols = 64, .offset = Offset::kOver127, .scale = ScaleSource::kE4M3},
+      {.rows = 4,
+       .cols = 512,
+       .offset = Offset::kOver127,
+       .scale = ScaleSource::kSuperU8,
+       .nested_group_size = 8},
+      {.rows = 4,
+       .cols = 512,
+       .offset = Offset::kShift,
+       .scale = ScaleSource::kSuperI8,
+       .nested_group_size = 8},
+      {.rows = 4, .cols = 512, .scale = ScaleSource::kSuperU4, .nested_group_size = 8},
+      {.rows = 4, .cols = 256, .scale = ScaleSource::kSuperI8, .nested_group_size = 8},
+      {.rows = 4,
+       .cols = 512,
+       .scale = ScaleSource::kSuperI8,
+       .group_map = GroupMap::kColumnRuns,
+       .nested_group_size = 8},
       {.rows = 4, .cols = 64, .group_map = GroupMap::kColumnRuns, .group_size = 48},
+      {.rows = 4, .cols = 64, .group_map = GroupMap::kColumnBlocks, .group_size = 3},
       {.rows = 4, .cols = 64, .scale = ScaleSource::kNestedU8, .group_map = GroupMap::kColumnRuns},
       {.rows = 4, .cols = 0},
       {.rows = std::int64_t{1} << 47, .cols = std::int64_t{1} << 16},  // bytes overflow
+      {.rows = 4, .cols = 64, .residue_bytes = -1},
       {.rows = 4, .cols = 64, .nested_group_size = 257}};
   for (const PackedSpec& spec : illegal) EXPECT_THROW(validate_spec(spec), Error) << describe(spec);
 }
@@ -135,8 +161,9 @@ TEST(Packed, GatherIsTheInverseOfSpreadAndShardsAgree) {
     if (spec.group_map != GroupMap::kRowRuns || spec.rows == 0) continue;
     const PackedMatrix w = random_packed(spec, 42);
     const GatheredStats flat = gather_stats(w.view());
-    const FlatStats from{flat.scales.data(), flat.offsets.empty() ? nullptr : flat.offsets.data(),
-                         flat.absmax2.data()};
+    const auto data = [](const auto& v) { return v.empty() ? nullptr : v.data(); };
+    const FlatStats from{flat.scales.data(), data(flat.offsets), data(flat.absmax2),
+                         data(flat.supers), data(flat.super_offsets)};
     PackedMatrix again = make_packed(spec);
     spread_stats(spec, from, 0, again.stats.data(), ThreadExecutor());
     EXPECT_EQ(again.stats, w.stats) << describe(spec);
@@ -150,6 +177,44 @@ TEST(Packed, GatherIsTheInverseOfSpreadAndShardsAgree) {
     EXPECT_TRUE(std::equal(shard.stats.begin(), shard.stats.end(), w.stats.begin() + skip))
         << describe(spec);
   }
+}
+
+TEST(Packed, LayoutsOfTheNewScaleSources) {
+  PackedSpec q4{.rows = 2,
+                .cols = 512,
+                .offset = Offset::kShift,
+                .scale = ScaleSource::kSuperU8,
+                .group_size = 32,
+                .nested_group_size = 8};
+  PackedLayout layout = layout_of(q4);  // 16 sub-scales, 16 sub-offsets, 2 supers, 2 super-offsets
+  EXPECT_EQ(layout.stat_bytes, 16 + 16 + 4 + 4);
+  EXPECT_EQ(layout.nested_slots, 2);
+  EXPECT_FALSE(layout.has_header);
+  q4.scale = ScaleSource::kSuperU4;  // one byte for both
+  EXPECT_EQ(layout_of(q4).stat_bytes, 16 + 4 + 4);
+  q4.scale = ScaleSource::kSuperI8;
+  q4.offset = Offset::kNone;
+  EXPECT_EQ(layout_of(q4).stat_bytes, 16 + 4);
+  EXPECT_EQ(
+      layout_of({.rows = 2, .cols = 64, .scale = ScaleSource::kE8M0, .group_size = 32}).stat_bytes,
+      2);
+  layout = layout_of({.rows = 6,
+                      .cols = 10,
+                      .offset = Offset::kShift,
+                      .scale = ScaleSource::kF16,
+                      .group_map = GroupMap::kColumnBlocks,
+                      .group_size = 3});
+  EXPECT_EQ(layout.stat_rows, 20);
+  EXPECT_EQ(layout.stat_bytes, 4);
+  // A row's largest weight is stored alone; the dialect's residue is at the end of shared.
+  layout = layout_of({.rows = 2,
+                      .cols = 48,
+                      .bits = 8,
+                      .offset = Offset::kOver127,
+                      .group_size = 48,
+                      .residue_bytes = 5});
+  EXPECT_EQ(layout.stat_bytes, 4);
+  EXPECT_EQ(layout.shared_bytes, 5);
 }
 
 TEST(Packed, WorkedExampleOfTheConceptsPage) {

@@ -83,56 +83,83 @@ inline void append_float(ScaleSource source, float v, std::vector<std::uint8_t>&
   out.insert(out.end(), bytes, bytes + n);
 }
 
-/// Random codes; scales around 0.02 (or, `wild`, zeros, subnormals and huge values too); offsets of
-/// the size that each kind has in practice.
+inline bool float_scales(ScaleSource s) { return static_cast<int>(s) <= 2; }
+
+/// Flat statistics of `groups` groups: scales around 0.02 (or, `wild`, zeros, subnormals, huge
+/// values and every byte), offsets of the size that each kind has in practice.
+struct RandomStats {
+  std::vector<std::uint8_t> scales, offsets;
+  std::vector<float> absmax2;
+  std::vector<std::uint16_t> supers, super_offsets;
+
+  RandomStats(const PackedSpec& spec, std::int64_t groups, Random& random, bool wild) {
+    const float zero_point = static_cast<float>((1 << spec.bits) - 1) * 0.47F;
+    const float extremes[] = {0.0F, -0.0F, 1e-40F, 3e38F, -1e-7F, 70000.0F};
+    for (std::int64_t g = 0; g < groups; ++g) {
+      float s = random.uniform(0.01F, 0.03F);
+      float o = spec.offset == Offset::kZeroPoint ? zero_point + random.uniform(-2, 2)
+                                                  : random.uniform(-0.2F, 0.2F);
+      if (wild && random.below(4) == 0) s = extremes[random.below(6)];
+      if (wild && random.below(4) == 0) o = extremes[random.below(6)];
+      if (float_scales(spec.scale)) {
+        append_float(spec.scale, s, scales);
+        append_float(spec.scale, o, offsets);
+        continue;
+      }
+      // E8M0 around 2^-6 and E4M3 around 0.02 unless every byte may come.
+      const bool any =
+          wild || (spec.scale != ScaleSource::kE8M0 && spec.scale != ScaleSource::kE4M3);
+      const std::int64_t low = spec.scale == ScaleSource::kE8M0 ? 119 : 8;
+      scales.push_back(static_cast<std::uint8_t>(any ? random.below(256) : low + random.below(4)));
+      offsets.push_back(static_cast<std::uint8_t>(random.below(256)));
+    }
+    for (std::int64_t b = 0; b < ceil_div(groups, spec.nested_group_size); ++b) {
+      absmax2.push_back(random.uniform(0.005F, 0.02F));
+      supers.push_back(f32_to_f16(random.uniform(-3e-4F, 3e-4F)));
+      super_offsets.push_back(f32_to_f16(random.uniform(0, 3e-3F)));
+      if (wild && random.below(4) == 0) supers.back() = 0x7BFF;
+    }
+  }
+  FlatStats flat() const {
+    return {scales.data(), offsets.data(), absmax2.data(), supers.data(), super_offsets.data()};
+  }
+};
+
+/// Random codes and statistics. Codes of 8-bit floats are finite and small unless `wild`, when NaN
+/// and infinity come too.
 inline PackedMatrix random_packed(const PackedSpec& spec, std::uint64_t seed, bool wild = false) {
   Random random(seed);
   PackedMatrix w = make_packed(spec);
   const PackedLayout layout = layout_of(spec);
+  const bool float8 = spec.code_map == CodeMap::kE4M3 || spec.code_map == CodeMap::kE5M2;
   std::vector<std::uint8_t> row(static_cast<std::size_t>(spec.cols));
   for (std::int64_t r = 0; r < spec.rows; ++r) {
-    for (auto& c : row) c = static_cast<std::uint8_t>(random.below(1 << spec.bits));
+    for (auto& c : row) {
+      c = static_cast<std::uint8_t>(random.below(1 << spec.bits));
+      if (float8 && !wild) c &= 0xBF;
+    }
     pack_row(spec.bits, row.data(), spec.cols, w.codes.data() + r * layout.code_bytes);
   }
-  const std::int64_t groups = spec.group_map == GroupMap::kColumnRuns
-                                  ? layout.stat_rows
-                                  : ceil_div(spec.rows * spec.cols, spec.group_size);
-  const float zero_point = spec.bits == 4 ? 7.3F : 120.7F;
-  const float extremes[] = {0.0F, -0.0F, 1e-40F, 3e38F, -1e-7F, 70000.0F};
-  std::vector<std::uint8_t> scales, offsets;
-  std::vector<float> absmax2;
-  for (std::int64_t g = 0; g < groups; ++g) {
-    float s = random.uniform(0.01F, 0.03F);
-    float o = spec.offset == Offset::kZeroPoint ? zero_point + random.uniform(-2, 2)
-                                                : random.uniform(-0.2F, 0.2F);
-    if (wild && random.below(4) == 0) s = extremes[random.below(6)];
-    if (wild && random.below(4) == 0) o = extremes[random.below(6)];
-    if (spec.scale == ScaleSource::kNestedU8) {
-      scales.push_back(static_cast<std::uint8_t>(random.below(256)));
-    } else {
-      append_float(spec.scale, s, scales);
-      append_float(spec.scale, o, offsets);
-    }
-  }
-  for (std::int64_t b = 0; b < ceil_div(groups, spec.nested_group_size); ++b) {
-    absmax2.push_back(random.uniform(0.005F, 0.02F));
-  }
+  const bool row_runs = spec.group_map == GroupMap::kRowRuns;
+  const std::int64_t groups =
+      row_runs ? ceil_div(spec.rows * spec.cols, spec.group_size) : layout.stat_rows;
+  const RandomStats stats(spec, groups, random, wild);
   for (std::size_t i = 0; i + 4 <= w.shared.size(); i += 4) {
     const float v = random.uniform(-1, 1);
     std::memcpy(w.shared.data() + i, &v, 4);
   }
-  if (spec.group_map == GroupMap::kColumnRuns) {
-    const auto bytes = static_cast<std::ptrdiff_t>(spec.scale == ScaleSource::kF32 ? 4 : 2);
-    w.stats.clear();
-    for (std::int64_t g = 0; g < groups; ++g) {
-      const auto s = scales.begin() + g * bytes;
-      const auto o = offsets.begin() + g * bytes;
-      w.stats.insert(w.stats.end(), s, s + bytes);
-      if (spec.offset != Offset::kNone) w.stats.insert(w.stats.end(), o, o + bytes);
-    }
-  } else {
-    spread_stats(spec, {scales.data(), offsets.data(), absmax2.data()}, 0, w.stats.data(),
-                 serial_executor());
+  if (row_runs) {
+    spread_stats(spec, stats.flat(), 0, w.stats.data(), serial_executor());
+    return w;
+  }
+  const auto bytes =
+      static_cast<std::ptrdiff_t>(layout.stat_bytes / (stores_offsets(spec.offset) ? 2 : 1));
+  w.stats.clear();
+  for (std::int64_t g = 0; g < groups; ++g) {
+    const auto s = stats.scales.begin() + g * bytes;
+    const auto o = stats.offsets.begin() + g * bytes;
+    w.stats.insert(w.stats.end(), s, s + bytes);
+    if (stores_offsets(spec.offset)) w.stats.insert(w.stats.end(), o, o + bytes);
   }
   return w;
 }
@@ -144,9 +171,70 @@ inline std::vector<float> random_floats(std::int64_t n, std::uint64_t seed) {
   return v;
 }
 
-/// Specs that between them reach every branch of the decoder: both widths, all maps, offsets and
-/// scale sources, every value type, groups that divide rows, cross them on multiples of 64, 16, 4
-/// and 1.
+inline constexpr int kWidths[] = {1, 2, 3, 4, 5, 6, 8};
+
+/// Every width with every offset, scale source, group map and value type that go together; code
+/// maps with every scale source.
+inline void add_combinations(std::vector<PackedSpec>& specs) {
+  const auto add = [&specs](const PackedSpec& s) {
+    try {
+      validate_spec(s);
+    } catch (const Error&) {
+      return;  // which are illegal is tested in packed_test
+    }
+    specs.push_back(s);
+  };
+  const DType types[] = {DType::kF32, DType::kF16, DType::kBF16};
+  std::size_t count = 0;
+  for (int bits : kWidths) {
+    for (int offset = 0; offset <= static_cast<int>(Offset::kOver127); ++offset) {
+      for (int scale = 0; scale <= static_cast<int>(ScaleSource::kSuperU4); ++scale) {
+        for (int map = 0; map <= static_cast<int>(GroupMap::kColumnBlocks); ++map) {
+          PackedSpec s{.rows = 6,
+                       .cols = 512,
+                       .bits = bits,
+                       .centre = static_cast<int>(count % 3) * 4,
+                       .offset = static_cast<Offset>(offset),
+                       .scale = static_cast<ScaleSource>(scale),
+                       .value_dtype = types[count++ % 3],
+                       .group_map = static_cast<GroupMap>(map),
+                       .group_size = map == 2 ? 3 : 16 << (count / 3 % 3),
+                       .nested_group_size = count % 2 == 0 ? 8 : 4};
+          add(s);
+          s.value_dtype = types[count % 3];
+          s.cols = 3 * s.group_size * s.nested_group_size;
+          add(s);
+          s.cols = 101;
+          s.group_size = map == 2 ? 2 : map == 1 ? 6 * 101 : 24;
+          add(s);
+        }
+      }
+    }
+  }
+  for (int map = 1; map <= static_cast<int>(CodeMap::kE5M2); ++map) {
+    for (int scale = 0; scale <= static_cast<int>(ScaleSource::kSuperU4); ++scale) {
+      for (DType type : types) {
+        PackedSpec s{.rows = 7,
+                     .cols = 256,
+                     .bits = map >= static_cast<int>(CodeMap::kE4M3) ? 8 : 4,
+                     .code_map = static_cast<CodeMap>(map),
+                     .scale = static_cast<ScaleSource>(scale),
+                     .value_dtype = type,
+                     .group_size = 32,
+                     .nested_group_size = 8};
+        if (s.scale == ScaleSource::kSuperU4) s.offset = Offset::kShift;
+        add(s);
+        s.cols = 131;
+        s.group_size = 20;
+        add(s);
+      }
+    }
+  }
+}
+
+/// Specs that between them reach every branch of the decoder: all widths, maps, offsets and scale
+/// sources, every value type, groups that divide units and rows, that cross them on multiples of
+/// 64, 16, 4 and 1, rows of one unit, a column more and less.
 inline std::vector<PackedSpec> kernel_specs() {
   std::vector<PackedSpec> specs;
   const auto add = [&specs](PackedSpec s) { specs.push_back(s); };
@@ -195,9 +283,10 @@ inline std::vector<PackedSpec> kernel_specs() {
            .nested_group_size = 256});
     }
   }
-  for (int bits : {4, 8}) {
-    for (std::int64_t cols : {1, 15, 16, 17, 31, 33, 63, 64, 65, 576, 577, 1040, 4100}) {
+  for (int bits : kWidths) {
+    for (std::int64_t cols : {1, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 576, 577, 4112}) {
       for (std::int64_t group : {1, 3, 16, 48, 64, 128}) {
+        if (bits != 4 && bits != 8 && cols % group != 0 && group > 3 && cols > 64) continue;
         add({.rows = 5,
              .cols = cols,
              .bits = bits,
@@ -206,6 +295,21 @@ inline std::vector<PackedSpec> kernel_specs() {
       }
     }
   }
+  for (int bits : kWidths) {
+    for (std::int64_t group : {16, 32, 64, 96, 128, 256}) {  // rows that end inside a unit
+      for (std::int64_t groups : {1, 5, 11}) {
+        add({.rows = 9,
+             .cols = groups * group,
+             .bits = bits,
+             .centre = 1,
+             .offset = Offset::kBias,
+             .scale = ScaleSource::kBF16,
+             .value_dtype = DType::kBF16,
+             .group_size = group});
+      }
+    }
+  }
+  add_combinations(specs);
   add({.rows = 3, .cols = 8704, .code_map = CodeMap::kNf4, .group_size = 4096});
   add({.rows = 3, .cols = 8192, .code_map = CodeMap::kNf4, .group_size = 8192});
   add({.rows = 1, .cols = 70, .code_map = CodeMap::kNf4, .group_size = 1024});

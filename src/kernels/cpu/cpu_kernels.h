@@ -20,9 +20,24 @@ inline constexpr std::int64_t kTransposedManyRows = 65536;
 /// DType of values and activations; equal to quantal::DType (checked in dispatch.cpp).
 enum class FloatKind : int { kF32 = 0, kF16 = 1, kBF16 = 2 };
 /// quantal::Offset.
-enum class OffsetKind : int { kNone = 0, kBias = 1, kShift = 2, kZeroPoint = 3 };
+enum class OffsetKind : int { kNone = 0, kBias = 1, kShift = 2, kZeroPoint = 3, kOver127 = 4 };
+inline constexpr float kOneOver127 = 1.0F / 127.0F;
 /// quantal::ScaleSource.
-enum class ScaleKind : int { kF32 = 0, kF16 = 1, kBF16 = 2, kNestedU8 = 3 };
+enum class ScaleKind : int {
+  kF32 = 0,
+  kF16 = 1,
+  kBF16 = 2,
+  kNestedU8 = 3,
+  kE8M0 = 4,
+  kE4M3 = 5,
+  kSuperU8 = 6,
+  kSuperI8 = 7,
+  kSuperU4 = 8
+};
+/// quantal::GroupMap.
+enum class GroupKind : int { kRowRuns = 0, kColumnRuns = 1, kColumnBlocks = 2 };
+/// What codes of more than 4 bits are: code - centre, or an 8-bit float.
+enum class CodeKind : int { kNumber, kE4M3, kE5M2 };
 
 /// A checked packed matrix in raw pointers; the layout is that of quantal/kernels.h.
 struct KernelMatrix {
@@ -33,14 +48,17 @@ struct KernelMatrix {
   std::int64_t rows, cols;
   std::int64_t group_size, nested_group_size;
   std::int64_t slots, nested_slots;
-  std::int64_t column_stats;  ///< column runs: number of statistics; row runs: 0
+  std::int64_t column_stats;  ///< column runs: number of statistics
   bool has_header;
+  bool has_offsets;  ///< a stored offset stands beside each scale
   int bits;
+  GroupKind groups;
+  CodeKind code_kind;
   OffsetKind offset;
   ScaleKind scale;
   FloatKind value_kind;
-  float centre;         ///< 8-bit codes: value = code - centre
-  float table[16];      ///< 4-bit codes: value = table[code]
+  float centre;         ///< numbers: value = code - centre
+  float table[16];      ///< up to 4 bits: value = table[code]; fewer values repeat
   float nested_offset;  ///< nested scales only, as the map
   float nested_map[256];
 };
@@ -75,6 +93,19 @@ struct TransposedJob {
   std::int64_t ldy;
 };
 
+/// Decoders of one row that the products of an instruction set use.
+struct RowFunctions {
+  /// Columns [col, col + count), col a multiple of 16, as float32; zero up to the next multiple of
+  /// 16.
+  void (*decode)(const KernelMatrix& w, std::int64_t row, std::int64_t col, std::int64_t count,
+                 float* out) noexcept;
+  /// Codes of at most 4 bits in row runs that begin and end on whole vectors of 16 columns, count
+  /// <= 1024: the 16 values of every group, tables[16 slot + code]. Returns the position of column
+  /// `col` in its group.
+  std::int64_t (*tables)(const KernelMatrix& w, std::int64_t row, std::int64_t col,
+                         std::int64_t count, float* tables) noexcept;
+};
+
 /// One instruction set's kernels.
 struct CpuKernels {
   const char* name;
@@ -83,7 +114,7 @@ struct CpuKernels {
   /// Output rows [row_begin, row_end).
   void (*matmul)(const KernelMatrix& w, const MatmulJob& job, std::int64_t row_begin,
                  std::int64_t row_end) noexcept;
-  /// Output columns [col_begin, col_end); col_begin is a multiple of 32.
+  /// Output columns [col_begin, col_end); col_begin is a multiple of 16.
   void (*matmul_transposed)(const KernelMatrix& w, const TransposedJob& job, std::int64_t col_begin,
                             std::int64_t col_end) noexcept;
   /// n elements of `kind` to float32, exact.
@@ -91,12 +122,16 @@ struct CpuKernels {
   int max_rows_f32, max_rows_16bit;  ///< packed_matmul_max_rows by width of the activations
 };
 
-#define QUANTAL_DECLARE_KERNELS(isa)                                                     \
-  void dequantize_##isa(const KernelMatrix& w, const DequantizeJob& job) noexcept;       \
-  void matmul_##isa(const KernelMatrix& w, const MatmulJob& job, std::int64_t row_begin, \
-                    std::int64_t row_end) noexcept;                                      \
-  void matmul_transposed_##isa(const KernelMatrix& w, const TransposedJob& job,          \
-                               std::int64_t col_begin, std::int64_t col_end) noexcept;   \
+#define QUANTAL_DECLARE_KERNELS(isa)                                                               \
+  void decode_##isa(const KernelMatrix& w, std::int64_t row, std::int64_t col, std::int64_t count, \
+                    float* out) noexcept;                                                          \
+  std::int64_t tables_##isa(const KernelMatrix& w, std::int64_t row, std::int64_t col,             \
+                            std::int64_t count, float* tables) noexcept;                           \
+  void dequantize_##isa(const KernelMatrix& w, const DequantizeJob& job) noexcept;                 \
+  void matmul_##isa(const KernelMatrix& w, const MatmulJob& job, std::int64_t row_begin,           \
+                    std::int64_t row_end) noexcept;                                                \
+  void matmul_transposed_##isa(const KernelMatrix& w, const TransposedJob& job,                    \
+                               std::int64_t col_begin, std::int64_t col_end) noexcept;             \
   void widen_##isa(FloatKind kind, const void* in, std::int64_t n, float* out) noexcept;
 
 QUANTAL_DECLARE_KERNELS(scalar)

@@ -6,58 +6,79 @@
 namespace quantal {
 namespace {  // NOLINT: internal linkage on purpose
 
-/// Stores values as one float type. A sink of RowDecoder::run.
-template <class T, FloatKind kOut>
-struct StoreSink {
-  static constexpr std::int64_t kBytes = kOut == FloatKind::kF32 ? 4 : 2;
-  std::uint8_t* out;
-
-  void operator()(std::int64_t col, typename T::F v) const {
-    std::uint8_t* p = out + col * kBytes;
-    if constexpr (kOut == FloatKind::kF32) T::store(reinterpret_cast<float*>(p), v);
-    if constexpr (kOut == FloatKind::kF16) T::store_f16(reinterpret_cast<std::uint16_t*>(p), v);
-    if constexpr (kOut == FloatKind::kBF16) T::store_bf16(reinterpret_cast<std::uint16_t*>(p), v);
+/// n float32 values to `kind`.
+template <class T>
+void narrow(FloatKind kind, const float* in, std::int64_t n, std::uint8_t* out) {
+  auto* halves = reinterpret_cast<std::uint16_t*>(out);
+  std::int64_t i = 0;
+  if (kind == FloatKind::kF16) {
+    for (; i + kLanes <= n; i += kLanes) T::store_f16(halves + i, T::load(in + i));
+  } else {
+    for (; i + kLanes <= n; i += kLanes) T::store_bf16(halves + i, T::load(in + i));
   }
-  void tail(std::int64_t col, typename T::F v, std::int64_t n) const {
-    store_kind_n<T>(kOut, v, out + col * kBytes, n);
-  }
-};
+  if (i < n) store_kind_n<T>(kind, T::load(in + i), halves + i, n - i);
+}
 
-template <class T, FloatKind kOut, class Decoder>
-void dequantize_rows(const Decoder& decoder, const DequantizeJob& job) {
-  const KernelMatrix& w = decoder.w;
-  const std::int64_t step = stretch_columns(w);
-  Stretch stats;
-  for (std::int64_t r = job.row_begin; r < job.row_end; ++r) {
-    const std::uint8_t* codes = w.codes + r * w.code_bytes;
-    auto* out = static_cast<std::uint8_t*>(job.out) +
-                (r - job.row_begin) * job.ld * StoreSink<T, kOut>::kBytes;
-    for (std::int64_t c = job.col_begin; c < job.col_end; c += step) {
-      const std::int64_t count = min64(step, job.col_end - c);
-      expand_stretch<T>(w, r, c, count, stats);
-      StoreSink<T, kOut> sink{out + (c - job.col_begin) * StoreSink<T, kOut>::kBytes};
-      decoder.run(codes, c, count, stats, sink);
+/// 16-bit output of whole vectors of at most 4 bits: the tables are rounded, not the values.
+/// count is a multiple of 16.
+template <class T>
+void look_up_halves(const KernelMatrix& w, FloatKind kind, std::int64_t row, std::int64_t col,
+                    std::int64_t count, std::uint16_t* out) {
+  constexpr std::int64_t kTables = kStretch / kLanes + 1;
+  alignas(64) float tables[kTables * kLanes];
+  alignas(64) std::uint16_t halves[kTables * kLanes];
+  const std::int64_t phase = build_tables<T>(w, row, col, count, tables);
+  const std::int64_t slots = (phase + count - 1) / w.group_size + 1;
+  narrow<T>(kind, tables, slots * kLanes, reinterpret_cast<std::uint8_t*>(halves));
+  const std::uint8_t* codes = w.codes + row * w.code_bytes;
+  with_table_width(w.bits, [&](auto width) {
+    constexpr int kBits = decltype(width)::kBits;
+    for_groups(w.group_size, phase, count,
+               [&](std::int64_t slot, std::int64_t begin, std::int64_t end) {
+                 const typename T::H table = T::load_h(halves + slot * kLanes);
+                 for (; begin < end; begin += kLanes) {
+                   T::lookup_h(out + begin, table, Codes<T, kBits>::at(codes, col + begin));
+                 }
+               });
+  });
+}
+
+template <class T>
+void dequantize_row(const KernelMatrix& w, FloatKind kind, std::int64_t row, std::int64_t col,
+                    std::int64_t count, std::uint8_t* out) {
+  alignas(64) float scratch[kStretch];
+  const std::int64_t full = count / kLanes * kLanes;
+  if (kind == FloatKind::kF32) {
+    decode_row<T>(w, row, col, full, reinterpret_cast<float*>(out));
+    if (full == count) return;
+    decode_row<T>(w, row, col + full, count - full, scratch);
+    return T::store_n(reinterpret_cast<float*>(out) + full, T::load(scratch),
+                      static_cast<int>(count - full));
+  }
+  const bool tables = w.bits <= 4 && whole_vectors(w, row);
+  for (std::int64_t c = 0; c < count; c += kStretch) {
+    const std::int64_t n = min64(kStretch, count - c);
+    if (tables && n % kLanes == 0) {
+      look_up_halves<T>(w, kind, row, col + c, n, reinterpret_cast<std::uint16_t*>(out) + c);
+    } else {
+      decode_row<T>(w, row, col + c, n, scratch);
+      narrow<T>(kind, scratch, n, out + c * 2);
     }
   }
 }
 
 template <class T>
 void dequantize_kernel(const KernelMatrix& w, const DequantizeJob& job) {
-  with_decoder<T>(w, [&job](const auto& decoder) {
-    switch (job.out_kind) {
-      case FloatKind::kF32:
-        return dequantize_rows<T, FloatKind::kF32>(decoder, job);
-      case FloatKind::kF16:
-        return dequantize_rows<T, FloatKind::kF16>(decoder, job);
-      case FloatKind::kBF16:
-        return dequantize_rows<T, FloatKind::kBF16>(decoder, job);
-    }
-  });
+  const std::int64_t bytes = float_bytes(job.out_kind);
+  for (std::int64_t r = job.row_begin; r < job.row_end; ++r) {
+    dequantize_row<T>(w, job.out_kind, r, job.col_begin, job.col_end - job.col_begin,
+                      static_cast<std::uint8_t*>(job.out) + (r - job.row_begin) * job.ld * bytes);
+  }
 }
 
 template <class T>
 void widen_kernel(FloatKind kind, const void* in, std::int64_t n, float* out) {
-  const std::int64_t bytes = kind == FloatKind::kF32 ? 4 : 2;
+  const std::int64_t bytes = float_bytes(kind);
   const auto* from = static_cast<const std::uint8_t*>(in);
   for (std::int64_t i = 0; i < n; i += kLanes) {
     const std::int64_t count = min64(kLanes, n - i);

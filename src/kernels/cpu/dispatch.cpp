@@ -18,10 +18,19 @@ static_assert(same_number(FloatKind::kF32, DType::kF32) &&
               same_number(FloatKind::kBF16, DType::kBF16));
 static_assert(same_number(OffsetKind::kBias, Offset::kBias) &&
               same_number(OffsetKind::kShift, Offset::kShift) &&
-              same_number(OffsetKind::kZeroPoint, Offset::kZeroPoint));
+              same_number(OffsetKind::kZeroPoint, Offset::kZeroPoint) &&
+              same_number(OffsetKind::kOver127, Offset::kOver127) && kOneOver127 == kInverse127);
 static_assert(same_number(ScaleKind::kF16, ScaleSource::kF16) &&
               same_number(ScaleKind::kBF16, ScaleSource::kBF16) &&
-              same_number(ScaleKind::kNestedU8, ScaleSource::kNestedU8));
+              same_number(ScaleKind::kNestedU8, ScaleSource::kNestedU8) &&
+              same_number(ScaleKind::kE8M0, ScaleSource::kE8M0) &&
+              same_number(ScaleKind::kE4M3, ScaleSource::kE4M3) &&
+              same_number(ScaleKind::kSuperU8, ScaleSource::kSuperU8) &&
+              same_number(ScaleKind::kSuperI8, ScaleSource::kSuperI8) &&
+              same_number(ScaleKind::kSuperU4, ScaleSource::kSuperU4));
+static_assert(same_number(GroupKind::kRowRuns, GroupMap::kRowRuns) &&
+              same_number(GroupKind::kColumnRuns, GroupMap::kColumnRuns) &&
+              same_number(GroupKind::kColumnBlocks, GroupMap::kColumnBlocks));
 // expand_plain reads a scale's storage type as the float kind of the same number.
 static_assert(same_number(ScaleKind::kF32, FloatKind::kF32) &&
               same_number(ScaleKind::kF16, FloatKind::kF16) &&
@@ -90,10 +99,11 @@ float read_f32(const std::uint8_t* p) {
 }
 
 void fill_table(const PackedView& w, KernelMatrix& m) {
+  const std::size_t code_mask = (std::size_t{1} << std::min(w.spec.bits, 4)) - 1;
   for (std::size_t i = 0; i < 16; ++i) {
     switch (w.spec.code_map) {
       case CodeMap::kInteger:
-        m.table[i] = static_cast<float>(static_cast<int>(i) - w.spec.centre);
+        m.table[i] = static_cast<float>(static_cast<int>(i & code_mask) - w.spec.centre);
         break;
       case CodeMap::kNf4:
         m.table[i] = kNf4Codebook[i];
@@ -168,7 +178,12 @@ KernelMatrix kernel_matrix(const PackedView& w) {
   m.nested_slots = layout.nested_slots;
   m.column_stats = w.spec.group_map == GroupMap::kColumnRuns ? layout.stat_rows : 0;
   m.has_header = layout.has_header;
+  m.has_offsets = stores_offsets(w.spec.offset);
   m.bits = w.spec.bits;
+  m.groups = static_cast<GroupKind>(w.spec.group_map);
+  m.code_kind = w.spec.code_map == CodeMap::kE4M3   ? CodeKind::kE4M3
+                : w.spec.code_map == CodeMap::kE5M2 ? CodeKind::kE5M2
+                                                    : CodeKind::kNumber;
   m.offset = static_cast<OffsetKind>(w.spec.offset);
   m.scale = static_cast<ScaleKind>(w.spec.scale);
   m.value_kind = static_cast<FloatKind>(w.spec.value_dtype);

@@ -5,42 +5,14 @@
 // partial vectors are added in order; T::sum adds the lanes; the bias comes last.
 #pragma once
 
-#include "kernels/cpu/decode_inl.h"
+#include "kernels/cpu/codes_inl.h"
 
 namespace quantal {
 namespace {  // NOLINT: internal linkage on purpose
 
 /// Columns decoded to scratch before they are used: kTileRows * kDecodeColumns floats stay in L1.
 constexpr std::int64_t kDecodeColumns = 512;
-static_assert(kSumColumns <= kStretch && kSumColumns % kDecodeColumns == 0);
-static_assert(kShortStretch <= kDecodeColumns && kDecodeColumns % kShortStretch == 0);
-
-/// Writes values as float32, zero in the lanes beyond the last column (whose codes are padding and
-/// whose scale may be anything). A sink of RowDecoder::run.
-template <class T>
-struct ScratchSink {
-  float* out;
-  void operator()(std::int64_t col, typename T::F v) const { T::store(out + col, v); }
-  void tail(std::int64_t col, typename T::F v, std::int64_t n) const {
-    T::store(out + col, T::zero());
-    T::store_n(out + col, v, static_cast<int>(n));
-  }
-};
-
-/// Columns [col, col + count) of a row as float32, zero-padded to a multiple of 16.
-template <class T, class Decoder>
-void decode_row(const Decoder& decoder, std::int64_t row, std::int64_t col, std::int64_t count,
-                float* out) {
-  const KernelMatrix& w = decoder.w;
-  const std::int64_t step = stretch_columns(w);
-  Stretch stats;
-  for (std::int64_t c = 0; c < count; c += step) {
-    const std::int64_t n = min64(step, count - c);
-    expand_stretch<T>(w, row, col + c, n, stats);
-    ScratchSink<T> sink{out + c};
-    decoder.run(w.codes + row * w.code_bytes, col + c, n, stats, sink);
-  }
-}
+static_assert(kSumColumns % kStretch == 0 && kSumColumns % kDecodeColumns == 0);
 
 /// Writes y[m, row .. row + kRows) of input m.
 template <class T, int kRows>
@@ -87,24 +59,24 @@ inline void prefetch_row(const KernelMatrix& w, std::int64_t row, std::int64_t c
 }
 
 /// Any matrix, any number of inputs: decode some columns of kRows rows, use them for all inputs.
-template <class T, int kRows, class Decoder>
-void product_rows(const Decoder& decoder, const MatmulJob& job, std::int64_t row) {
+template <class T, int kRows>
+void product_rows(const KernelMatrix& w, RowFunctions row_of, const MatmulJob& job,
+                  std::int64_t row) {
   using F = typename T::F;
-  const std::int64_t cols = decoder.w.cols;
   alignas(64) float decoded[kRows * kDecodeColumns];
   F totals[kMaxInputRows * kRows];
   F acc[kMaxInputRows * kRows];
   const int lanes = job.inputs * kRows;
   for (int i = 0; i < lanes; ++i) totals[i] = T::zero();
-  for (std::int64_t block = 0; block < cols; block += kSumColumns) {
-    const std::int64_t block_end = min64(block + kSumColumns, cols);
+  for (std::int64_t block = 0; block < w.cols; block += kSumColumns) {
+    const std::int64_t block_end = min64(block + kSumColumns, w.cols);
     for (int i = 0; i < lanes; ++i) acc[i] = T::zero();
     for (std::int64_t c = block; c < block_end; c += kDecodeColumns) {
       const std::int64_t n = min64(kDecodeColumns, block_end - c);
       const std::int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
       for (int r = 0; r < kRows; ++r) {
-        if (row + r + kRows < decoder.w.rows) prefetch_row(decoder.w, row + r + kRows, c, n);
-        decode_row<T>(decoder, row + r, c, n, decoded + r * kDecodeColumns);
+        if (row + r + kRows < w.rows) prefetch_row(w, row + r + kRows, c, n);
+        row_of.decode(w, row + r, c, n, decoded + r * kDecodeColumns);
       }
       int m = 0;
       for (; m + T::kTileInputs <= job.inputs; m += T::kTileInputs) {
@@ -121,144 +93,285 @@ void product_rows(const Decoder& decoder, const MatmulJob& job, std::int64_t row
   for (int m = 0; m < job.inputs; ++m) finish_outputs<T, kRows>(job, totals + m * kRows, m, row);
 }
 
-/// True if every group of every row starts and ends on a whole strip, so that codes can be used in
-/// registers without being stored as float32 first.
-inline bool whole_strips(const KernelMatrix& w) {
-  const std::int64_t strip = w.bits == 4 ? 32 : 16;
-  return w.column_stats == 0 && w.group_size % strip == 0 && w.cols % w.group_size == 0;
-}
+// ------------------------------------------------------------------ no scratch: few inputs
 
-/// Columns whose codes fill a cache line of 64 bytes.
-constexpr std::int64_t kLineColumns4 = 128;
-constexpr std::int64_t kLineColumns8 = 64;
+/// Codes of at most 4 bits: a group is a table of its values, built before its codes are read.
+template <class T, int kCodeBits>
+struct TableCoder {
+  using C = Codes<T, kCodeBits>;
+  static constexpr bool kTable = true;
+  using Group = typename T::F;
+  struct Stats {
+    alignas(64) float tables[kStretch];
+    std::int64_t phase;
+  };
 
-/// One group of kRows rows against kInputs inputs, codes decoded in registers.
-template <class T, int kRows, int kInputs, class Decoder>
-struct GroupProduct {
-  using F = typename T::F;
-  using U = typename T::U;
-  const Decoder& decoder;
-  const float* x;
-  std::int64_t ldx;
-  const std::uint8_t* codes;  // column 0 of the first row
-  std::int64_t ahead;         // bytes from a row to the row that is wanted next
-  F (&acc)[kInputs][kRows];
-
-  /// Short rows defeat the hardware's prefetcher: ask for the next rows' line at the same column.
-  void prefetch(const std::uint8_t* strip) const {
-    for (int r = 0; r < kRows; ++r) __builtin_prefetch(strip + r * decoder.w.code_bytes + ahead);
+  explicit TableCoder(const KernelMatrix& /*w*/) {}
+  static void prepare(const KernelMatrix& w, RowFunctions row_of, std::int64_t row,
+                      std::int64_t col, std::int64_t count, Stats& stats) {
+    stats.phase = row_of.tables(w, row, col, count, stats.tables);
   }
-
-  void four_bits(const Stretch* stats, std::int64_t slot, std::int64_t col,
-                 std::int64_t end) const {
-    F table[kRows];
-    for (int r = 0; r < kRows; ++r) {
-      table[r] = decoder.group_table(stats[r].scale[slot], stats[r].offset[slot]);
-    }
-    const std::int64_t ld = decoder.w.code_bytes;
-    for (; col < end; col += 2 * kLanes) {
-      const std::uint8_t* strip = codes + col / 2;
-      if (col % kLineColumns4 == 0) prefetch(strip);
-      U raw[kRows];
-      for (int r = 0; r < kRows; ++r) raw[r] = T::load_u8(strip + r * ld);
-      for (int m = 0; m < kInputs; ++m) {
-        const F low = T::load(x + m * ldx + col);
-        for (int r = 0; r < kRows; ++r) {
-          acc[m][r] = T::fma(T::lookup16(table[r], raw[r]), low, acc[m][r]);
-        }
-      }
-      for (int m = 0; m < kInputs; ++m) {
-        const F high = T::load(x + m * ldx + col + kLanes);
-        for (int r = 0; r < kRows; ++r) {
-          const U index = T::template shr<4>(raw[r]);
-          acc[m][r] = T::fma(T::lookup16(table[r], index), high, acc[m][r]);
-        }
-      }
-    }
+  static Group group(const Stats& stats, std::int64_t slot) {
+    return T::load(stats.tables + slot * kLanes);
   }
-
-  void eight_bits(const Stretch* stats, std::int64_t slot, std::int64_t col,
-                  std::int64_t end) const {
-    const std::int64_t ld = decoder.w.code_bytes;
-    for (; col < end; col += kLanes) {
-      F values[kRows];
-      if (col % kLineColumns8 == 0) prefetch(codes + col);
-      for (int r = 0; r < kRows; ++r) {
-        const F c = T::sub(T::to_f(T::load_u8(codes + r * ld + col)), decoder.centre);
-        values[r] = decoder.exact(c, T::set1(stats[r].scale[slot]), T::set1(stats[r].offset[slot]));
-      }
-      for (int m = 0; m < kInputs; ++m) {
-        const F input = T::load(x + m * ldx + col);
-        for (int r = 0; r < kRows; ++r) acc[m][r] = T::fma(values[r], input, acc[m][r]);
-      }
-    }
+  static typename T::F value(typename T::U code, const Group& table) {
+    return lookup<T, kCodeBits>(table, code);
   }
 };
 
-/// Few inputs and whole strips: no scratch between codes and sums.
-template <class T, int kRows, int kInputs, class Decoder>
-void product_rows_direct(const Decoder& decoder, const MatmulJob& job, std::int64_t row) {
+/// Wider codes, computed one vector at a time.
+template <class T, class R, class ValueRule>
+struct NumberCoder {
+  using C = R;
+  static constexpr bool kTable = false;
+  struct Group {
+    typename T::F scale, offset;
+  };
+  using Stats = Stretch;
+
+  explicit NumberCoder(const KernelMatrix& w) : reader(w) {}
+  R reader;
+
+  static void prepare(const KernelMatrix& w, RowFunctions /*row_of*/, std::int64_t row,
+                      std::int64_t col, std::int64_t count, Stats& stats) {
+    expand_stretch<T>(w, row, col, count, stats);
+  }
+  static Group group(const Stats& stats, std::int64_t slot) {
+    return {T::set1(stats.scale[slot]), T::set1(stats.offset[slot])};
+  }
+  typename T::F value(typename T::U code, const Group& g) const {
+    return ValueRule::template value<T>(reader.map(code), g.scale, g.offset);
+  }
+};
+
+/// Rows of codes against inputs, codes decoded in registers. kGroupChunks is the number of chunks
+/// of a group where groups divide units, 0 where units divide groups.
+template <class T, class Coder, int kGroupChunks, int kRows, int kInputs>
+struct DirectProduct {
   using F = typename T::F;
-  const KernelMatrix& w = decoder.w;
-  Stretch stats[kRows];
-  F totals[kInputs][kRows];
+  using C = typename Coder::C;
+  using Group = typename Coder::Group;
+  const KernelMatrix& w;
+  const MatmulJob& job;
+  const Coder coder;
+  const std::uint8_t* codes;  // column 0 of the first row
+  std::int64_t ahead;         // bytes from a row to the row that is wanted next
+  typename Coder::Stats stats[kRows];
   F acc[kInputs][kRows];
-  for (int i = 0; i < kInputs * kRows; ++i) totals[i / kRows][i % kRows] = T::zero();
-  const std::int64_t ahead = row + 2 * kRows <= w.rows ? kRows * w.code_bytes : 0;
-  const GroupProduct<T, kRows, kInputs, Decoder> product{
-      decoder, job.x, job.ldx, w.codes + row * w.code_bytes, ahead, acc};
-  for (std::int64_t block = 0; block < w.cols; block += kSumColumns) {
-    const std::int64_t block_end = min64(block + kSumColumns, w.cols);
-    for (int i = 0; i < kInputs * kRows; ++i) acc[i / kRows][i % kRows] = T::zero();
+
+  /// Chunk kChunk of the unit that begins at `unit`; col is its first column.
+  template <int kChunk>
+  [[gnu::always_inline]] void chunk(const std::uint8_t* unit, std::int64_t col,
+                                    const Group (&groups)[kRows], F (&sums)[kInputs][kRows]) const {
+    F values[kRows];
     for (int r = 0; r < kRows; ++r) {
-      expand_stretch<T>(w, row + r, block, block_end - block, stats[r]);
+      values[r] = coder.value(C::template chunk<kChunk>(unit + r * w.code_bytes), groups[r]);
     }
-    std::int64_t end = min64(block + w.group_size - stats[0].phase, block_end);
-    std::int64_t slot = 0;
-    for (std::int64_t c = block; c < block_end; ++slot) {
-      if (w.bits == 4) {
-        product.four_bits(stats, slot, c, end);
-      } else {
-        product.eight_bits(stats, slot, c, end);
-      }
-      c = end;
-      end = min64(end + w.group_size, block_end);
-    }
-    for (int i = 0; i < kInputs * kRows; ++i) {
-      F& total = totals[i / kRows][i % kRows];
-      total = T::add(total, acc[i / kRows][i % kRows]);
+    for (int m = 0; m < kInputs; ++m) {
+      const F input = T::load(job.x + m * job.ldx + col + kChunk * kLanes);
+      for (int r = 0; r < kRows; ++r) sums[m][r] = T::fma(values[r], input, sums[m][r]);
     }
   }
-  for (int m = 0; m < kInputs; ++m) finish_outputs<T, kRows>(job, totals[m], m, row);
+
+  /// Chunks kChunk and on of a unit, kWhole or only up to number `chunks`.
+  template <int kChunk, bool kWhole>
+  [[gnu::always_inline]] void unit_from(const std::uint8_t* unit, std::int64_t col,
+                                        std::int64_t slot, int chunks, Group (&groups)[kRows],
+                                        F (&sums)[kInputs][kRows]) const {
+    if constexpr (kChunk < C::kUnitChunks) {
+      if (!kWhole && kChunk == chunks) return;
+      if constexpr (kGroupChunks != 0) {
+        if constexpr (kChunk % kGroupChunks == 0) {
+          load_groups(slot + kChunk / kGroupChunks, groups);
+        }
+      }
+      chunk<kChunk>(unit, col, groups, sums);
+      unit_from<kChunk + 1, kWhole>(unit, col, slot, chunks, groups, sums);
+    }
+  }
+
+  void load_groups(std::int64_t slot, Group (&groups)[kRows]) const {
+    for (int r = 0; r < kRows; ++r) groups[r] = coder.group(stats[r], slot);
+  }
+
+  /// Short rows defeat the hardware's prefetcher: asks for the next rows' lines at the same column.
+  void prefetch(const std::uint8_t* unit) const {
+    if (((unit - codes) & 63) >= C::kUnitBytes) return;
+    for (int r = 0; r < kRows; ++r) __builtin_prefetch(unit + r * w.code_bytes + ahead);
+  }
+
+  /// Columns [col, col + count) into acc, where units divide groups.
+  void run_units_in_groups(std::int64_t col, std::int64_t count) {
+    F sums[kInputs][kRows];
+    load_sums(sums);
+    Group groups[kRows];
+    const std::int64_t stop = col + count;
+    std::int64_t border = col + w.group_size - stats[0].phase;
+    for (std::int64_t slot = 0; col < stop; ++slot, border += w.group_size) {
+      load_groups(slot, groups);
+      const std::int64_t end = min64(border, stop);
+      const std::uint8_t* unit = codes + col / C::kUnitCodes * C::kUnitBytes;
+      for (; col < end; col += C::kUnitCodes, unit += C::kUnitBytes) {
+        prefetch(unit);
+        unit_from<0, true>(unit, col, 0, 0, groups, sums);
+      }
+    }
+    store_sums(sums);
+  }
+
+  /// The same where groups divide units; the last unit may be cut by the end of the row.
+  void run_groups_in_units(std::int64_t col, std::int64_t count) {
+    constexpr int kDivisor = kGroupChunks == 0 ? 1 : kGroupChunks;
+    F sums[kInputs][kRows];
+    load_sums(sums);
+    Group groups[kRows];
+    const std::uint8_t* unit = codes + col / C::kUnitCodes * C::kUnitBytes;
+    std::int64_t slot = 0;
+    std::int64_t left = count;
+    for (; left >= C::kUnitCodes; left -= C::kUnitCodes) {
+      prefetch(unit);
+      unit_from<0, true>(unit, col, slot, 0, groups, sums);
+      col += C::kUnitCodes;
+      unit += C::kUnitBytes;
+      slot += C::kUnitChunks / kDivisor;
+    }
+    if (left > 0) {
+      unit_from<0, false>(unit, col, slot, static_cast<int>(left / kLanes), groups, sums);
+    }
+    store_sums(sums);
+  }
+
+  void load_sums(F (&sums)[kInputs][kRows]) const {
+    for (int i = 0; i < kInputs * kRows; ++i)
+      sums[i / kRows][i % kRows] = acc[i / kRows][i % kRows];
+  }
+  void store_sums(const F (&sums)[kInputs][kRows]) {
+    for (int i = 0; i < kInputs * kRows; ++i)
+      acc[i / kRows][i % kRows] = sums[i / kRows][i % kRows];
+  }
+
+  void run(RowFunctions row_of, std::int64_t row) {
+    F totals[kInputs][kRows];
+    for (int i = 0; i < kInputs * kRows; ++i) totals[i / kRows][i % kRows] = T::zero();
+    for (std::int64_t block = 0; block < w.cols; block += kSumColumns) {
+      const std::int64_t block_end = min64(block + kSumColumns, w.cols);
+      for (int i = 0; i < kInputs * kRows; ++i) acc[i / kRows][i % kRows] = T::zero();
+      for (std::int64_t c = block; c < block_end; c += kStretch) {
+        const std::int64_t n = min64(kStretch, block_end - c);
+        for (int r = 0; r < kRows; ++r) coder.prepare(w, row_of, row + r, c, n, stats[r]);
+        if constexpr (kGroupChunks == 0) {
+          run_units_in_groups(c, n);
+        } else {
+          run_groups_in_units(c, n);
+        }
+      }
+      for (int i = 0; i < kInputs * kRows; ++i) {
+        F& total = totals[i / kRows][i % kRows];
+        total = T::add(total, acc[i / kRows][i % kRows]);
+      }
+    }
+    for (int m = 0; m < kInputs; ++m) finish_outputs<T, kRows>(job, totals[m], m, row);
+  }
+};
+
+/// Rows [row, row_end) in steps of kRows as far as they go; returns the first row that is left.
+template <class T, class Coder, int kGroupChunks, int kRows, int kInputs>
+std::int64_t direct_rows(const KernelMatrix& w, RowFunctions row_of, const MatmulJob& job,
+                         std::int64_t row, std::int64_t row_end) {
+  for (; row + kRows <= row_end; row += kRows) {
+    const std::int64_t ahead = row + 2 * kRows <= w.rows ? kRows * w.code_bytes : 0;
+    DirectProduct<T, Coder, kGroupChunks, kRows, kInputs> product{
+        w, job, Coder(w), w.codes + row * w.code_bytes, ahead, {}, {}};
+    product.run(row_of, row);
+  }
+  return row;
 }
 
-template <class T, int kRows, class Decoder>
-void product_any(const Decoder& decoder, const MatmulJob& job, bool direct, std::int64_t row) {
-  if (direct && job.inputs == 1) {
-    constexpr int kStep = kRows < T::kDirectRows ? kRows : T::kDirectRows;
-    static_assert(kRows % kStep == 0);
-    for (int r = 0; r < kRows; r += kStep) product_rows_direct<T, kStep, 1>(decoder, job, row + r);
-    return;
+template <class T, class Coder, int kGroupChunks>
+std::int64_t direct_inputs(const KernelMatrix& w, RowFunctions row_of, const MatmulJob& job,
+                           std::int64_t row, std::int64_t row_end) {
+  constexpr int kRows = T::kTileRows;
+  if (job.inputs == 1) {
+    return direct_rows<T, Coder, kGroupChunks, T::kDirectRows, 1>(w, row_of, job, row, row_end);
   }
-  if (direct && job.inputs == 2) return product_rows_direct<T, kRows, 2>(decoder, job, row);
-  if constexpr (T::kTileInputs >= 4) {
-    if (direct && job.inputs == 3) return product_rows_direct<T, kRows, 3>(decoder, job, row);
-    if (direct && job.inputs == 4) return product_rows_direct<T, kRows, 4>(decoder, job, row);
+  if constexpr (!Coder::kTable) return row;  // computing a value twice costs more than scratch
+  switch (job.inputs) {
+    case 2:
+      return direct_rows<T, Coder, kGroupChunks, kRows, 2>(w, row_of, job, row, row_end);
+    case 3:
+      if constexpr (T::kTileInputs >= 4) {
+        return direct_rows<T, Coder, kGroupChunks, kRows, 3>(w, row_of, job, row, row_end);
+      }
+      return row;
+    case 4:
+      if constexpr (T::kTileInputs >= 4) {
+        return direct_rows<T, Coder, kGroupChunks, kRows, 4>(w, row_of, job, row, row_end);
+      }
+      return row;
+    default:
+      return row;
   }
-  product_rows<T, kRows>(decoder, job, row);
+}
+
+/// Picks the relation of groups and units; rows are left where there is none.
+template <class T, class Coder>
+std::int64_t direct_groups(const KernelMatrix& w, RowFunctions row_of, const MatmulJob& job,
+                           std::int64_t row, std::int64_t row_end) {
+  using C = typename Coder::C;
+  if (w.group_size % C::kUnitCodes == 0) {
+    return direct_inputs<T, Coder, 0>(w, row_of, job, row, row_end);
+  }
+  if constexpr (C::kUnitChunks > 1) {
+    if (w.group_size == kLanes) {
+      return direct_inputs<T, Coder, 1>(w, row_of, job, row, row_end);
+    }
+  }
+  if constexpr (C::kUnitChunks > 2) {
+    if (w.group_size == 2 * kLanes) {
+      return direct_inputs<T, Coder, 2>(w, row_of, job, row, row_end);
+    }
+  }
+  if constexpr (C::kUnitChunks > 4) {
+    if (w.group_size == 4 * kLanes) {
+      return direct_inputs<T, Coder, 4>(w, row_of, job, row, row_end);
+    }
+  }
+  return row;
+}
+
+/// As many of the rows as can go without scratch; the bits of a result do not depend on it.
+template <class T>
+std::int64_t direct_products(const KernelMatrix& w, RowFunctions row_of, const MatmulJob& job,
+                             std::int64_t row, std::int64_t row_end) {
+  if (w.groups != GroupKind::kRowRuns || w.cols % w.group_size != 0) return row;
+  if (w.bits <= 4) {
+    with_table_width(w.bits, [&](auto width) {
+      row = direct_groups<T, TableCoder<T, decltype(width)::kBits>>(w, row_of, job, row, row_end);
+    });
+    return row;
+  }
+  with_wide_reader<T>(w, [&]<class R>(R /*reader*/) {
+    with_rule(w, [&]<class V>(V /*rule*/) {
+      // 8-bit floats come without offsets, row scales over 127 with 8-bit integers.
+      constexpr bool kPlain = R::kKind == CodeKind::kNumber || V::kOffset == OffsetKind::kNone;
+      constexpr bool kInteger8 = R::kBits == 8 && R::kKind == CodeKind::kNumber;
+      if constexpr (kPlain && (kInteger8 || V::kOffset != OffsetKind::kOver127)) {
+        row = direct_groups<T, NumberCoder<T, R, V>>(w, row_of, job, row, row_end);
+      }
+    });
+  });
+  return row;
 }
 
 template <class T>
-void matmul_kernel(const KernelMatrix& w, const MatmulJob& job, std::int64_t row_begin,
-                   std::int64_t row_end) {
-  const bool direct = whole_strips(w);
-  with_decoder<T>(w, [&job, direct, row_begin, row_end](const auto& decoder) {
-    std::int64_t row = row_begin;
-    for (; row + T::kTileRows <= row_end; row += T::kTileRows) {
-      product_any<T, T::kTileRows>(decoder, job, direct, row);
-    }
-    for (; row < row_end; ++row) product_any<T, 1>(decoder, job, direct, row);
-  });
+void matmul_kernel(const KernelMatrix& w, RowFunctions row_of, const MatmulJob& job,
+                   std::int64_t row_begin, std::int64_t row_end) {
+  std::int64_t row = row_begin;
+  if constexpr (T::kDirectRows > 0) row = direct_products<T>(w, row_of, job, row, row_end);
+  for (; row + T::kTileRows <= row_end; row += T::kTileRows) {
+    product_rows<T, T::kTileRows>(w, row_of, job, row);
+  }
+  for (; row < row_end; ++row) product_rows<T, 1>(w, row_of, job, row);
 }
 
 }  // namespace

@@ -64,11 +64,10 @@ void flush(float* acc, float* totals, int inputs, std::int64_t padded) {
 }
 
 /// Columns [col, col + count), count <= kTileColumns, for all rows and inputs.
-template <class T, class Decoder>
-void transposed_tile(const Decoder& decoder, const TransposedJob& job, std::int64_t col,
-                     std::int64_t count) {
+template <class T>
+void transposed_tile(const KernelMatrix& w, RowFunctions row_of, const TransposedJob& job,
+                     std::int64_t col, std::int64_t count) {
   constexpr int kInputs = T::kTileInputs == 1 ? 2 : T::kTileInputs;
-  const KernelMatrix& w = decoder.w;
   const std::int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
   alignas(64) float decoded[kTileDecodeRows * kTileColumns];
   alignas(64) float acc[kMaxInputRows * kTileColumns];
@@ -81,7 +80,7 @@ void transposed_tile(const Decoder& decoder, const TransposedJob& job, std::int6
     if (n != 0 && n % block_rows(w) == 0) flush<T>(acc, totals, job.inputs, padded);
     const std::int64_t rows = min64(kTileDecodeRows, w.rows - n);
     for (std::int64_t r = 0; r < rows; ++r) {
-      decode_row<T>(decoder, n + r, col, count, decoded + r * kTileColumns);
+      row_of.decode(w, n + r, col, count, decoded + r * kTileColumns);
     }
     int m = 0;
     for (; m + kInputs <= job.inputs; m += kInputs) {
@@ -105,13 +104,11 @@ void transposed_tile(const Decoder& decoder, const TransposedJob& job, std::int6
 }
 
 template <class T>
-void matmul_transposed_kernel(const KernelMatrix& w, const TransposedJob& job,
+void matmul_transposed_kernel(const KernelMatrix& w, RowFunctions row_of, const TransposedJob& job,
                               std::int64_t col_begin, std::int64_t col_end) {
-  with_decoder<T>(w, [&job, col_begin, col_end](const auto& decoder) {
-    for (std::int64_t c = col_begin; c < col_end; c += kTileColumns) {
-      transposed_tile<T>(decoder, job, c, min64(kTileColumns, col_end - c));
-    }
-  });
+  for (std::int64_t c = col_begin; c < col_end; c += kTileColumns) {
+    transposed_tile<T>(w, row_of, job, c, min64(kTileColumns, col_end - c));
+  }
 }
 
 }  // namespace

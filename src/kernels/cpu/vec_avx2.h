@@ -178,6 +178,44 @@ struct VecAvx2 {
   static F lookup16(F table, U index) {
     return {lookup8(table, index.lo), lookup8(table, index.hi)};
   }
+  static F lookup8(F table, U index) {
+    return {_mm256_permutevar8x32_ps(table.lo, index.lo),
+            _mm256_permutevar8x32_ps(table.lo, index.hi)};
+  }
+  static U shr_by(U a, int by) {
+    const __m128i count = _mm_cvtsi32_si128(by);
+    return {_mm256_srl_epi32(a.lo, count), _mm256_srl_epi32(a.hi, count)};
+  }
+  static U merge_bits(U mask, U a, U b) {
+    return {_mm256_or_si256(_mm256_and_si256(mask.lo, a.lo), _mm256_andnot_si256(mask.lo, b.lo)),
+            _mm256_or_si256(_mm256_and_si256(mask.hi, a.hi), _mm256_andnot_si256(mask.hi, b.hi))};
+  }
+  /// shuffle_ps works in halves of 128 bits; the permutation puts the four pairs in order.
+  template <int kPick>
+  static __m256 pick(__m256 a, __m256 b) {
+    const __m256d pairs = _mm256_castps_pd(_mm256_shuffle_ps(a, b, kPick));
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(pairs, 0xD8));
+  }
+  static F even(F a, F b) { return {pick<0x88>(a.lo, a.hi), pick<0x88>(b.lo, b.hi)}; }
+  static F odd(F a, F b) { return {pick<0xDD>(a.lo, a.hi), pick<0xDD>(b.lo, b.hi)}; }
+  /// Low bytes of the 16 entries and high bytes, each twice.
+  struct H {
+    __m128i low, high;
+  };
+  static H load_h(const std::uint16_t* p) {
+    const __m128i a = load8(p), b = load8(p + 8);
+    const __m128i byte = _mm_set1_epi16(0xFF);
+    return {_mm_packus_epi16(_mm_and_si128(a, byte), _mm_and_si128(b, byte)),
+            _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8))};
+  }
+  static void lookup_h(std::uint16_t* p, H table, U index) {
+    alignas(16) std::uint8_t bytes[16];
+    store_u8(bytes, and_u(index, set1_u(15)));
+    const __m128i at = _mm_load_si128(reinterpret_cast<const __m128i*>(bytes));
+    const __m128i low = _mm_shuffle_epi8(table.low, at), high = _mm_shuffle_epi8(table.high, at);
+    store8(p, _mm_unpacklo_epi8(low, high));
+    store8(p + 8, _mm_unpackhi_epi8(low, high));
+  }
   static F gather(const float* p, U index) {
     return {_mm256_i32gather_ps(p, index.lo, 4), _mm256_i32gather_ps(p, index.hi, 4)};
   }

@@ -138,6 +138,25 @@ struct VecAvx512 {
   static U to_i(F a) { return _mm512_cvttps_epi32(a); }
   /// vpermps reads only the low four bits of an index.
   static F lookup16(F table, U index) { return _mm512_permutexvar_ps(index, table); }
+  static F lookup8(F table, U index) { return lookup16(table, index); }  // entries repeat
+  static U shr_by(U a, int by) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(by)); }
+  static U merge_bits(U mask, U a, U b) {
+    return _mm512_ternarylogic_epi32(mask, a, b, 0xCA);  // mask ? a : b
+  }
+  static F even(F a, F b) {
+    const U lanes = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return _mm512_permutex2var_ps(a, lanes, b);
+  }
+  static F odd(F a, F b) {
+    const U lanes = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    return _mm512_permutex2var_ps(a, lanes, b);
+  }
+  using H = U;
+  static H load_h(const std::uint16_t* p) { return _mm512_cvtepu16_epi32(half(p)); }
+  static void lookup_h(std::uint16_t* p, H table, U index) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtepi32_epi16(_mm512_permutexvar_epi32(index, table)));
+  }
   static F gather(const float* p, U index) { return _mm512_i32gather_ps(index, p, 4); }
 
   // ---- float64

@@ -230,6 +230,33 @@ struct VecNeon {
       return vreinterpretq_f32_u8(vqtbl4q_u8(bytes, vreinterpretq_u8_u32(at)));
     });
   }
+  static F lookup8(F table, U index) { return lookup16(table, index); }  // entries repeat
+  static U shr_by(U x, int by) {
+    const int32x4_t count = vdupq_n_s32(-by);
+    return map<U>(x, [count](uint32x4_t p) { return vshlq_u32(p, count); });
+  }
+  static U merge_bits(U mask, U x, U y) {
+    return {vbslq_u32(mask.a, x.a, y.a), vbslq_u32(mask.b, x.b, y.b), vbslq_u32(mask.c, x.c, y.c),
+            vbslq_u32(mask.d, x.d, y.d)};
+  }
+  static F even(F x, F y) {
+    return {vuzp1q_f32(x.a, x.b), vuzp1q_f32(x.c, x.d), vuzp1q_f32(y.a, y.b), vuzp1q_f32(y.c, y.d)};
+  }
+  static F odd(F x, F y) {
+    return {vuzp2q_f32(x.a, x.b), vuzp2q_f32(x.c, x.d), vuzp2q_f32(y.a, y.b), vuzp2q_f32(y.c, y.d)};
+  }
+  /// Low bytes of the 16 entries and high bytes.
+  using H = uint8x16x2_t;
+  static H load_h(const std::uint16_t* p) {
+    return vld2q_u8(reinterpret_cast<const std::uint8_t*>(p));
+  }
+  static void lookup_h(std::uint16_t* p, H table, U index) {
+    const uint16x8_t low = vcombine_u16(vmovn_u32(index.a), vmovn_u32(index.b));
+    const uint16x8_t high = vcombine_u16(vmovn_u32(index.c), vmovn_u32(index.d));
+    const uint8x16_t at = vandq_u8(vcombine_u8(vmovn_u16(low), vmovn_u16(high)), vdupq_n_u8(15));
+    const H out = {{vqtbl1q_u8(table.val[0], at), vqtbl1q_u8(table.val[1], at)}};
+    vst2q_u8(reinterpret_cast<std::uint8_t*>(p), out);
+  }
   static F gather(const float* p, U index) {
     std::uint32_t at[16];
     float lanes[16];

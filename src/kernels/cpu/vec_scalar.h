@@ -37,11 +37,11 @@ struct VecScalar {
   };
   using MD = M;
 
-  /// Register tile of the products: weight rows x activation rows; weight rows at a time for one
-  /// activation row. No result depends on them.
+  /// Register tile of the products: weight rows x activation rows; weight rows at a time where codes
+  /// of few inputs are used without scratch (0: never). No result depends on them.
   static constexpr int kTileRows = 4;
   static constexpr int kTileInputs = 1;
-  static constexpr int kDirectRows = 4;
+  static constexpr int kDirectRows = 0;
 
   template <class R, class Fn>
   static R make(Fn fn) {
@@ -226,6 +226,37 @@ struct VecScalar {
   /// table[index & 15]
   static F lookup16(F table, U index) {
     return make<F>([&](int i) { return table.v[index.v[i] & 15U]; });
+  }
+  /// table[index & 7]
+  static F lookup8(F table, U index) {
+    return make<F>([&](int i) { return table.v[index.v[i] & 7U]; });
+  }
+  /// a >> by, 0 <= by < 32.
+  static U shr_by(U a, int by) {
+    return make<U>([&](int i) { return a.v[i] >> by; });
+  }
+  /// Bits of a where mask is set, of b elsewhere.
+  static U merge_bits(U mask, U a, U b) {
+    return make<U>([&](int i) { return (a.v[i] & mask.v[i]) | (b.v[i] & ~mask.v[i]); });
+  }
+  /// Lanes 0, 2, 4 ... of a, then of b; lanes 1, 3, 5 ...
+  static F even(F a, F b) {
+    return make<F>([&](int i) { return i < 8 ? a.v[2 * i] : b.v[2 * i - 16]; });
+  }
+  static F odd(F a, F b) {
+    return make<F>([&](int i) { return i < 8 ? a.v[2 * i + 1] : b.v[2 * i - 15]; });
+  }
+  /// A table of 16 elements of 16 bits.
+  using H = U;
+  static H load_h(const std::uint16_t* p) {
+    const Halves h = load_halves(p);
+    return make<H>([&](int i) { return h.v[i]; });
+  }
+  /// Stores table[index & 15] of 16 lanes.
+  static void lookup_h(std::uint16_t* p, H table, U index) {
+    const Halves h =
+        make<Halves>([&](int i) { return static_cast<std::uint16_t>(table.v[index.v[i] & 15U]); });
+    std::memcpy(p, h.v, sizeof(h.v));
   }
   /// p[index]
   static F gather(const float* p, U index) {
