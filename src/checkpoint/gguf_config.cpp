@@ -6,6 +6,7 @@
 #include <limits>
 #include <numbers>
 
+#include "checkpoint/gguf_rope.h"
 #include "checkpoint/json.h"
 #include "checkpoint/sources.h"
 #include "quantal/ggml.h"
@@ -53,17 +54,6 @@ std::int64_t positive(const GgufFile& file, const std::string& key, std::int64_t
        site_of(file, key));
 }
 
-/// The rope_scaling of llama 3 (transformers 4.57.6 modeling_rope_utils): wavelengths beyond
-/// old_context / low are stretched by `factor`, those below old_context / high are kept, and the
-/// inverse frequencies between are mixed.
-double llama3_factor(double wavelength, double factor) {
-  constexpr double kOldContext = 8192, kLow = 1, kHigh = 4;
-  if (wavelength < kOldContext / kHigh) return 1;
-  if (wavelength > kOldContext / kLow) return factor;
-  const double smooth = (kOldContext / wavelength - kLow) / (kHigh - kLow);
-  return 1 / ((1 - smooth) / factor + smooth);
-}
-
 /// rope_scaling from a stored rope_freqs.weight. Throws Error{kUnsupported} unless the factors are
 /// those of the llama 3 rule.
 Json scaling_from_factors(const GgufTensor& tensor, double theta, std::int64_t head_dim,
@@ -76,7 +66,7 @@ Json scaling_from_factors(const GgufTensor& tensor, double theta, std::int64_t h
   for (std::size_t i = 0; match && i < factors.size(); ++i) {
     const double exponent = 2 * static_cast<double>(i) / static_cast<double>(head_dim);
     const double wavelength = 2 * std::numbers::pi * std::pow(theta, exponent);
-    const double expected = llama3_factor(wavelength, factor);
+    const double expected = llama3_factor(wavelength, {.factor = factor});
     match = std::abs(factors[i] - expected) <= 1e-3 * expected;
   }
   if (!match) {

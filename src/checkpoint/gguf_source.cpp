@@ -1,80 +1,13 @@
-// GGUF tensors under Hugging Face names. Source of the names and of the rotary row order:
-// docs/formats/gguf.md, checked against transformers 4.57.6 bit for bit.
+// GGUF tensors under Hugging Face names, decoded.
 #include <algorithm>
-#include <array>
 #include <map>
-#include <string_view>
 
+#include "checkpoint/gguf_names.h"
 #include "checkpoint/sources.h"
 #include "quantal/ggml.h"
 
 namespace quantal::checkpoint {
 namespace {
-
-struct NamePair {
-  std::string_view gguf, hf;
-};
-
-constexpr std::array<NamePair, 3> kModelNames = {{
-    {"token_embd.weight", "model.embed_tokens.weight"},
-    {"output_norm.weight", "model.norm.weight"},
-    {"output.weight", "lm_head.weight"},
-}};
-
-constexpr std::array<NamePair, 9> kLayerNames = {{
-    {"attn_norm", "input_layernorm"},
-    {"ffn_norm", "post_attention_layernorm"},
-    {"attn_q", "self_attn.q_proj"},
-    {"attn_k", "self_attn.k_proj"},
-    {"attn_v", "self_attn.v_proj"},
-    {"attn_output", "self_attn.o_proj"},
-    {"ffn_gate", "mlp.gate_proj"},
-    {"ffn_up", "mlp.up_proj"},
-    {"ffn_down", "mlp.down_proj"},
-}};
-
-/// Frequency factors of the rotary embedding: folded into config.json, no tensor there.
-constexpr std::string_view kRopeFactors = "rope_freqs.weight";
-
-/// A tensor as readers see it. Where `heads` is not 0 the rows of each head stand interleaved.
-struct Entry {
-  const GgufTensor* tensor = nullptr;
-  std::int64_t heads = 0;
-};
-
-bool is_number(std::string_view text) {
-  return !text.empty() &&
-         std::all_of(text.begin(), text.end(), [](char c) { return c >= '0' && c <= '9'; });
-}
-
-/// Hugging Face name; empty if the tensor is not one of a llama model.
-std::string hf_name(std::string_view name) {
-  for (const NamePair& pair : kModelNames) {
-    if (name == pair.gguf) return std::string(pair.hf);
-  }
-  if (!name.starts_with("blk.")) return {};
-  const std::size_t layer_end = name.find('.', 4);
-  const std::size_t kind_end = name.rfind('.');
-  if (layer_end == std::string_view::npos || kind_end <= layer_end) return {};
-  const std::string_view layer = name.substr(4, layer_end - 4);
-  const std::string_view kind = name.substr(layer_end + 1, kind_end - layer_end - 1);
-  const std::string_view suffix = name.substr(kind_end);
-  if (!is_number(layer) || (suffix != ".weight" && suffix != ".bias")) return {};
-  for (const NamePair& pair : kLayerNames) {
-    if (kind != pair.gguf) continue;
-    return "model.layers." + std::string(layer) + "." + std::string(pair.hf) + std::string(suffix);
-  }
-  return {};
-}
-
-/// Row of the file that holds Hugging Face row `row`: within a head of D rows, HF row
-/// s * D / 2 + p is stored as row 2 * p + s.
-std::int64_t stored_row(std::int64_t row, std::int64_t rows_per_head) {
-  const std::int64_t head = row / rows_per_head;
-  const std::int64_t in_head = row % rows_per_head;
-  const std::int64_t half = rows_per_head / 2;
-  return head * rows_per_head + 2 * (in_head % half) + in_head / half;
-}
 
 class GgufSource : public ModelSource {
  public:
@@ -82,11 +15,12 @@ class GgufSource : public ModelSource {
       : file_(open_gguf(path)),
         config_(gguf_config_json(file_)),
         tokenizer_(gguf_tokenizer_json(file_)) {
-    const std::int64_t heads = gguf_integer(file_, "llama.attention.head_count", 0);
-    const std::int64_t kv_heads = gguf_integer(file_, "llama.attention.head_count_kv", heads);
-    for (const GgufTensor& tensor : file_.tensors()) {
-      if (tensor.name == kRopeFactors) continue;
-      add(tensor, heads, kv_heads);
+    for (GgufEntry& entry : gguf_entries(file_)) {
+      const GgufTensor& tensor = *entry.tensor;
+      infos_.push_back({entry.name, tensor.shape, std::string(find_ggml_block(tensor.type)->name),
+                        static_cast<std::int64_t>(tensor.bytes.size())});
+      std::string name = entry.name;
+      entries_.emplace(std::move(name), std::move(entry));
     }
   }
 
@@ -99,7 +33,7 @@ class GgufSource : public ModelSource {
     const auto found = entries_.find(name);
     const ErrorSite site{.path = file_.path(), .tensor = name};
     if (found == entries_.end()) fail(Errc::kConfig, "read_rows: no tensor of this name", site);
-    const Entry& entry = found->second;
+    const GgufEntry& entry = found->second;
     // A bias is one row to a reader, but its elements are permuted as rows of one element.
     const RowShape seen = row_shape(entry.tensor->shape);
     check_row_range(seen, row_begin, row_end, dtype, site);
@@ -118,34 +52,8 @@ class GgufSource : public ModelSource {
   }
 
  private:
-  void add(const GgufTensor& tensor, std::int64_t heads, std::int64_t kv_heads) {
-    const std::string name = hf_name(tensor.name);
-    const ErrorSite site{.path = file_.path(), .tensor = tensor.name, .offset = tensor.file_offset};
-    if (name.empty()) {
-      fail(Errc::kUnsupported, "gguf: tensor has no counterpart in a llama model", site);
-    }
-    Entry entry{&tensor, 0};
-    if (name.find(".q_proj.") != std::string::npos) entry.heads = heads;
-    if (name.find(".k_proj.") != std::string::npos) entry.heads = kv_heads;
-    if (entry.heads != 0) {
-      const std::int64_t rows =
-          tensor.shape.size() == 1 ? tensor.shape[0] : row_shape(tensor.shape).rows;
-      if (rows % (2 * entry.heads) != 0 || rows == 0) {
-        fail(Errc::kCorrupt,
-             "gguf: rows are " + std::to_string(rows) + ", expected a multiple of 2 * " +
-                 std::to_string(entry.heads) + " heads",
-             site);
-      }
-    }
-    if (!entries_.emplace(name, entry).second) {
-      fail(Errc::kCorrupt, "gguf: two tensors are called " + name + " in Hugging Face names", site);
-    }
-    const GgmlBlock* block = find_ggml_block(tensor.type);
-    infos_.push_back({name, tensor.shape, std::string(block->name),
-                      static_cast<std::int64_t>(tensor.bytes.size())});
-  }
-
-  static void check_decodable(const Entry& entry, const RowShape& shape, const ErrorSite& site) {
+  static void check_decodable(const GgufEntry& entry, const RowShape& shape,
+                              const ErrorSite& site) {
     const GgmlBlock* block = find_ggml_block(entry.tensor->type);
     if (!block->decodable) {
       fail(Errc::kUnsupported,
@@ -161,7 +69,7 @@ class GgufSource : public ModelSource {
     }
   }
 
-  static void decode(const Entry& entry, const RowShape& shape, std::int64_t begin,
+  static void decode(const GgufEntry& entry, const RowShape& shape, std::int64_t begin,
                      std::int64_t end, DType dtype, std::uint8_t* out) {
     const GgmlBlock& block = *find_ggml_block(entry.tensor->type);
     const std::int64_t row_bytes = shape.columns / block.elements * block.bytes;
@@ -182,7 +90,7 @@ class GgufSource : public ModelSource {
 
   GgufFile file_;
   std::string config_, tokenizer_;
-  std::map<std::string, Entry> entries_;
+  std::map<std::string, GgufEntry> entries_;
   std::vector<Info> infos_;
 };
 
