@@ -166,3 +166,18 @@ def linear(
     except RuntimeError:
         with _typed(x, (codes, stats, shared), spec, int(spec[2])):
             raise
+
+
+def linear_int8(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    stats: torch.Tensor,
+    shared: torch.Tensor,
+    bias: torch.Tensor | None,
+    spec: Spec,
+    threshold: float,
+) -> torch.Tensor:
+    """The product of LLM.int8: activations rounded to int8 by row, entries of at least `threshold`
+    through dequantized weights. Not differentiable."""
+    with _typed(x, (codes, stats, shared), spec, int(spec[2])):
+        return torch.ops.quantal.linear_int8(x, codes, stats, shared, bias, spec, threshold)

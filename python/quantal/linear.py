@@ -63,6 +63,10 @@ class QuantizedLinear(PackedWeight, nn.Linear):
         self._rows, self._cols = out_features, in_features
         self._init_packed(spec, device)
         self.compute_dtype = compute_dtype or config.compute_dtype or self.value_dtype
+        threshold = config.backend_options.get("int8_threshold")
+        is_int8 = self.dialect == "bnb" and self.bits == 8
+        #: LLM.int8 without gradients: outlier threshold of its integer product; None: exact weights.
+        self.int8_threshold = float(threshold) if threshold is not None and is_int8 else None
         data = torch.zeros(out_features, dtype=bias_dtype or self.compute_dtype, device=device)
         self.register_parameter("bias", nn.Parameter(data) if bias else None)
 
@@ -147,6 +151,10 @@ class QuantizedLinear(PackedWeight, nn.Linear):
             return nn.functional.linear(x.to(dense.dtype), dense, self.bias).to(x.dtype)
         wide = x.to(self.compute_dtype)
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)
+        if self.int8_threshold is not None and not (torch.is_grad_enabled() and x.requires_grad):
+            packed = self._buffers_packed
+            y = _ops.linear_int8(wide, *packed, bias, self._spec, self.int8_threshold)
+            return y.to(x.dtype)
         y = _ops.linear(wide, self.codes, self.stats, self.shared, bias, self._spec)
         return y.to(x.dtype)
 

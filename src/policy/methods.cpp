@@ -21,8 +21,8 @@ constexpr FamilyFacts kNoFamily = {"", "FallbackAdapter", "", "", "", {}};
 
 constexpr std::array<std::string_view, 2> kSupportNames = {"documented", "extended"};
 constexpr std::array<std::string_view, 3> kFallbackNames = {"none", "nearest", "error"};
-constexpr std::array<std::string_view, 6> kOptions = {"support",  "fallback",   "axis",
-                                                      "optimize", "round_zero", "mode"};
+constexpr std::array<std::string_view, 7> kOptions = {
+    "int8_threshold", "support", "fallback", "axis", "optimize", "round_zero", "mode"};
 
 /// Rows, and groups per row, of the layer on which settings are tried.
 constexpr std::int64_t kMaxProbe = 4096;

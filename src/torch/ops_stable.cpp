@@ -312,6 +312,24 @@ Tensor linear_cpu(Tensor x, Tensor codes, Tensor stats, Tensor shared, std::opti
   return stable::view(y, {sizes.data(), sizes.size()});
 }
 
+/// The product of LLM.int8, forward only (quantal/kernels.h, matmul_int8).
+Tensor linear_int8_cpu(Tensor x, Tensor codes, Tensor stats, Tensor shared,
+                       std::optional<Tensor> bias, Ints spec_ints, double threshold) {
+  const Packed w = packed_of(codes, stats, shared, spec_ints);
+  const PackedSpec& spec = w.view.spec;
+  const DType dtype = weight_dtype("quantal::linear_int8: x", x.scalar_type());
+  Tensor rows = as_matrix("quantal::linear_int8: x", x, spec.cols);
+  const std::int64_t m = rows.size(0);
+  Tensor y = empty_like_of(x, {m, spec.rows}, x.scalar_type());
+  auto b = bias_as(bias, spec.rows, ScalarType::Float);
+  quantal::matmul_int8(w.view, dtype, rows.const_data_ptr(), m,
+                       b ? static_cast<const float*>(b->const_data_ptr()) : nullptr,
+                       static_cast<float>(threshold), y.mutable_data_ptr(),
+                       quantal::stable_executor());
+  const Ints sizes = sizes_with_last(x, spec.rows);
+  return stable::view(y, {sizes.data(), sizes.size()});
+}
+
 Tensor linear_grad_input_cpu(Tensor grad, Tensor codes, Tensor stats, Tensor shared,
                              Ints spec_ints) {
   const Packed w = packed_of(codes, stats, shared, spec_ints);
@@ -356,6 +374,10 @@ Tensor dequantize_meta(Tensor codes, Tensor, Tensor, Ints spec_ints, ScalarType 
 Tensor linear_meta(Tensor x, Tensor, Tensor, Tensor, std::optional<Tensor>, Ints spec) {
   return meta_with_last(x, quantal::spec_from_ints(spec).rows);
 }
+Tensor linear_int8_meta(Tensor x, Tensor, Tensor, Tensor, std::optional<Tensor>, Ints spec,
+                        double) {
+  return meta_with_last(x, quantal::spec_from_ints(spec).rows);
+}
 Tensor linear_grad_input_meta(Tensor grad, Tensor, Tensor, Tensor, Ints spec) {
   return meta_with_last(grad, quantal::spec_from_ints(spec).cols);
 }
@@ -371,6 +393,9 @@ STABLE_TORCH_LIBRARY(quantal, m) {
       "linear(Tensor x, Tensor codes, Tensor stats, Tensor shared, Tensor? bias, int[] spec) "
       "-> Tensor");
   m.def(
+      "linear_int8(Tensor x, Tensor codes, Tensor stats, Tensor shared, Tensor? bias, int[] spec, "
+      "float threshold) -> Tensor");
+  m.def(
       "linear_grad_input(Tensor grad, Tensor codes, Tensor stats, Tensor shared, int[] spec) "
       "-> Tensor");
 }
@@ -379,6 +404,7 @@ STABLE_TORCH_LIBRARY_IMPL(quantal, CPU, m) {
   m.impl("quantize", TORCH_BOX(&quantize_cpu));
   m.impl("dequantize", TORCH_BOX(&dequantize_cpu));
   m.impl("linear", TORCH_BOX(&linear_cpu));
+  m.impl("linear_int8", TORCH_BOX(&linear_int8_cpu));
   m.impl("linear_grad_input", TORCH_BOX(&linear_grad_input_cpu));
 }
 
@@ -386,5 +412,6 @@ STABLE_TORCH_LIBRARY_IMPL(quantal, Meta, m) {
   m.impl("quantize", TORCH_BOX(&quantize_meta));
   m.impl("dequantize", TORCH_BOX(&dequantize_meta));
   m.impl("linear", TORCH_BOX(&linear_meta));
+  m.impl("linear_int8", TORCH_BOX(&linear_int8_meta));
   m.impl("linear_grad_input", TORCH_BOX(&linear_grad_input_meta));
 }
