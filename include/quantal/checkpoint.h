@@ -1,8 +1,9 @@
-// quantal checkpoint: load and save whole models without torch. Joins containers (io), dialects
-// (formats) and policy; the torch layer and the cli stand on it.
+// quantal checkpoint: load, save and convert whole models without torch. Joins containers (io),
+// dialects (formats) and policy; the torch layer and the cli stand on it.
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -13,12 +14,13 @@
 #include "quantal/formats.h"
 #include "quantal/io.h"
 #include "quantal/kernels.h"
+#include "quantal/transcode.h"
 
 namespace quantal {
 
-/// A model on disk whose tensors are seen under Hugging Face names: a GGUF file, a single
-/// safetensors file, or a folder with config.json and safetensors (sharded or not). Quantized GGUF
-/// tensors are decoded on reading; rotary rows of q and k are put into Hugging Face order.
+/// A model on disk whose tensors are seen under Hugging Face names: a GGUF file, a single file or a
+/// folder of safetensors, torch or npz files. Quantized GGUF tensors are decoded on reading; rotary
+/// rows of q and k are put into Hugging Face order.
 class ModelSource {
  public:
   /// Throws Error{kIo}, Error{kCorrupt}, Error{kUnsupported}.
@@ -46,30 +48,89 @@ class ModelSource {
                          DType dtype, void* out, const Executor& executor) const = 0;
 };
 
+// ------------------------------------------------------------------ loading
+
 /// A quantized model in memory: packed layers by module path, everything else dense.
 struct Checkpoint {
-  std::string config_json = "{}";  ///< including quantization_config
+  std::string config_json = "{}";  ///< config.json as it stands, quantization settings included
+  std::string layout;              ///< "bnb transformers", "hqq guide", "gguf", "dense" ...
+  SideTexts texts;                 ///< small JSON files beside the weights
   std::map<std::string, PackedMatrix> layers;
-  std::map<std::string, TensorView> tensors;  ///< by full tensor name; borrowed from `files`
-  std::vector<std::shared_ptr<void>> owners;  ///< keeps mappings alive
+  std::map<std::string, TensorView> tensors;  ///< by full tensor name; borrowed from `owners`
+  std::vector<std::shared_ptr<void>> owners;  ///< keeps mappings and buffers alive
+  std::vector<std::string> notes;  ///< what was ignored or chosen while reading, for a report
 };
 
-/// Reads a folder (config.json + safetensors, sharded or single) or one safetensors file written by
-/// quantal or by the upstream package. Throws Error{kCorrupt} listing missing and extra tensors of
-/// a layer; "No checkpoint found in {path}" (Error{kIo}) names what was looked for.
-Checkpoint load_checkpoint(const std::string& path);
+struct LoadOptions {
+  /// Shape of a module's dense weight; formats that do not store it (Quanto with groups) need it.
+  /// Without it, or where it returns an empty shape, the sizes of a llama-like config.json are
+  /// used.
+  std::function<std::vector<std::int64_t>(const std::string& module)> weight_shape;
+  /// Layers are imported in parallel on it; null: on the calling thread.
+  const Executor* executor = nullptr;
+  /// Compares the content with the digest in quantal.json, where there is one; reads every byte.
+  bool verify_digest = false;
+};
+
+/// Reads what any supported tool wrote; the format is recognized by content, not by suffix. Folders
+/// (config.json and weights, sharded or not, in safetensors, torch or npz files), single
+/// safetensors, torch, npz and GGUF files. Dense tensors stay views of mapped files where the file
+/// allows it. Throws Error{kCorrupt} naming, layer by layer, missing, extra and misshapen tensors;
+/// Error{kUnsupported} for a quantization that no dialect knows; "No checkpoint found in {path}"
+/// (Error{kIo}) names what was looked for.
+Checkpoint load_checkpoint(const std::string& path, const LoadOptions& options = {});
+
+/// Reads layer by layer instead of all at once, for conversion and shard-direct loading: memory
+/// holds one layer at a time. Reading different layers from several threads is safe.
+class CheckpointReader {
+ public:
+  /// Throws what load_checkpoint throws, but finds faults of a layer only on reading it.
+  static std::unique_ptr<CheckpointReader> open(const std::string& path,
+                                                const LoadOptions& options = {});
+  virtual ~CheckpointReader() = default;
+  virtual const std::string& config_json() const = 0;
+  virtual const std::string& layout() const = 0;
+  virtual const SideTexts& texts() const = 0;
+  /// Module paths of packed layers, and names of dense tensors, in order of name.
+  virtual const std::vector<std::string>& layer_names() const = 0;
+  virtual const std::vector<std::string>& tensor_names() const = 0;
+  /// Throws Error{kConfig} for a name that is not in the list; Error{kCorrupt} / Error{kShape} for
+  /// a layer that contradicts itself.
+  virtual PackedMatrix read_layer(const std::string& name) const = 0;
+  /// dtype and shape only; `bytes` is empty.
+  virtual TensorView describe_tensor(const std::string& name) const = 0;
+  virtual Tensor read_tensor(const std::string& name) const = 0;
+};
+
+// ------------------------------------------------------------------ saving
 
 /// What save_checkpoint writes.
 struct CheckpointView {
-  std::string config_json = "{}";  ///< model config; quantization_config is added to it
+  std::string config_json = "{}";  ///< model config; the layout's settings are merged into it
   std::vector<std::pair<std::string, PackedView>> layers;
   std::vector<std::pair<std::string, TensorView>> tensors;
-  std::string quantization_config_json;  ///< from the dialect; empty for a dense model
+  /// Linear modules that stay dense (skip lists of configs). Empty: every dense 2-D weight that is
+  /// not an embedding.
+  std::vector<std::string> dense;
 };
-/// Writes `folder`/config.json and model.safetensors in the dialect's upstream layout. The folder
-/// appears whole or not at all; an existing folder that quantal did not write is refused unless
-/// `overwrite`. Throws Error{kIo}, Error{kConfig}.
-void save_checkpoint(const std::string& folder, const CheckpointView& view, bool overwrite = false);
+
+struct SaveOptions {
+  /// FileLayout::name, also with the dialect before it ("guide", "hqq guide"); empty: by path (the
+  /// suffix of a single file) or the dialect's default.
+  std::string layout;
+  /// Folders of safetensors or flat torch files: larger models are sharded; 0 = never.
+  std::int64_t max_shard_bytes = 0;
+  bool overwrite = false;
+};
+/// Layouts that a model of this dialect (null: without quantized layers) can be written in.
+std::vector<FileLayout> file_layouts(const Dialect* dialect);
+
+/// Writes a folder or a single file in one of the layouts of the layers' dialect (all layers must
+/// be of one dialect; a model without any is written dense). It appears whole or not at all; an
+/// existing folder that quantal did not write is refused unless `overwrite`. Memory beyond the
+/// view: one exported layer at a time. Throws Error{kIo}, Error{kConfig}.
+void save_checkpoint(const std::string& path, const CheckpointView& view,
+                     const SaveOptions& options = {});
 
 /// SHA-256 (hex) over names, specs and bytes of all layers and tensors, in name order; equal
 /// digests mean equal models.
@@ -78,5 +139,45 @@ std::string checkpoint_digest(const CheckpointView& view);
 /// Human-readable description of a file or folder (the cli's `inspect`), as text or JSON.
 std::string inspect_text(const std::string& path, bool all_tensors);
 std::string inspect_json(const std::string& path);
+
+// ------------------------------------------------------------------ conversion
+
+struct ConvertOptions {
+  std::string to;            ///< dialect: "bnb", "hqq", "mlx", "quanto", "gguf", or "dense"
+  QuantizeOptions quantize;  ///< group_size 0 and bits 0: as the source has them
+  SaveOptions save;
+  bool lossless_only = false;        ///< Error{kUnsupported} naming the first layer that would lose
+  DType dense_dtype = DType::kBF16;  ///< of "dense" and of embeddings that have to be decoded
+  /// Linear layers of a dense source that stay dense, as skip_modules of QuantizationConfig.
+  std::vector<std::string> skip_modules = {"lm_head"};
+  const Executor* executor = nullptr;  ///< null: the calling thread
+  /// Called before each layer or tensor, and once with done == total.
+  std::function<void(std::int64_t done, std::int64_t total, const std::string& name)> progress;
+};
+
+/// What became of each layer.
+struct ConvertReport {
+  struct Layer {
+    std::string name;
+    std::string from, to;  ///< forms: "gguf Q4_1", "mlx 4-bit, group 32", "bf16"
+    Preservation kept;
+    double relative_error = 0;  ///< of dequantized values; convert only
+  };
+  std::string layout;         ///< of the target: "mlx mlx-lm"
+  std::vector<Layer> layers;  ///< quantized before or after
+  std::int64_t copied = 0;    ///< dense tensors taken over as they are
+  bool measured = false;      ///< relative_error is known
+  bool lossless() const;      ///< no layer loses anything
+  std::string text() const;   ///< a table for people
+};
+
+/// States, without quantizing anything, what a conversion would preserve, layer by layer.
+ConvertReport plan_convert(const std::string& from, const ConvertOptions& options);
+/// Converts tensor by tensor: anonymous memory grows by at most three times the largest tensor.
+/// Writes `to_path` atomically. Dense tensors are copied; files beside the weights of a folder
+/// (tokenizer, generation config) are copied into a folder. Throws what load_checkpoint,
+/// transcode and save_checkpoint throw.
+ConvertReport convert(const std::string& from, const std::string& to_path,
+                      const ConvertOptions& options);
 
 }  // namespace quantal

@@ -133,10 +133,6 @@ void bind_layers(py::module_& m) {
         py::arg("shared"), py::arg("prefix"));
   m.def("import_layer", &import_layer, py::arg("dialect"), py::arg("prefix"), py::arg("tensors"),
         py::arg("settings") = "{}", py::arg("weight_shape") = Spec{});
-  m.def("hf_quantization_config",
-        [](const QuantizeOptions& options, const std::vector<std::string>& skip_modules) {
-          return dialect_of(options.method).hf_quantization_config(options, skip_modules);
-        });
   m.def("cpu_kernels", [] { return std::string(active_cpu_kernels()); });
   m.def("available_cpu_kernels", [] {
     std::vector<std::string> out;

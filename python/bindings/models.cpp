@@ -1,5 +1,6 @@
 // Bindings of io.h and checkpoint.h: whole models in and out, without torch.
 #include <algorithm>
+#include <map>
 
 #include "bindings/bindings.h"
 #include "quantal/checkpoint.h"
@@ -70,11 +71,9 @@ struct HeldView {
 
 using Layers = std::vector<std::pair<std::string, py::tuple>>;
 
-HeldView hold(const std::string& config_json, const std::string& quantization_config,
-              const Layers& layers, const Layers& tensors) {
+HeldView hold(const std::string& config_json, const Layers& layers, const Layers& tensors) {
   HeldView out;
   out.view.config_json = config_json;
-  out.view.quantization_config_json = quantization_config;
   const auto bytes = [&out](const py::handle& object) {
     out.held.emplace_back(object.cast<py::buffer>());
     return out.held.back().view();
@@ -92,11 +91,23 @@ HeldView hold(const std::string& config_json, const std::string& quantization_co
   return out;
 }
 
-py::tuple load(const std::string& path) {
+using Shapes = std::map<std::string, std::vector<std::int64_t>>;
+
+LoadOptions load_options(const Shapes& weight_shapes, bool verify_digest) {
+  LoadOptions options;
+  options.verify_digest = verify_digest;
+  options.weight_shape = [weight_shapes](const std::string& module) {
+    const auto found = weight_shapes.find(module);
+    return found == weight_shapes.end() ? std::vector<std::int64_t>{} : found->second;
+  };
+  return options;
+}
+
+py::dict load(const std::string& path, const Shapes& weight_shapes, bool verify_digest) {
   auto checkpoint = std::make_shared<Checkpoint>();
   {
     py::gil_scoped_release released;
-    *checkpoint = load_checkpoint(path);
+    *checkpoint = load_checkpoint(path, load_options(weight_shapes, verify_digest));
   }
   py::dict layers, tensors;
   for (auto& [name, packed] : checkpoint->layers) {
@@ -111,26 +122,52 @@ py::tuple load(const std::string& path) {
   for (const auto& [name, view] : checkpoint->tensors) {
     tensors[py::str(name)] = MappedTensor{view, checkpoint};
   }
-  return py::make_tuple(checkpoint->config_json, layers, tensors);
+  return py::dict(py::arg("config_json") = checkpoint->config_json,
+                  py::arg("layout") = checkpoint->layout, py::arg("notes") = checkpoint->notes,
+                  py::arg("layers") = layers, py::arg("tensors") = tensors);
+}
+
+std::vector<py::tuple> layouts(const std::string& dialect) {
+  std::vector<py::tuple> out;
+  const bool dense = dialect.empty() || dialect == "dense";
+  for (const FileLayout& layout : file_layouts(dense ? nullptr : &dialect_by_name(dialect))) {
+    out.push_back(py::make_tuple(std::string(layout.name), std::string(layout.title)));
+  }
+  return out;
 }
 
 void bind_checkpoint(py::module_& m) {
-  m.def("load_checkpoint", &load, py::arg("path"));
+  m.def("load_checkpoint", &load, py::arg("path"), py::arg("weight_shapes") = Shapes{},
+        py::arg("verify_digest") = false,
+        "config_json, layout, notes, layers {name: (spec, codes, stats, shared)}, tensors.");
+  m.def(
+      "read_config",
+      [](const std::string& path) {
+        py::gil_scoped_release released;
+        return CheckpointReader::open(path)->config_json();
+      },
+      py::arg("path"), "Text of config.json of a folder or file; \"{}\" without one.");
+  m.def("file_layouts", &layouts, py::arg("dialect"),
+        "(name, title) of the layouts of a dialect, \"dense\" for none; the default first.");
   m.def(
       "save_checkpoint",
-      [](const std::string& folder, const std::string& config_json,
-         const std::string& quantization_config, const Layers& layers, const Layers& tensors,
-         bool overwrite) {
-        const HeldView held = hold(config_json, quantization_config, layers, tensors);
+      [](const std::string& path, const std::string& config_json, const Layers& layers,
+         const Layers& tensors, const std::vector<std::string>& dense, const std::string& layout,
+         std::int64_t max_shard_bytes, bool overwrite) {
+        HeldView held = hold(config_json, layers, tensors);
+        held.view.dense = dense;
         py::gil_scoped_release released;
-        save_checkpoint(folder, held.view, overwrite);
+        save_checkpoint(
+            path, held.view,
+            {.layout = layout, .max_shard_bytes = max_shard_bytes, .overwrite = overwrite});
       },
-      py::arg("folder"), py::arg("config_json"), py::arg("quantization_config"), py::arg("layers"),
-      py::arg("tensors"), py::arg("overwrite") = false);
+      py::arg("path"), py::arg("config_json"), py::arg("layers"), py::arg("tensors"),
+      py::arg("dense") = std::vector<std::string>{}, py::arg("layout") = "",
+      py::arg("max_shard_bytes") = 0, py::arg("overwrite") = false);
   m.def(
       "checkpoint_digest",
       [](const Layers& layers, const Layers& tensors) {
-        const HeldView held = hold("{}", "", layers, tensors);
+        const HeldView held = hold("{}", layers, tensors);
         py::gil_scoped_release released;
         return checkpoint_digest(held.view);
       },

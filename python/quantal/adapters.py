@@ -86,7 +86,7 @@ class QuantizationAdapter(ABC):
         self, model: nn.Module, save_path: str | os.PathLike, *, overwrite: bool = False
     ) -> None:
         """Writes a folder (config.json and safetensors) in the upstream layout of the method."""
-        save_model(model, save_path, self.config, overwrite=overwrite)
+        save_model(model, save_path, overwrite=overwrite)
 
     def load_quantized_model(
         self, model_path: str | os.PathLike, model_config: Any = None, **kwargs: Any

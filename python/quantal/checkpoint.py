@@ -14,23 +14,24 @@ from torch import nn
 from . import _core
 from ._dtypes import _BY_NAME, as_parts, bytes_of, tensor_from
 from ._errors import ConfigError, CorruptError
+from ._packed import BUFFERS, PackedWeight
 from .config import QuantizationConfig
+from .embedding import QuantizedEmbedding
 from .linear import QuantizedLinear
 
-_BUFFERS = ("codes", "stats", "shared", "spec")
 #: Key of config.json under which tied tensor names of a model that is not transformers' are kept.
 _TIED_KEY = "quantal_tied"
 
 
-def _quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+def _quantized_layers(model: nn.Module) -> dict[str, PackedWeight]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, PackedWeight)}
 
 
 def _dense_tensors(
-    model: nn.Module, layers: dict[str, QuantizedLinear]
+    model: nn.Module, layers: dict[str, PackedWeight]
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """State tensors that are not packed, and {name: name it shares its bytes with}."""
-    packed = {f"{name}.{part}" if name else part for name in layers for part in _BUFFERS}
+    packed = {f"{name}.{part}" if name else part for name in layers for part in BUFFERS}
     tensors: dict[str, torch.Tensor] = {}
     tied: dict[str, str] = {}
     seen: dict[tuple, str] = {}
@@ -89,30 +90,33 @@ def _model_config(model: nn.Module, tied: dict[str, str]) -> dict[str, Any]:
     return values
 
 
-def _hf_config(model: nn.Module, config: QuantizationConfig) -> str:
-    """quantization_config for the folder, from the settings that most layers have."""
-    rules = _core.LayerRules(config.to_json())
-    dense = [n for n, m in model.named_modules() if type(m) is nn.Linear]
-    for name, layer in _quantized_layers(model).items():
-        choice = rules.choose(name, layer.out_features, layer.in_features)
-        if choice.quantize:
-            return _core.hf_quantization_config(choice.options, dense)
-    return ""
-
-
 def save_model(
     model: nn.Module,
-    folder: str | os.PathLike,
-    config: QuantizationConfig,
+    path: str | os.PathLike,
     *,
+    layout: str = "",
+    max_shard_bytes: int = 0,
     overwrite: bool = False,
 ) -> None:
-    """Writes config.json and model.safetensors; the folder appears whole or not at all."""
+    """Writes a folder or a single file in one of the layouts of the model's dialect.
+
+    layout           name of ``_core.file_layouts``; empty: by the suffix of ``path`` or the
+                     dialect's default
+    max_shard_bytes  larger models are written in several files; 0: never
+
+    It appears whole or not at all; what exists and was not written by quantal is refused unless
+    ``overwrite``."""
     _refuse_adapters(model)
     packed, tensors, tied = _views(model)
-    text = json.dumps(_model_config(model, tied))
     _core.save_checkpoint(
-        os.fspath(folder), text, _hf_config(model, config), packed, tensors, overwrite
+        os.fspath(path),
+        json.dumps(_model_config(model, tied)),
+        packed,
+        tensors,
+        dense=[n for n, m in model.named_modules() if type(m) is nn.Linear],
+        layout=layout,
+        max_shard_bytes=max_shard_bytes,
+        overwrite=overwrite,
     )
 
 
@@ -139,6 +143,8 @@ def parameters_on_meta() -> Iterator[None]:
 def _build(model_config: Any, stored: dict[str, Any]) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+    if isinstance(model_config, str | os.PathLike):
+        model_config = AutoConfig.from_pretrained(os.fspath(model_config))
     if isinstance(model_config, PretrainedConfig):
         config = type(model_config).from_dict(model_config.to_dict())
     else:
@@ -149,6 +155,7 @@ def _build(model_config: Any, stored: dict[str, Any]) -> nn.Module:
                 "model= to load into a module of your own)"
             )
         values.pop("quantization_config", None)
+        values.pop("quantization", None)
         config = AutoConfig.for_model(**values)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -164,37 +171,68 @@ def read_tensor(stored: _core.MappedTensor) -> torch.Tensor:
     return tensor
 
 
+def _packed_module(
+    old: Any, spec: list[int], tensors: list[torch.Tensor], config: QuantizationConfig | None
+) -> PackedWeight | None:
+    """A packed layer in the place of `old`; None if `old` looks nothing up and multiplies
+    nothing."""
+    compute = config.compute_dtype if config is not None else None
+    if isinstance(old, nn.Embedding):
+        padding = old.padding_idx
+        return QuantizedEmbedding.from_packed(
+            spec, *tensors, padding_idx=padding, compute_dtype=compute
+        )
+    if not hasattr(old, "in_features"):
+        return None
+    layer = QuantizedLinear.from_packed(spec, *tensors, config=config, compute_dtype=compute)
+    if getattr(old, "bias", None) is not None:
+        layer.bias = nn.Parameter(torch.empty_like(old.bias, device="meta"))
+    return layer
+
+
+def _module_shape(module: Any) -> tuple[int, int]:
+    """(rows, columns) of the weight of a linear layer or an embedding."""
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    return module.out_features, module.in_features
+
+
 def _put_layers(
     model: nn.Module, layers: dict[str, Any], config: QuantizationConfig | None, path: str
 ) -> None:
     for name, (spec, *buffers) in layers.items():
-        try:
-            old: Any = model.get_submodule(name)
-        except AttributeError:
+        layout = _core.layout(spec)
+        tensors = [
+            tensor_from(b, "u8", list(layout[part]))
+            for part, b in zip(BUFFERS, buffers, strict=False)
+        ]
+        old: Any = None
+        with contextlib.suppress(AttributeError):
+            old = model.get_submodule(name)
+        layer = _packed_module(old, spec, tensors, config)
+        if layer is None:
             raise CorruptError(
                 f'load: file has a quantized layer "{name}", expected one of the model\'s '
                 f"(file={path}, tensor={name})",
                 path,
                 name,
-            ) from None
-        layout = _core.layout(spec)
-        tensors = [
-            tensor_from(b, "u8", list(layout[part]))
-            for part, b in zip(_BUFFERS, buffers, strict=False)
-        ]
-        compute = config.compute_dtype if config is not None else None
-        layer = QuantizedLinear.from_packed(spec, *tensors, config=config, compute_dtype=compute)
-        if (old.in_features, old.out_features) != (layer.in_features, layer.out_features):
+            )
+        if _module_shape(old) != _module_shape(layer):
             raise CorruptError(
-                f"load: layer is [{layer.out_features}, {layer.in_features}], expected "
-                f"[{old.out_features}, {old.in_features}] (file={path}, tensor={name})",
+                f"load: layer is {list(_module_shape(layer))}, expected {list(_module_shape(old))} "
+                f"(file={path}, tensor={name})",
                 path,
                 name,
             )
-        if old.bias is not None:
-            layer.bias = nn.Parameter(torch.empty_like(old.bias, device="meta"))
+        if isinstance(layer, QuantizedEmbedding) and _tied(model):
+            assign_tensor(model, f"{name}.weight", layer.weight)  # the head needs its values
+            continue
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
+
+
+def _tied(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
 
 
 def assign_tensor(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
@@ -211,7 +249,7 @@ def assign_tensor(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 def _expected_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     layers = _quantized_layers(model)
-    packed = {f"{name}.{part}" if name else part for name in layers for part in _BUFFERS}
+    packed = {f"{name}.{part}" if name else part for name in layers for part in BUFFERS}
     return {n: t for n, t in model.state_dict(keep_vars=True).items() if n not in packed}
 
 
@@ -260,13 +298,18 @@ def load_model(
 
     Loading is strict: missing, extra and misshapen tensors raise CorruptError naming them."""
     path = os.fspath(path)
-    text, layers, tensors = _core.load_checkpoint(path)
-    stored = json.loads(text)
-    tied = stored.get(_TIED_KEY, {})
     if model is None:
+        stored = {} if model_config is not None else json.loads(_core.read_config(path))
         model = _build(model_config, stored)
-    _put_layers(model, layers, config, path)
-    _put_tensors(model, tensors, tied, path)
+    shapes = {
+        name: list(_module_shape(m))
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear | nn.Embedding)
+    }
+    loaded = _core.load_checkpoint(path, shapes)
+    tied = json.loads(loaded["config_json"]).get(_TIED_KEY, {})
+    _put_layers(model, loaded["layers"], config, path)
+    _put_tensors(model, loaded["tensors"], tied, path)
     return model.eval()
 
 

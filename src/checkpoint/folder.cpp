@@ -6,6 +6,7 @@
 #include <filesystem>
 #include <utility>
 
+#include "checkpoint/locate.h"
 #include "io/atomic_file.h"
 #include "quantal/core.h"
 
@@ -31,17 +32,12 @@ void move(const std::string& from, const std::string& to) {
     fail(Errc::kIo, "checkpoint: rename to " + to + ": " + error.message(), {.path = from});
 }
 
-bool is_weights(const std::string& name) {
-  return name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json") ||
-         name.ends_with(".bin") || name.ends_with(".bin.index.json") || name == kMarker;
-}
-
 /// Moves what `fresh` lacks out of `old`.
 void keep_companions(const std::string& old, const std::string& fresh) {
   std::error_code error;
   for (const auto& entry : fs::directory_iterator(old, error)) {
     const std::string name = entry.path().filename().string();
-    if (is_weights(name) || fs::exists(fresh + "/" + name)) continue;
+    if (is_weights_name(name) || fs::exists(fresh + "/" + name)) continue;
     move(entry.path().string(), fresh + "/" + name);
   }
 }

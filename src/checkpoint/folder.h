@@ -7,6 +7,11 @@ namespace quantal::checkpoint {
 
 /// File inside every folder that quantal writes; it marks the folder as one that may be replaced.
 inline constexpr const char* kMarker = "quantal.json";
+/// Metadata key of a single safetensors file: JSON object of the texts that a folder would have.
+inline constexpr const char* kEmbeddedTexts = "quantal_texts";
+/// Names in SideTexts of the settings inside a wrapped torch file, and of their key there.
+inline constexpr const char* kEmbedded = "embedded";
+inline constexpr const char* kEmbeddedKey = "embedded_key";
 
 /// Collects files in a temporary folder beside `target`; `commit` puts it in the place of
 /// `target`. A destructor without `commit` removes the temporary folder.

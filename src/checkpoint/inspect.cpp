@@ -6,8 +6,8 @@
 
 #include "checkpoint/folder.h"
 #include "checkpoint/json.h"
+#include "checkpoint/reader.h"
 #include "checkpoint/sources.h"
-#include "checkpoint/tensor_set.h"
 #include "quantal/checkpoint.h"
 #include "quantal/ggml.h"
 
@@ -83,68 +83,52 @@ std::string layer_type(const PackedSpec& spec) {
   return text + ", " + std::string(dtype_name(spec.value_dtype));
 }
 
-/// Quantized layers first collected by dialect, then everything else. False if they cannot be read.
-bool add_layers(Inspection& out, const TensorSet& set, const std::string& path) {
-  Checkpoint checkpoint;
-  try {
-    checkpoint = load_checkpoint(path);
-  } catch (const Error& e) {
-    if (e.code() != Errc::kUnsupported) throw;
-    out.unread = e.what();
-    return false;
-  }
+/// Quantized layers first, then everything else.
+void add_tensors(Inspection& out, const ModelReader& reader) {
   std::set<std::string> dialects_seen;
-  for (const auto& [name, layer] : checkpoint.layers) {
-    const PackedSpec& spec = layer.spec;
-    std::int64_t bytes = 0;
-    for (auto it = set.tensors.lower_bound(name + "."); it != set.tensors.end(); ++it) {
-      if (!it->first.starts_with(name + ".")) break;
-      if (checkpoint.tensors.count(it->first) == 0) bytes += std::ssize(it->second.bytes);
-    }
+  for (const std::string& name : reader.layer_names()) {
+    const PackedSpec spec = reader.layer_spec(name);
     dialects_seen.insert(std::string(dialect_by_id(spec.dialect).title));
-    out.tensors.push_back(
-        {name, {spec.rows, spec.cols}, layer_type(spec), spec.rows * spec.cols, bytes, true});
+    out.tensors.push_back({name,
+                           {spec.rows, spec.cols},
+                           layer_type(spec),
+                           spec.rows * spec.cols,
+                           reader.layer_bytes(name),
+                           true});
   }
   for (const std::string& title : dialects_seen) {
     out.quantization += (out.quantization.empty() ? "" : ", ") + title;
   }
-  for (const auto& [name, view] : checkpoint.tensors) {
-    out.tensors.push_back({name, view.shape, std::string(dtype_name(view.dtype)), view.numel(),
-                           std::ssize(view.bytes), false});
+  for (const std::string& name : reader.tensor_names()) {
+    const TensorView view = reader.describe_tensor(name);
+    const std::int64_t numel = view.numel();
+    out.tensors.push_back({name, view.shape, std::string(dtype_name(view.dtype)), numel,
+                           numel * static_cast<std::int64_t>(dtype_size(view.dtype)), false});
   }
-  return true;
 }
 
-Inspection inspect_safetensors(const std::string& path) {
-  const TensorSet set = open_tensor_set(path);
+Inspection inspect_model(const std::string& path) {
+  const std::unique_ptr<ModelReader> reader = open_model(path, {});
   Inspection out;
-  const std::size_t files = set.files.size();
-  out.container = "safetensors, " + std::to_string(files) + (files == 1 ? " file" : " files");
-  add_config(out, set.config_json, path);
-  if (files == 1) {
-    for (const auto& [key, value] : set.files.front()->metadata()) {
-      out.metadata.emplace_back("metadata " + key, value);
-    }
-  }
-  add_marker(out, path);
-  if (add_layers(out, set, path)) return out;
-  for (const auto& [name, view] : set.tensors) {
-    out.tensors.push_back({name, view.shape, std::string(dtype_name(view.dtype)), view.numel(),
-                           std::ssize(view.bytes), false});
-  }
+  out.container = reader->container();
+  out.unread = reader->unread();
+  out.layout = reader->layout();
+  add_config(out, reader->config_json(), path);
+  for (auto& pair : reader->metadata()) out.metadata.push_back(std::move(pair));
+  if (!reader->folder().empty()) add_marker(out, reader->folder());
+  out.notes = reader->notes();
+  add_tensors(out, *reader);
   return out;
 }
 
 Inspection inspect_any(const std::string& path) {
   std::error_code ignored;
-  if (std::filesystem::is_directory(path, ignored)) return inspect_safetensors(path);
-  if (path.ends_with(".npy")) return inspect_npy(path);
-  const MappedFile file(path);
-  constexpr std::string_view kMagic = "GGUF";
-  const auto bytes = file.bytes();
-  const bool gguf =
-      bytes.size() >= kMagic.size() && std::equal(kMagic.begin(), kMagic.end(), bytes.begin());
-  return gguf || path.ends_with(".gguf") ? inspect_gguf(path) : inspect_safetensors(path);
+  if (!std::filesystem::is_directory(path, ignored)) {
+    const FileKind kind = detect_file(path);
+    if (kind == FileKind::kNpy) return inspect_npy(path);
+    if (kind == FileKind::kGguf || path.ends_with(".gguf")) return inspect_gguf(path);
+  }
+  return inspect_model(path);
 }
 
 }  // namespace

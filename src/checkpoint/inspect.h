@@ -21,9 +21,11 @@ struct InspectedTensor {
 struct Inspection {
   std::string path;
   std::string container;  ///< "GGUF version 3", "safetensors, 2 files", "npy"
+  std::string layout;     ///< "hqq guide", "dense transformers"; empty for GGUF and npy
   std::vector<std::pair<std::string, std::string>> metadata;
-  std::string quantization;  ///< dialects of the quantized layers
-  std::string unread;        ///< why quantized layers cannot be read, if so
+  std::string quantization;        ///< dialects of the quantized layers
+  std::string unread;              ///< why quantized layers cannot be read, if so
+  std::vector<std::string> notes;  ///< what was ignored or chosen
   std::vector<InspectedTensor> tensors;
 };
 

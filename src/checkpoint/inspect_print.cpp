@@ -133,9 +133,11 @@ Json totals_json(const Totals& totals) {
 std::string inspect_text(const std::string& path, bool all_tensors) {
   const Inspection found = checkpoint::inspect(path);
   std::string out = printable(found.path, 400) + "\n  " + found.container + "\n";
+  if (!found.layout.empty()) out += "  layout " + printable(found.layout, 400) + "\n";
   if (!found.quantization.empty()) {
     out += "  quantized with " + printable(found.quantization, 400) + "\n";
   }
+  for (const std::string& note : found.notes) out += "  note: " + printable(note, 400) + "\n";
   if (!found.unread.empty()) {
     out += "  layers are shown as raw tensors: " + printable(found.unread, 400) + "\n";
   }
@@ -155,8 +157,10 @@ std::string inspect_json(const std::string& path) {
   Json out;
   out["path"] = found.path;
   out["container"] = found.container;
+  out["layout"] = found.layout;
   out["quantization"] = found.quantization;
   out["unread"] = found.unread;
+  out["notes"] = found.notes;
   out["metadata"] = Json::object();
   for (const auto& [key, value] : found.metadata) out["metadata"][key] = value;
   out["types"] = Json::object();

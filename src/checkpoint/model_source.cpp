@@ -1,5 +1,3 @@
-#include <filesystem>
-
 #include "checkpoint/sources.h"
 
 namespace quantal {
@@ -28,17 +26,9 @@ void check_row_range(const RowShape& shape, std::int64_t row_begin, std::int64_t
 }  // namespace checkpoint
 
 std::unique_ptr<ModelSource> ModelSource::open(const std::string& path) {
-  std::error_code ignored;
-  const bool folder = std::filesystem::is_directory(path, ignored);
-  if (folder || path.ends_with(".safetensors")) return checkpoint::open_safetensors_source(path);
-  if (path.ends_with(".gguf")) return checkpoint::open_gguf_source(path);
-  // By content: model caches keep files under names without an extension.
-  const MappedFile file(path);
-  const auto bytes = file.bytes();
-  const std::string magic(bytes.begin(),
-                          bytes.begin() + std::min<std::ptrdiff_t>(4, std::ssize(bytes)));
-  return magic == "GGUF" ? checkpoint::open_gguf_source(path)
-                         : checkpoint::open_safetensors_source(path);
+  const checkpoint::Located where = checkpoint::locate(path);
+  return where.container == Container::kGguf ? checkpoint::open_gguf_source(where.files.front())
+                                             : checkpoint::open_file_source(where);
 }
 
 }  // namespace quantal

@@ -4,12 +4,13 @@
 #include <memory>
 #include <string>
 
+#include "checkpoint/locate.h"
 #include "quantal/checkpoint.h"
 
 namespace quantal::checkpoint {
 
 std::unique_ptr<ModelSource> open_gguf_source(const std::string& path);
-std::unique_ptr<ModelSource> open_safetensors_source(const std::string& path);
+std::unique_ptr<ModelSource> open_file_source(const Located& where);
 
 /// Opens a GGUF file with the block sizes of formats/gguf.
 GgufFile open_gguf(const std::string& path);

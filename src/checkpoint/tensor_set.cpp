@@ -1,108 +1,198 @@
 #include "checkpoint/tensor_set.h"
 
+#include <array>
+#include <cstring>
 #include <filesystem>
+#include <set>
 
+#include "checkpoint/folder.h"
 #include "checkpoint/json.h"
+#include "quantal/archive.h"
 
 namespace quantal::checkpoint {
 namespace {
 
 namespace fs = std::filesystem;
 
-constexpr const char* kSingle = "model.safetensors";
-constexpr const char* kIndex = "model.safetensors.index.json";
+/// Largest JSON file that is kept as a text beside the weights.
+constexpr std::uintmax_t kMostTextBytes = 4u << 20;
 
-bool exists(const std::string& path) {
-  std::error_code ignored;
-  return fs::exists(path, ignored);
+/// JSON files of tokenizers and indexes: no settings in them, and some are large.
+bool is_settings_name(const std::string& name) {
+  if (!name.ends_with(".json") || name.ends_with(".index.json") || name == kMarker) return false;
+  constexpr std::array<std::string_view, 6> kOthers = {
+      "tokenizer.json",          "tokenizer_config.json", "vocab.json",
+      "special_tokens_map.json", "added_tokens.json",     "preprocessor_config.json"};
+  for (const std::string_view other : kOthers) {
+    if (name == other) return false;
+  }
+  return true;
+}
+
+void add_texts(TensorSet& set, const std::string& folder) {
+  std::error_code error;
+  for (const auto& entry : fs::directory_iterator(folder, error)) {
+    const std::string name = entry.path().filename().string();
+    std::error_code ignored;
+    if (!is_settings_name(name) || !entry.is_regular_file(ignored)) continue;
+    if (entry.file_size(ignored) > kMostTextBytes) continue;
+    set.texts[name] = read_text_file(entry.path().string());
+  }
+  const auto config = set.texts.find("config.json");
+  // Refused here, with its path.
+  if (config != set.texts.end()) parse_json_object(config->second, folder + "/config.json");
+}
+
+/// A view whose address fits its element type; files do not promise that.
+HeldTensor aligned(const TensorView& view, const std::shared_ptr<void>& owner) {
+  const auto address = reinterpret_cast<std::uintptr_t>(view.bytes.data());
+  if (address % dtype_size(view.dtype) == 0) return {view, owner};
+  const auto copy =
+      std::make_shared<std::vector<std::uint8_t>>(view.bytes.begin(), view.bytes.end());
+  return {{view.dtype, view.shape, *copy}, copy};
 }
 
 void add_file(TensorSet& set, const std::string& path) {
-  auto file = std::make_shared<SafetensorsFile>(path);
-  for (const auto& [name, view] : file->tensors()) set.tensors.emplace(name, view);
-  set.files.push_back(std::move(file));
-}
-
-/// A shard is named by a plain file name: an index must not lead out of its folder.
-void check_plain_name(const std::string& name, const std::string& tensor, const std::string& path) {
-  if (!name.empty() && name != "." && name != ".." && name.find('/') == std::string::npos &&
-      name.find('\\') == std::string::npos && name.find('\0') == std::string::npos) {
-    return;
+  switch (set.where.container) {
+    case Container::kSafetensors:
+      return add_safetensors(set, path);
+    case Container::kTorch:
+      return add_torch(set, path);
+    case Container::kNpz:
+      return add_npz(set, path);
+    case Container::kGguf:
+      break;
   }
-  fail(Errc::kCorrupt, "index: file is \"" + name + "\", expected a plain file name",
-       {.path = path, .tensor = tensor});
+  fail(Errc::kInternal, "checkpoint: a GGUF file has a reader of its own", {.path = path});
 }
 
-void add_shards(TensorSet& set, const std::string& folder) {
-  const std::string path = folder + "/" + kIndex;
+/// Tensors of an index by file, every name checked.
+std::map<std::string, std::vector<std::string>> read_index(const std::string& path) {
   const Json index = parse_json_object(read_text_file(path), path);
   const auto map = index.find("weight_map");
   if (map == index.end() || !map->is_object()) {
     fail(Errc::kCorrupt, "index: weight_map is missing, expected an object of tensor to file",
          {.path = path});
   }
-  std::map<std::string, std::shared_ptr<SafetensorsFile>> shards;
-  std::string missing;
+  std::map<std::string, std::vector<std::string>> files;
   for (const auto& [tensor, file] : map->items()) {
+    const ErrorSite site{.path = path, .tensor = tensor};
     if (!file.is_string()) {
       fail(Errc::kCorrupt,
-           std::string("index: file is a ") + file.type_name() + ", expected a string",
-           {.path = path, .tensor = tensor});
+           std::string("index: file is a ") + file.type_name() + ", expected a string", site);
     }
     const std::string name = file.get<std::string>();
-    check_plain_name(name, tensor, path);
-    auto& shard = shards[name];
-    if (shard == nullptr) {
-      shard = std::make_shared<SafetensorsFile>(folder + "/" + name);
-      set.files.push_back(shard);
+    if (!is_plain_name(name)) {
+      fail(Errc::kCorrupt, "index: file is \"" + name + "\", expected a plain file name", site);
     }
-    const TensorView* view = shard->find(tensor);
-    if (view == nullptr) {
-      missing += (missing.empty() ? "" : ", ") + tensor + " in " + name;
-      continue;
+    files[name].push_back(tensor);
+  }
+  return files;
+}
+
+void add_shards(TensorSet& set) {
+  const std::string& index = set.where.index;
+  std::string missing;
+  for (const auto& [name, tensors] : read_index(index)) {
+    const std::string path = set.where.path + "/" + name;
+    TensorSet shard;
+    shard.where.container = set.where.container;
+    add_file(shard, path);
+    set.where.files.push_back(path);
+    set.notes.insert(set.notes.end(), shard.notes.begin(), shard.notes.end());
+    for (const std::string& tensor : tensors) {
+      const auto found = shard.tensors.find(tensor);
+      if (found == shard.tensors.end()) {
+        missing += (missing.empty() ? "" : ", ") + tensor + " in " + name;
+      } else {
+        set.tensors.insert(shard.tensors.extract(found));
+      }
     }
-    set.tensors.emplace(tensor, *view);
   }
   if (!missing.empty()) {
-    fail(Errc::kCorrupt, "index: tensors are missing from their files: " + missing, {.path = path});
+    fail(Errc::kCorrupt, "index: tensors are missing from their files: " + missing,
+         {.path = index});
   }
 }
 
-[[noreturn]] void fail_nothing_found(const std::string& folder) {
-  std::string also;
-  for (const char* name : {"pytorch_model.bin", "qmodel.pt", "hqq_model.pt", "model.pth",
-                           "weights.npz", "mlx_model.npz"}) {
-    if (exists(folder + "/" + name)) also += std::string(also.empty() ? "" : ", ") + name;
+std::string describe(const Located& where) {
+  constexpr std::array<const char*, 4> kNames = {"safetensors", "torch", "npz", "GGUF"};
+  const std::size_t count = where.files.size();
+  return std::string(kNames[static_cast<std::size_t>(where.container)]) + ", " +
+         std::to_string(count) + (count == 1 ? " file" : " files");
+}
+
+/// What save_checkpoint put into a single safetensors file, which has no files beside it.
+void unpack_metadata(TensorSet& set) {
+  const auto found = set.metadata.find(kEmbeddedTexts);
+  if (found == set.metadata.end()) return;
+  const Json texts = parse_json_object(found->second, set.path());
+  for (const auto& [name, text] : texts.items()) {
+    if (!text.is_string()) continue;
+    set.texts[name] = text.get<std::string>();
+    parse_json_object(set.texts[name], set.path());
   }
-  if (!also.empty()) also = "; found " + also + ", which quantal does not read";
-  fail(Errc::kIo,
-       "No checkpoint found in " + folder + ": looked for " + kSingle + " and " + kIndex + also,
-       {.path = folder});
 }
 
 }  // namespace
 
-TensorSet open_tensor_set(const std::string& path) {
+std::int64_t StoredTensor::bytes() const {
+  return checked_mul(checked_numel(shape, "tensor"), static_cast<std::int64_t>(dtype_size(dtype)),
+                     "tensor bytes");
+}
+
+const std::string& TensorSet::config_json() const {
+  static const std::string kNone = "{}";
+  const auto found = texts.find("config.json");
+  return found == texts.end() ? kNone : found->second;
+}
+
+void add_safetensors(TensorSet& set, const std::string& path) {
+  const auto file = std::make_shared<SafetensorsFile>(path);
+  for (const auto& [name, view] : file->tensors()) {
+    const bool added =
+        set.tensors
+            .emplace(name, StoredTensor{view.dtype, view.shape, StateKind::kTensor,
+                                        [file, v = &view] { return aligned(*v, file); }})
+            .second;
+    if (!added) {
+      fail(Errc::kCorrupt, "checkpoint: tensor stands in two files of the folder",
+           {.path = path, .tensor = name});
+    }
+  }
+  set.metadata = file->metadata();
+}
+
+void add_npz(TensorSet& set, const std::string& path) {
+  const auto file = std::make_shared<NpzFile>(path);
+  for (const TensorInfo& info : file->tensors()) {
+    set.tensors.emplace(info.name, StoredTensor{info.dtype, info.shape, StateKind::kTensor,
+                                                [file, name = info.name] {
+                                                  HeldTensor held = file->read(name);
+                                                  if (held.owner == nullptr) held.owner = file;
+                                                  return held;
+                                                }});
+  }
+}
+
+TensorSet open_tensor_set(const Located& where) {
   TensorSet set;
-  set.path = path;
-  std::error_code ignored;
-  if (!fs::is_directory(path, ignored)) {
-    add_file(set, path);
-    return set;
-  }
-  if (exists(path + "/" + kSingle)) {
-    add_file(set, path + "/" + kSingle);
-  } else if (exists(path + "/" + kIndex)) {
-    add_shards(set, path);
+  set.where = where;
+  set.notes = where.notes;
+  if (!where.index.empty()) {
+    add_shards(set);
   } else {
-    fail_nothing_found(path);
+    for (const std::string& file : where.files) add_file(set, file);
   }
-  const std::string config = path + "/config.json";
-  if (exists(config)) {
-    set.config_json = read_text_file(config);
-    parse_json_object(set.config_json, config);  // refused here, with its path
+  if (where.folder) {
+    add_texts(set, where.path);
+  } else {
+    unpack_metadata(set);
   }
+  set.description = describe(set.where);
   return set;
 }
+
+TensorSet open_tensor_set(const std::string& path) { return open_tensor_set(locate(path)); }
 
 }  // namespace quantal::checkpoint

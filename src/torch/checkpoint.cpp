@@ -14,24 +14,6 @@
 namespace quantal {
 namespace {
 
-/// The options that describe the whole model in config.json: those of the config where no pattern
-/// speaks, with the value dtype of the layers that are there.
-QuantizeOptions model_options(const QuantizationConfig& config, torch::nn::Module& model) {
-  QuantizationConfig plain = config;
-  plain.skip_modules.clear();
-  plain.layer_configs.clear();
-  QuantizeOptions options;
-  options.method = config.method;
-  for (const auto& [name, layer] : named_linears(model)) {
-    if (!layer->is_quantized()) continue;
-    const auto choice = LayerRules(plain).choose(name, layer->out_features, layer->in_features);
-    options = choice.options;
-    options.value_dtype = layer->packed->spec().value_dtype;
-    break;
-  }
-  return options;
-}
-
 void copy_into(const TensorView& from, torch::Tensor& to) {
   const torch::NoGradGuard no_grad;
   auto* data = const_cast<std::uint8_t*>(from.bytes.data());  // from_blob reads only
@@ -68,8 +50,28 @@ class Complaints {
   std::map<std::string, std::set<std::string>> lines_;
 };
 
-/// Compares names and shapes of a file and a model before anything changes.
-void check_fit(const Checkpoint& file, torch::nn::Module& model, const std::string& path) {
+/// Layers of the file that a model keeps dense: embeddings, by the name of their weight.
+std::map<std::string, const PackedMatrix*> packed_weights(
+    const Checkpoint& file, const std::set<std::string>& linears,
+    const std::map<std::string, std::vector<std::int64_t>>& expected) {
+  std::map<std::string, const PackedMatrix*> out;
+  for (const auto& [name, matrix] : file.layers) {
+    const std::string weight = name.empty() ? "weight" : name + ".weight";
+    if (!linears.contains(name) && expected.contains(weight)) out[weight] = &matrix;
+  }
+  return out;
+}
+
+/// Values of a packed matrix in the dtype that its dialect gives them.
+torch::Tensor decoded(const PackedMatrix& matrix) {
+  return dequantize(to_tensors(matrix.view()), to_torch(matrix.spec.value_dtype));
+}
+
+/// Compares names and shapes of a file and a model before anything changes. Returns the weights
+/// that are packed in the file and dense in the model.
+std::map<std::string, const PackedMatrix*> check_fit(const Checkpoint& file,
+                                                     torch::nn::Module& model,
+                                                     const std::string& path) {
   Complaints complaints;
   std::map<std::string, std::vector<std::int64_t>> expected;  // dense tensors, as they will be
   for (const auto& [name, tensor] : base_tensors(model)) expected[name] = tensor.sizes().vec();
@@ -87,12 +89,20 @@ void check_fit(const Checkpoint& file, torch::nn::Module& model, const std::stri
       complaints.add("misshapen", name);
     }
   }
+  const auto decode = packed_weights(file, packed, expected);
   for (const auto& [name, matrix] : file.layers) {
-    if (!packed.contains(name)) complaints.add("extra", name);
+    const std::string weight = name.empty() ? "weight" : name + ".weight";
+    if (!packed.contains(name) && !decode.contains(weight)) complaints.add("extra", name);
   }
   for (const auto& [name, shape] : expected) {
     const auto found = file.tensors.find(name);
-    if (found == file.tensors.end()) {
+    const auto layer = decode.find(name);
+    if (layer != decode.end()) {
+      const PackedSpec& spec = layer->second->spec;
+      if (shape != std::vector<std::int64_t>{spec.rows, spec.cols}) {
+        complaints.add("misshapen", name);
+      }
+    } else if (found == file.tensors.end()) {
       complaints.add("missing", name);
     } else if (found->second.shape != shape) {
       complaints.add("misshapen", name);
@@ -102,35 +112,48 @@ void check_fit(const Checkpoint& file, torch::nn::Module& model, const std::stri
     if (!expected.contains(name)) complaints.add("extra", name);
   }
   complaints.raise(path);
+  return decode;
+}
+
+LoadOptions options_for(torch::nn::Module& model) {
+  std::map<std::string, std::vector<std::int64_t>> shapes;
+  for (const auto& [name, layer] : named_linears(model)) {
+    shapes[name] = {layer->out_features, layer->in_features};
+  }
+  LoadOptions options;
+  options.weight_shape = [shapes](const std::string& module) {
+    const auto found = shapes.find(module);
+    return found == shapes.end() ? std::vector<std::int64_t>{} : found->second;
+  };
+  return options;
 }
 
 }  // namespace
 
 void QuantizationAdapter::save_quantized_model(torch::nn::Module& model, const std::string& path,
-                                               const std::string& config_json, bool overwrite) {
+                                               const std::string& config_json,
+                                               const SaveOptions& options) {
   const torch::NoGradGuard no_grad;
   CheckpointView view;
   view.config_json = config_json;
   for (const auto& [name, layer] : named_linears(model)) {
-    if (!layer->is_quantized()) continue;
-    view.layers.emplace_back(name, layer->packed->packed().view());
+    if (layer->is_quantized()) {
+      view.layers.emplace_back(name, layer->packed->packed().view());
+    } else {
+      view.dense.push_back(name);
+    }
   }
   std::vector<torch::Tensor> contiguous;
   for (auto& [name, tensor] : base_tensors(model)) {
     contiguous.push_back(tensor.detach().contiguous());
     view.tensors.emplace_back(name, tensor_view(contiguous.back()));
   }
-  if (!view.layers.empty()) {
-    const QuantizeOptions options = model_options(config_, model);
-    view.quantization_config_json =
-        dialect_of(options.method).hf_quantization_config(options, config_.skip_modules);
-  }
-  save_checkpoint(path, view, overwrite);
+  save_checkpoint(path, view, options);
 }
 
 void QuantizationAdapter::load_quantized_model(const std::string& path, torch::nn::Module& model) {
-  const Checkpoint file = load_checkpoint(path);
-  check_fit(file, model, path);
+  const Checkpoint file = load_checkpoint(path, options_for(model));
+  const auto decode = check_fit(file, model, path);
   for (const auto& [name, layer] : named_linears(model)) {
     const auto found = file.layers.find(name);
     if (found != file.layers.end()) {
@@ -144,7 +167,14 @@ void QuantizationAdapter::load_quantized_model(const std::string& path, torch::n
                        layer->current_bias());
     }
   }
-  for (auto& [name, tensor] : base_tensors(model)) copy_into(file.tensors.at(name), tensor);
+  for (auto& [name, tensor] : base_tensors(model)) {
+    const auto layer = decode.find(name);
+    if (layer == decode.end()) {
+      copy_into(file.tensors.at(name), tensor);
+    } else {
+      tensor.set_data(decoded(*layer->second));
+    }
+  }
 }
 
 }  // namespace quantal

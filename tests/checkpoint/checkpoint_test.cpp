@@ -1,14 +1,5 @@
-#include "quantal/checkpoint.h"
-
-#include <gtest/gtest.h>
-
-#include <filesystem>
-#include <fstream>
-#include <nlohmann/json.hpp>
-
-#include "checkpoint/sha256.h"
-#include "io/temp_folder.h"
-#include "support/golden.h"
+// Saving, damaged input, single files.
+#include "checkpoint/support.h"
 
 namespace quantal {
 namespace {
@@ -17,87 +8,7 @@ namespace fs = std::filesystem;
 using nlohmann::json;
 using testing::golden_path;
 using testing::TempFolder;
-
-CheckpointView view_of(const Checkpoint& checkpoint) {
-  CheckpointView view;
-  view.config_json = checkpoint.config_json;
-  for (const auto& [name, layer] : checkpoint.layers) view.layers.emplace_back(name, layer.view());
-  for (const auto& [name, tensor] : checkpoint.tensors) view.tensors.emplace_back(name, tensor);
-  const json config = json::parse(checkpoint.config_json);
-  if (config.contains("quantization_config")) {
-    view.quantization_config_json = config.at("quantization_config").dump();
-  } else if (!view.layers.empty()) {
-    view.quantization_config_json = R"({"quant_method":"hqq"})";
-  }
-  return view;
-}
-
-/// SHA-256 of a layer's or tensor's values in float32.
-std::string digest_of_values(const Checkpoint& checkpoint, const std::string& tensor) {
-  std::vector<float> values;
-  const std::string module = tensor.substr(0, tensor.rfind('.'));
-  const auto layer = checkpoint.layers.find(module);
-  if (layer != checkpoint.layers.end() && tensor.ends_with(".weight")) {
-    const PackedSpec& spec = layer->second.spec;
-    values.resize(static_cast<std::size_t>(spec.rows * spec.cols));
-    dequantize(layer->second.view(), {0, spec.rows, 0, spec.cols}, DType::kF32, values.data(),
-               spec.cols, serial_executor());
-  } else {
-    const TensorView& view = checkpoint.tensors.at(tensor);
-    values.resize(static_cast<std::size_t>(view.numel()));
-    widen_to_f32(view.dtype, view.bytes.data(), view.numel(), values.data());
-  }
-  checkpoint::Sha256 hash;
-  hash.update({reinterpret_cast<const std::uint8_t*>(values.data()), values.size() * 4});
-  return hash.hex();
-}
-
-class GoldenFolder : public ::testing::TestWithParam<const char*> {};
-
-TEST_P(GoldenFolder, ValuesEqualUpstream) {
-  std::ifstream in(golden_path("vectors/checkpoint_expected.json"));
-  const json expected = json::parse(in).at(GetParam());
-  const Checkpoint loaded = load_checkpoint(golden_path("checkpoints/" + std::string(GetParam())));
-  for (const auto& [name, one] : expected.items()) {
-    EXPECT_EQ(digest_of_values(loaded, name), one.at("sha256_f32").get<std::string>()) << name;
-  }
-  EXPECT_EQ(loaded.layers.size() + loaded.tensors.size(), expected.size());
-}
-
-TEST_P(GoldenFolder, SavingAndLoadingKeepsEveryTensor) {
-  const std::string source = golden_path("checkpoints/" + std::string(GetParam()));
-  const Checkpoint loaded = load_checkpoint(source);
-  const TempFolder temp;
-  const std::string saved = temp.path("saved");
-  save_checkpoint(saved, view_of(loaded));
-
-  const Checkpoint again = load_checkpoint(saved);
-  EXPECT_EQ(checkpoint_digest(view_of(again)), checkpoint_digest(view_of(loaded)));
-  const json marker = json::parse(read_text_file(saved + "/quantal.json"));
-  EXPECT_EQ(marker.at("digest"), checkpoint_digest(view_of(loaded)));
-  const SafetensorsFile file(saved + "/model.safetensors");
-  EXPECT_EQ(file.metadata().at("format"), "pt");
-  if (!fs::exists(source + "/model.safetensors")) return;
-  // The tensors of a folder that upstream wrote come back byte for byte.
-  const SafetensorsFile upstream(source + "/model.safetensors");
-  std::size_t compared = 0;
-  for (const auto& [name, tensor] : upstream.tensors()) {
-    SCOPED_TRACE(name);
-    const TensorView* ours = file.find(name);
-    ASSERT_NE(ours, nullptr);
-    EXPECT_EQ(ours->shape, tensor.shape);
-    EXPECT_EQ(dtype_name(ours->dtype), dtype_name(tensor.dtype));
-    EXPECT_TRUE(std::equal(ours->bytes.begin(), ours->bytes.end(), tensor.bytes.begin(),
-                           tensor.bytes.end()));
-    ++compared;
-  }
-  EXPECT_EQ(compared, file.tensors().size());
-}
-
-INSTANTIATE_TEST_SUITE_P(Folders, GoldenFolder,
-                         ::testing::Values("bnb-nf4", "bnb-nf4-double", "bnb-fp4-f16",
-                                           "bnb-nf4-storage-bf16", "hqq-transformers",
-                                           "hqq-safetensors", "dense-bf16", "dense-bf16-sharded"));
+using testing::view_of;
 
 class CheckpointFolder : public ::testing::Test {
  protected:
@@ -108,7 +19,7 @@ class CheckpointFolder : public ::testing::Test {
   }
   Errc code_of_save(const std::string& folder, bool overwrite = false) {
     try {
-      save_checkpoint(folder, view_, overwrite);
+      save_checkpoint(folder, view_, {.overwrite = overwrite});
     } catch (const Error& e) {
       return e.code();
     }
@@ -170,10 +81,11 @@ TEST_F(CheckpointFolder, FailureLeavesEverythingAsItWas) {
   EXPECT_EQ(code_of_save(temp_.path("no/parent")), Errc::kIo);
 }
 
-TEST_F(CheckpointFolder, QuantizedLayersNeedTheirConfig) {
-  const Checkpoint loaded = load_checkpoint(golden_path("checkpoints/bnb-nf4"));
-  view_ = view_of(loaded);
-  view_.quantization_config_json.clear();
+TEST_F(CheckpointFolder, LayersOfTwoDialectsAreRefused) {
+  const Checkpoint bnb = load_checkpoint(golden_path("checkpoints/bnb-nf4"));
+  const Checkpoint hqq = load_checkpoint(golden_path("checkpoints/hqq-transformers"));
+  view_ = view_of(bnb);
+  view_.layers.emplace_back("other", hqq.layers.begin()->second.view());
   EXPECT_EQ(code_of_save(temp_.path("m")), Errc::kConfig);
   EXPECT_EQ(entries(temp_.path()), 0u);
 }
@@ -251,29 +163,6 @@ TEST_F(Damaged, MissingExtraAndMisshapenTensorsAreNamed) {
   const Error no_map = error_of("bnb-nf4", [&](Tensors& t) { erase(t, q + "weight.absmax"); });
   EXPECT_NE(std::string(no_map.what()).find(q + "weight.absmax"), std::string::npos)
       << no_map.what();
-}
-
-TEST(Load, ForeignQuantizationIsRefusedNotTakenForDense) {
-  const std::pair<const char*, const char*> cases[] = {
-      {"quanto-int4", "quanto"}, {"mlx-4bit", "mlx"}, {"bnb-int8", "bitsandbytes"}};
-  for (const auto& [folder, method] : cases) {
-    try {
-      load_checkpoint(golden_path("checkpoints/" + std::string(folder)));
-      ADD_FAILURE() << folder;
-    } catch (const Error& e) {
-      EXPECT_EQ(e.code(), Errc::kUnsupported) << folder;
-      EXPECT_NE(std::string(e.what()).find(method), std::string::npos) << e.what();
-    }
-  }
-  EXPECT_THROW(load_checkpoint(golden_path("checkpoints/gguf/tiny-q4_0.gguf")), Error);
-  try {
-    load_checkpoint(golden_path("checkpoints/hqq-pt-4bit"));
-    FAIL();
-  } catch (const Error& e) {
-    EXPECT_EQ(e.code(), Errc::kIo);
-    EXPECT_NE(std::string(e.what()).find("No checkpoint found in"), std::string::npos);
-    EXPECT_NE(std::string(e.what()).find("qmodel.pt"), std::string::npos);
-  }
 }
 
 TEST(Load, SingleFileAndUnalignedData) {

@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 
+#include <fstream>
 #include <nlohmann/json.hpp>
 
 #include "io/temp_folder.h"
@@ -61,17 +62,42 @@ TEST(Inspect, QuantizedFolderNamesDialectAndLayers) {
 }
 
 TEST(Inspect, ForeignFoldersShowTheirTensors) {
-  const json found = json::parse(inspect_json(golden_path("checkpoints/quanto-int4")));
+  const TempFolder gptq;
+  const Tensor codes = make_tensor(DType::kI32, {8, 64});
+  const std::vector<std::pair<std::string, TensorView>> tensors = {{"a.qweight", codes.view()},
+                                                                   {"a.qzeros", codes.view()}};
+  write_safetensors(gptq.path("model.safetensors"), tensors);
+  std::ofstream(gptq.path("config.json")) << R"({"quantization_config":{"quant_method":"gptq"}})";
+  const json found = json::parse(inspect_json(gptq.path()));
   EXPECT_EQ(found.at("quantization"), "");
-  EXPECT_TRUE(contains(found.at("unread"), "quanto"));
-  EXPECT_TRUE(contains(inspect_text(golden_path("checkpoints/quanto-int4"), false), "raw tensors"));
-  EXPECT_GT(found.at("tensors").size(), 14u);
+  EXPECT_TRUE(contains(found.at("unread"), "gptq"));
+  EXPECT_TRUE(contains(inspect_text(gptq.path(), false), "raw tensors"));
+  EXPECT_EQ(found.at("tensors").size(), 2u);
+  EXPECT_THROW(load_checkpoint(gptq.path()), Error);
   const json shards = json::parse(inspect_json(golden_path("checkpoints/dense-bf16-sharded")));
   EXPECT_EQ(shards.at("container"), "safetensors, 3 files");
   EXPECT_EQ(shards.at("quantization"), "");
   EXPECT_EQ(shards.at("totals").at("bytes_per_parameter"), 2.0);
   const json npy = json::parse(inspect_json(golden_path("containers/c_order.npy")));
   EXPECT_EQ(npy.at("totals").at("parameters"), 12);
+}
+
+TEST(Inspect, EveryContainerSaysItsLayout) {
+  const std::tuple<const char*, const char*, const char*, const char*> cases[] = {
+      {"quanto-int4", "safetensors, 1 file", "quanto quanto", "Quanto"},
+      {"mlx-npz", "npz, 1 file", "mlx npz", "MLX"},
+      {"hqq-pt-2bit", "torch, 1 file", "hqq qmodel", "HQQ"},
+      {"layout-bnb-single/model.pth", "torch, 1 file", "bnb single", "bitsandbytes"},
+      {"dense-f16-bin", "torch, 1 file", "dense torch", ""},
+  };
+  for (const auto& [path, container, layout, quantization] : cases) {
+    SCOPED_TRACE(path);
+    const json found = json::parse(inspect_json(golden_path("checkpoints/" + std::string(path))));
+    EXPECT_EQ(found.at("container"), container);
+    EXPECT_EQ(found.at("layout"), layout);
+    EXPECT_EQ(found.at("quantization"), quantization);
+    EXPECT_EQ(found.at("unread"), "");
+  }
 }
 
 TEST(Inspect, ControlCharactersStayOffTheTerminal) {

@@ -7,6 +7,7 @@
 #include <string_view>
 #include <vector>
 
+#include "quantal/checkpoint.h"
 #include "quantal/policy.h"
 #include "quantal/torch/linear.h"
 
@@ -33,11 +34,12 @@ class QuantizationAdapter {
   /// replace_linear_with_quantized. Returns ||W - deq(W)||_F / ||W||_F.
   virtual double quantize_linear(LinearImpl& layer, const LayerRules::Choice& choice);
 
-  /// Writes a folder in the dialect's upstream layout (config.json, model.safetensors) with the
+  /// Writes a folder or file in one of the dialect's upstream layouts (docs/checkpoints.md) with the
   /// base weights only; adapters have save_lora_adapter. `config_json` is the model's own
-  /// config.json. An existing folder that quantal did not write is refused unless `overwrite`.
+  /// config.json. What exists and was not written by quantal is refused unless options.overwrite.
   virtual void save_quantized_model(torch::nn::Module& model, const std::string& path,
-                                    const std::string& config_json = "{}", bool overwrite = false);
+                                    const std::string& config_json = "{}",
+                                    const SaveOptions& options = {});
   /// Loads such a folder or file into a model of the right structure: named layers become packed,
   /// other tensors are copied. Strict: Error{kCorrupt} lists missing, extra and misshapen tensors.
   virtual void load_quantized_model(const std::string& path, torch::nn::Module& model);

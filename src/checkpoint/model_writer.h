@@ -1,0 +1,58 @@
+// A model on its way to disk, layer by layer.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "checkpoint/digest.h"
+#include "checkpoint/folder.h"
+#include "checkpoint/sink.h"
+#include "quantal/checkpoint.h"
+
+namespace quantal::checkpoint {
+
+/// Writes one model in one layout; `commit` makes it visible, a destructor without it leaves
+/// nothing. Not thread-safe.
+class ModelWriter {
+ public:
+  /// `dialect` null: a dense model. Throws Error{kConfig} for a layout that does not exist and for
+  /// a target that must not be replaced, Error{kIo}.
+  ModelWriter(const std::string& path, const Dialect* dialect, const SaveOptions& options);
+  ~ModelWriter();
+
+  const FileLayout& layout() const { return layout_; }
+  bool single_file() const { return layout_.weights.empty(); }
+
+  /// Throws Error{kConfig} for a layer of another dialect and for a name that was there.
+  void add_layer(const std::string& name, const PackedView& layer);
+  /// `lasting`: the bytes stay until commit, no copy is kept on disk meanwhile.
+  void add_tensor(const std::string& name, const TensorView& tensor, bool lasting);
+  /// Copies a file into a folder target.
+  void add_companion(const std::string& from, const std::string& name);
+  /// `dense` as in CheckpointView. Throws Error{kCorrupt} if `config_json` is not an object.
+  void commit(const std::string& config_json, std::vector<std::string> dense);
+
+ private:
+  void add_name(const std::string& name);
+  void write_texts(const SideFiles& side, const std::string& config);
+
+  std::string path_;
+  const Dialect* dialect_;
+  FileLayout layout_;
+  std::optional<AtomicFolder> folder_;
+  std::unique_ptr<TensorSink> sink_;
+  ModelDigest digest_;
+  std::vector<LayerEntry> layers_;
+  std::vector<std::string> linears_;  ///< modules of dense 2-D weights
+  std::set<std::string> names_, companions_;
+};
+
+/// True for modules that look up rows instead of multiplying: embed_tokens, wte ...
+bool is_embedding(const std::string& module);
+/// "a.b" of "a.b.weight"; empty if the name has no such end.
+std::string module_of_weight(const std::string& tensor);
+
+}  // namespace quantal::checkpoint
