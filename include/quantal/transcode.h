@@ -21,7 +21,7 @@ struct Preservation {
   bool statistics = false;    ///< scales and offsets are the same numbers
   double statistics_ulp = 0;  ///< else: bound in units in the last place of their new storage
   bool values = false;        ///< dequantized weights are equal ...
-  DType values_dtype = DType::kF32;  ///< ... when both are rounded to this dtype
+  DType values_dtype = DType::kF32;  ///< ... when both are rounded to this dtype; f32: as they are
   std::string note;                  ///< the rule in one sentence, for people
 
   bool lossless() const { return codes && statistics && values; }
@@ -30,7 +30,10 @@ struct Preservation {
 /// Where to.
 struct TranscodeTarget {
   const Dialect* dialect = nullptr;
-  QuantizeOptions options;  ///< group_size 0 and bits 0: as the source has them
+  /// bits 0, group_size 0, quant_type "" and mode "" follow the source (the nearest that the dialect
+  /// has); a method that is not the dialect's, or not of this width, is replaced by the one that is.
+  /// value_dtype and double_quant are always the caller's.
+  QuantizeOptions options;
   /// True: Error{kUnsupported} instead of quantizing again where no lossless edge exists.
   bool lossless_only = false;
 };
@@ -46,7 +49,8 @@ struct Transcoded {
   double relative_error = 0;  ///< ||w' - w||_F / ||w||_F of dequantized values; 0 if values
 };
 /// Converts. Lossy conversions dequantize row panels and quantize again with the target's
-/// quantizer.
+/// quantizer. Same bytes for every executor and instruction set. Throws what plan_transcode throws;
+/// Error{kUnsupported} under lossless_only, and for weights that the target's quantizer refuses.
 Transcoded transcode(const PackedView& from, const TranscodeTarget& to, const Executor& executor);
 
 /// One row of the generated table of docs/convert.md.
