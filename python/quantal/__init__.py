@@ -3,6 +3,7 @@
 import torch as _torch  # noqa: F401  (its libraries must be loaded before the operators)
 
 from . import _peft
+from ._convert import ConvertReport, convert
 from ._core import compatibility_matrix_markdown
 from ._core import version as __version__
 from ._errors import (
@@ -34,13 +35,14 @@ from .backend import (
     get_backend_manager,
     get_device,
 )
-from .checkpoint import inspect, load_model, model_digest, save_model
+from .checkpoint import file_layouts, inspect, load_model, model_digest, save_model
 from .config import (
     QuantizationConfig,
     QuantizationMethod,
     get_recommended_config,
     validate_quantization_config,
 )
+from .embedding import QuantizedEmbedding
 from .gguf import load_gguf
 from .imports import report_import_status
 from .linear import QuantizedLinear
@@ -56,28 +58,32 @@ __all__ = [
     "BackendManager",
     "BitsAndBytesAdapter",
     "ConfigError",
+    "ConvertReport",
     "CorruptError",
     "DeviceError",
     "DtypeError",
     "FallbackAdapter",
     "HQQAdapter",
-    "MLXAdapter",
     "InternalError",
     "IoError",
+    "MLXAdapter",
     "QuantalError",
     "QuantizationAdapter",
-    "QuantoAdapter",
     "QuantizationConfig",
     "QuantizationMethod",
+    "QuantizedEmbedding",
     "QuantizedLinear",
+    "QuantoAdapter",
     "Report",
     "ShapeError",
     "UnsupportedError",
     "__version__",
     "available_methods",
     "compatibility_matrix_markdown",
+    "convert",
     "create_quantization_adapter",
     "detect_backend",
+    "file_layouts",
     "get_backend_manager",
     "get_device",
     "get_recommended_config",

@@ -21,13 +21,16 @@ class LazyWeight(torch.Tensor):
     gets the decoded values; a write raises instead of being lost."""
 
     _decode: Callable[[], torch.Tensor]
+    #: The codes that the values come from; two weights of one source are the same weight.
+    _source: torch.Tensor | None
 
     @staticmethod
-    def __new__(cls, decode, shape, dtype, device) -> LazyWeight:
+    def __new__(cls, decode, shape, dtype, device, source=None) -> LazyWeight:
         self = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=device, requires_grad=False
         )
         self._decode = decode
+        self._source = source
         return self
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -43,7 +46,7 @@ class LazyWeight(torch.Tensor):
         raise UnsupportedError(_REMEDY)
 
     def _again(self) -> LazyWeight:
-        return LazyWeight(self._decode, self.shape, self.dtype, self.device)
+        return LazyWeight(self._decode, self.shape, self.dtype, self.device, self._source)
 
     def __deepcopy__(self, memo) -> torch.Tensor:
         return self._decode()

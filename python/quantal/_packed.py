@@ -81,10 +81,13 @@ class PackedWeight(nn.Module):
         def decode() -> torch.Tensor:
             return _ops.dequantize(*buffers, spec, dtype)
 
-        return LazyWeight(decode, (self._rows, self._cols), dtype, self.codes.device)
+        shape = self._rows, self._cols
+        return LazyWeight(decode, shape, dtype, self.codes.device, self.codes)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
+            if isinstance(value, LazyWeight) and value._source is self.codes:
+                return  # tying what is tied already
             raise UnsupportedError(
                 f"{type(self).__name__}: weight cannot be assigned, expected "
                 "layer.quantize_weights(tensor)"

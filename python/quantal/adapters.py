@@ -13,7 +13,7 @@ from . import _core
 from ._dtypes import parse_dtype
 from ._errors import ConfigError, UnsupportedError
 from .backend import Backend
-from .checkpoint import load_model, save_model
+from .checkpoint import load_model, parse_size, save_model
 from .config import QuantizationConfig, QuantizationMethod
 from .linear import QuantizedLinear
 from .replace import replace_linear_with_quantized
@@ -83,18 +83,41 @@ class QuantizationAdapter(ABC):
         )
 
     def save_quantized_model(
-        self, model: nn.Module, save_path: str | os.PathLike, *, overwrite: bool = False
+        self,
+        model: nn.Module,
+        save_path: str | os.PathLike,
+        *,
+        layout: str = "",
+        max_shard_size: int | str | None = None,
+        overwrite: bool = False,
     ) -> None:
-        """Writes a folder (config.json and safetensors) in the upstream layout of the method."""
-        save_model(model, save_path, overwrite=overwrite)
+        """Writes a folder, or a single file where `save_path` has the suffix of one.
+
+        layout          one of ``quantal.file_layouts(model)``; default: upstream's own
+        max_shard_size  bytes, or text such as "2GB": larger models are written in several files
+        overwrite       replace a folder that quantal did not write
+
+        The model appears whole or not at all.
+        """
+        save_model(
+            model,
+            save_path,
+            layout=layout,
+            max_shard_bytes=parse_size(max_shard_size),
+            overwrite=overwrite,
+        )
 
     def load_quantized_model(
         self, model_path: str | os.PathLike, model_config: Any = None, **kwargs: Any
     ) -> nn.Module:
-        """A model from a folder or file that quantal or the upstream package wrote.
+        """A model from a folder or file that quantal or an upstream package wrote.
 
-        model_config  a transformers config, its dictionary, or None for the folder's config.json
+        model_config  a transformers config, its dictionary, a path to one, or None for what the
+                      folder or file says
         kwargs        ``model``: a module to load into instead of building one from the config
+
+        Format, method and settings are those of the file, whatever this adapter's config says.
+        Loading is strict: missing, extra and misshapen tensors are named.
         """
         return load_model(model_path, model_config, self.config, **kwargs)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,12 +48,23 @@ def _dense_tensors(
     return tensors, tied
 
 
+def _tied_head(model: nn.Module) -> nn.Module | None:
+    """The output layer of a transformers model if it shares packed bytes with the embedding."""
+    if not _tied(model):
+        return None
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
+    shared = isinstance(head, PackedWeight) and head.codes is getattr(embedding, "codes", None)
+    return head if shared else None
+
+
 def _views(model: nn.Module) -> tuple[list, list, dict[str, str]]:
     layers = _quantized_layers(model)
     tensors, tied = _dense_tensors(model, layers)
+    head = _tied_head(model)
     packed = [
         (name, (m._spec, bytes_of(m.codes), bytes_of(m.stats), bytes_of(m.shared)))
         for name, m in layers.items()
+        if m is not head
     ]
     return packed, [(name, as_parts(t)) for name, t in tensors.items()], tied
 
@@ -88,6 +100,30 @@ def _model_config(model: nn.Module, tied: dict[str, str]) -> dict[str, Any]:
             values[_TIED_KEY] = tied
     values.pop("quantization_config", None)
     return values
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
+
+def parse_size(size: int | str | None) -> int:
+    """Bytes of 500, "500MB" or "2GiB"; 0 for None."""
+    if isinstance(size, int) or size is None:
+        return size or 0
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
+    if match is None or match[2].upper() not in _UNITS:
+        raise ConfigError(f"size is {size!r}, expected bytes or a number with KB, MB, GB or GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def file_layouts(model: nn.Module | str) -> dict[str, str]:
+    """Layouts that a model (or a dialect: "bnb", "hqq", "mlx", "quanto", "gguf", "dense") can be
+    written in, {name: description}; the default first."""
+    if isinstance(model, str):
+        dialect = model
+    else:
+        dialect = next((m.dialect for m in _quantized_layers(model).values()), "dense")
+    return dict(_core.file_layouts(dialect))
 
 
 def save_model(
@@ -224,11 +260,28 @@ def _put_layers(
                 path,
                 name,
             )
-        if isinstance(layer, QuantizedEmbedding) and _tied(model):
-            assign_tensor(model, f"{name}.weight", layer.weight)  # the head needs its values
-            continue
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
+        if isinstance(layer, QuantizedEmbedding) and _tied(model):
+            _tie_head(model, layer, config)
+
+
+def _tie_head(
+    model: nn.Module, embedding: QuantizedEmbedding, config: QuantizationConfig | None
+) -> None:
+    """Gives the output layer of a transformers model the packed bytes of its embedding."""
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    if model.get_input_embeddings() is not embedding or head is None:  # type: ignore[operator]
+        return
+    layer = QuantizedLinear.from_packed(
+        embedding._spec,
+        *embedding._buffers_packed,
+        config=config,
+        compute_dtype=embedding.compute_dtype,
+    )
+    if head.bias is not None:
+        layer.bias = nn.Parameter(torch.empty_like(head.bias, device="meta"))
+    model.set_output_embeddings(layer)  # type: ignore[operator]
 
 
 def _tied(model: nn.Module) -> bool:

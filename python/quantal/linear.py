@@ -65,7 +65,7 @@ class QuantizedLinear(PackedWeight, nn.Linear):
         self.compute_dtype = compute_dtype or config.compute_dtype or self.value_dtype
         threshold = config.backend_options.get("int8_threshold")
         is_int8 = self.dialect == "bnb" and self.bits == 8
-        #: LLM.int8 without gradients: outlier threshold of its integer product; None: exact weights.
+        #: Outlier threshold of the product of LLM.int8 (no gradients); None: exact weights.
         self.int8_threshold = float(threshold) if threshold is not None and is_int8 else None
         data = torch.zeros(out_features, dtype=bias_dtype or self.compute_dtype, device=device)
         self.register_parameter("bias", nn.Parameter(data) if bias else None)

@@ -1,0 +1,138 @@
+"""Conversion between dialects and containers, tensor by tensor, in C++."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from . import _core
+from ._dtypes import dtype_name, parse_dtype
+from ._errors import ConfigError
+from .checkpoint import parse_size
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertedLayer:
+    """What became of one layer.
+
+    source, target   forms: "gguf Q4_1", "mlx 4-bit, group 32"
+    codes            every code was copied
+    statistics       scales and offsets are the same numbers; else within statistics_ulp
+    values           dequantized weights are equal when both are rounded to values_dtype
+    lossless         all three
+    relative_error   ||w' - w|| / ||w|| of dequantized weights (0 in a plan)
+    """
+
+    name: str
+    source: str
+    target: str
+    codes: bool
+    statistics: bool
+    statistics_ulp: float
+    values: bool
+    values_dtype: str
+    lossless: bool
+    note: str
+    relative_error: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertReport:
+    """Layers of a conversion, the layout of the target, the number of dense tensors copied."""
+
+    layout: str
+    layers: list[ConvertedLayer]
+    copied: int
+    measured: bool
+    lossless: bool
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def _options(to: str, settings: dict[str, Any]) -> _core.ConvertOptions:
+    options = _core.ConvertOptions()
+    options.to = to
+    quantize = _core.QuantizeOptions()
+    quantize.bits, quantize.group_size = 0, 0  # as the source has them
+    for name in ("bits", "group_size", "mode", "quant_type", "double_quant", "axis"):
+        if settings.get(name) is not None:
+            setattr(quantize, name, settings[name])
+    if settings["value_dtype"] is not None:
+        quantize.value_dtype = dtype_name(parse_dtype(settings["value_dtype"]))
+    options.quantize = quantize
+    options.layout = settings["layout"]
+    options.max_shard_bytes = parse_size(settings["max_shard_size"])
+    options.overwrite = settings["overwrite"]
+    options.lossless_only = settings["lossless_only"]
+    options.dense_dtype = dtype_name(parse_dtype(settings["dense_dtype"]))
+    options.skip_modules = list(settings["skip_modules"])
+    return options
+
+
+def _report(values: dict[str, Any]) -> ConvertReport:
+    layers = [ConvertedLayer(**layer) for layer in values.pop("layers")]
+    return ConvertReport(layers=layers, **values)
+
+
+def convert(
+    path: str | os.PathLike,
+    to_path: str | os.PathLike,
+    to: str,
+    *,
+    bits: int | None = None,
+    group_size: int | None = None,
+    mode: str | None = None,
+    quant_type: str | None = None,
+    double_quant: bool | None = None,
+    axis: int | None = None,
+    value_dtype: torch.dtype | str | None = None,
+    dense_dtype: torch.dtype | str = torch.bfloat16,
+    skip_modules: Iterable[str] = ("lm_head",),
+    layout: str = "",
+    max_shard_size: int | str | None = None,
+    lossless_only: bool = False,
+    overwrite: bool = False,
+    plan: bool = False,
+    progress: bool = False,
+) -> ConvertReport:
+    """Converts a model file or folder to another dialect or container.
+
+    path, to_path  any file or folder that quantal reads; where to write
+    to             "bnb", "hqq", "mlx", "quanto", "gguf", or "dense" to decode
+    bits, group_size, mode, quant_type, double_quant, axis, value_dtype
+                   form of the target; what is not given stays as the source has it. mode: GGUF
+                   block type ("Q4_K"), or MLX's "mxfp4" ...
+    dense_dtype    of "dense"
+    skip_modules   linear layers of a dense source that stay dense
+    layout, max_shard_size, overwrite  as in ``save_quantized_model``
+    lossless_only  raise UnsupportedError, naming the first layer, instead of quantizing again
+    plan           state what would be preserved and write nothing
+    progress       show a progress bar (needs tqdm)
+
+    Codes are copied and statistics rewritten where both forms mean the same; docs/convert.md lists
+    what every edge preserves. Memory grows by at most three times the largest tensor, and the
+    target appears whole or not at all.
+    """
+    if progress and plan:
+        raise ConfigError("convert: progress is True with plan=True, expected one of them")
+    options = _options(to, locals())
+    if plan:
+        return _report(_core.plan_convert(os.fspath(path), options))
+    if not progress:
+        return _report(_core.convert(os.fspath(path), os.fspath(to_path), options))
+    from tqdm.auto import tqdm
+
+    with tqdm(desc="converting", unit="tensor") as bar:
+
+        def show(done: int, total: int, name: str) -> None:
+            bar.total = total
+            bar.set_postfix_str(name)
+            bar.update(done - bar.n)
+
+        return _report(_core.convert(os.fspath(path), os.fspath(to_path), options, show))
