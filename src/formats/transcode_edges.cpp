@@ -253,8 +253,9 @@ std::string transcode_edges_markdown() {
   std::string out =
       "| from | to | codes | statistics | values equal | how |\n|---|---|---|---|---|---|\n";
   for (const TranscodeEdge& e : transcode_edges()) {
-    out += "| " + e.from + " | " + e.to + " | " + (e.kept.codes ? "kept" : "new") + " | " +
-           statistics_word(e.kept) + " | " +
+    const bool waits = e.kept.note.find("depends on the values") != std::string::npos;
+    const char* codes = !e.kept.codes ? "new" : waits ? "kept if" : "kept";
+    out += "| " + e.from + " | " + e.to + " | " + codes + " | " + statistics_word(e.kept) + " | " +
            (e.kept.values ? "in " + std::string(dtype_name(e.kept.values_dtype)) : "no") + " | " +
            e.kept.note + " |\n";
   }

@@ -226,7 +226,7 @@ void join(std::string& text, const std::string& more) {
 std::string bound_words(const PackedSpec& from, const PackedSpec& to) {
   const int p = std::min({float_precision(from.value_dtype), float_precision(to.value_dtype),
                           float_precision(plain_dtype(to.scale))});
-  return "weights within 6 x " + power(p) + " (|code scale| + |offset|)";
+  return "weights within 6 x " + power(p) + " of their magnitude";
 }
 
 bool nested_stays(const PackedSpec& from, const PackedSpec& to, Alignment alignment) {
@@ -241,6 +241,7 @@ std::string statistics_words(const PackedSpec& from, const PackedSpec& to, const
                              Alignment alignment) {
   std::string words = scale_words(from, to, move);
   join(words, offset_words(from, to, move));
+  if (words.empty() && alignment != Alignment::kSplit) words = "statistics as they are";
   if (alignment == Alignment::kSplit) {
     join(words, to.scale == ScaleSource::kNestedU8
                     ? "groups split, both levels of statistics repeated"
@@ -358,7 +359,7 @@ std::optional<Preservation> copy_statement(const PackedSpec& from, const PackedS
   p.note = statistics_words(from, to, move, alignment);
   if (!p.values) join(p.note, bound_words(from, to));
   const std::string condition = condition_words(from, to, move, n, alignment);
-  if (!condition.empty()) join(p.note, "depends on the values: exact if " + condition);
+  if (!condition.empty()) join(p.note, "depends on the values: if " + condition);
   return p;
 }
 
