@@ -12,9 +12,10 @@
 namespace quantal {
 namespace {  // NOLINT: internal linkage on purpose
 
-template <class T, int kBits>
+/// V is a vector type or its Words, lanes in which only table indices fit.
+template <class V, int kBits>
 struct Codes {
-  using U = typename T::U;
+  using U = typename V::U;
   static constexpr int kLow = kBits == 3 ? 2 : kBits == 5 || kBits == 6 ? 4 : kBits;
   static constexpr int kHigh = kBits - kLow;
   static constexpr int kUnitChunks = 8 / (kHigh != 0 ? kHigh : kLow);
@@ -26,36 +27,47 @@ struct Codes {
 
   /// Puts the planes of one chunk together. Bit kLow is where the high plane begins.
   static U join(U low, U high) {
-    if constexpr (kBits == 3) return T::merge_bits(T::set1_u(3), low, high);
-    constexpr std::uint32_t kHighMask = ((1U << kHigh) - 1U) << kLow;
-    return T::or_u(T::and_u(low, T::set1_u(15)), T::and_u(high, T::set1_u(kHighMask)));
+    if constexpr (kBits == 3) {
+      return V::merge_bits(V::set1_u(3), low, high);
+    } else {
+      constexpr std::uint32_t kHighMask = ((1U << kHigh) - 1U) << kLow;
+      return V::or_u(V::and_u(low, V::set1_u(15)), V::and_u(high, V::set1_u(kHighMask)));
+    }
   }
 
   /// Chunk number kChunk of a unit: 4 instructions for two planes, at most 1 for one.
   template <int kChunk>
   static U chunk(const std::uint8_t* unit) {
     const U low =
-        T::template shr<kLow*(kChunk % kFields)>(T::load_u8(unit + kChunk / kFields * kLanes));
+        V::template shr<kLow*(kChunk % kFields)>(V::load_u8(unit + kChunk / kFields * kLanes));
     if constexpr (kHigh == 0) {
       return low;
     } else {
       constexpr int kShift = kHigh * kChunk - kLow;
-      const U strip = T::load_u8(unit + kLowBytes);
-      if constexpr (kShift >= 0) return join(low, T::template shr<kShift>(strip));
-      if constexpr (kShift < 0) return join(low, T::template shl<-kShift>(strip));
+      const U strip = V::load_u8(unit + kLowBytes);
+      if constexpr (kShift >= 0) return join(low, V::template shr<kShift>(strip));
+      if constexpr (kShift < 0) return join(low, V::template shl<-kShift>(strip));
     }
   }
 
   /// The chunk of columns [col, col + 16), col any multiple of 16; codes is the row's first byte.
   static U at(const std::uint8_t* codes, std::int64_t col) {
-    if constexpr (kBits == 8) return T::load_u8(codes + col);
-    const std::uint8_t* unit = codes + col / kUnitCodes * kUnitBytes;
-    const int in_unit = static_cast<int>(col % kUnitCodes / kLanes);
-    const U low =
-        T::shr_by(T::load_u8(unit + in_unit / kFields * kLanes), kLow * (in_unit % kFields));
-    if constexpr (kHigh == 0) return low;
-    const U strip = T::load_u8(unit + kLowBytes);
-    return join(low, T::template shl<kLow>(T::shr_by(strip, kHigh * in_unit)));
+    const auto number = static_cast<std::uint64_t>(col) / kLanes;
+    if constexpr (kBits == 8) {
+      return V::load_u8(codes + number * kLanes);
+    } else {
+      const std::uint8_t* unit = codes + number / kUnitChunks * kUnitBytes;
+      const auto in_unit = static_cast<unsigned>(number % kUnitChunks);
+      const U low = V::shr_by(V::load_u8(unit + in_unit / kFields * kLanes),
+                              static_cast<int>(kLow * (in_unit % kFields)));
+      if constexpr (kHigh == 0) {
+        return low;
+      } else {
+        const U strip = V::load_u8(unit + kLowBytes);
+        return join(low,
+                    V::template shl<kLow>(V::shr_by(strip, static_cast<int>(kHigh * in_unit))));
+      }
+    }
   }
 };
 

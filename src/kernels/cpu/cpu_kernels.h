@@ -93,18 +93,10 @@ struct TransposedJob {
   std::int64_t ldy;
 };
 
-/// Decoders of one row that the products of an instruction set use.
-struct RowFunctions {
-  /// Columns [col, col + count), col a multiple of 16, as float32; zero up to the next multiple of
-  /// 16.
-  void (*decode)(const KernelMatrix& w, std::int64_t row, std::int64_t col, std::int64_t count,
-                 float* out) noexcept;
-  /// Codes of at most 4 bits in row runs that begin and end on whole vectors of 16 columns, count
-  /// <= 1024: the 16 values of every group, tables[16 slot + code]. Returns the position of column
-  /// `col` in its group.
-  std::int64_t (*tables)(const KernelMatrix& w, std::int64_t row, std::int64_t col,
-                         std::int64_t count, float* tables) noexcept;
-};
+/// Columns [col, col + count) of a row, col a multiple of 16, as float32; zero up to the next
+/// multiple of 16.
+using DecodeRow = void (*)(const KernelMatrix& w, std::int64_t row, std::int64_t col,
+                           std::int64_t count, float* out) noexcept;
 
 /// One instruction set's kernels.
 struct CpuKernels {
@@ -125,8 +117,6 @@ struct CpuKernels {
 #define QUANTAL_DECLARE_KERNELS(isa)                                                               \
   void decode_##isa(const KernelMatrix& w, std::int64_t row, std::int64_t col, std::int64_t count, \
                     float* out) noexcept;                                                          \
-  std::int64_t tables_##isa(const KernelMatrix& w, std::int64_t row, std::int64_t col,             \
-                            std::int64_t count, float* tables) noexcept;                           \
   void dequantize_##isa(const KernelMatrix& w, const DequantizeJob& job) noexcept;                 \
   void matmul_##isa(const KernelMatrix& w, const MatmulJob& job, std::int64_t row_begin,           \
                     std::int64_t row_end) noexcept;                                                \

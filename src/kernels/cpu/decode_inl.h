@@ -28,40 +28,60 @@ void for_groups(std::int64_t group_size, std::int64_t phase, std::int64_t count,
   }
 }
 
-/// The 16 exact values of each group of columns [col, col + count), count <= kStretch, of a row for
-/// which whole_vectors holds and whose codes have at most 4 bits: tables[16 slot + code]. Returns
-/// the position of the first column in its group.
+/// Columns whose tables are built before their codes are read: few, so that the processor overlaps
+/// the two, and 16 KiB at most.
+constexpr std::int64_t kTableColumns = 256;
+constexpr std::int64_t kMaxTables = kTableColumns / kLanes + 1;
+
+/// tables[16 k + code], the exact values of codes of at most 4 bits under scale[k] and offset[k].
 template <class T>
-std::int64_t build_tables(const KernelMatrix& w, std::int64_t row, std::int64_t col,
-                          std::int64_t count, float* tables) {
-  Stretch stats;
-  expand_stretch<T>(w, row, col, count, stats);
-  const std::int64_t slots = (stats.phase + count - 1) / w.group_size + 1;
+void build_tables(const KernelMatrix& w, const float* scale, const float* offset,
+                  std::int64_t count, float* tables) {
   const typename T::F codes = T::load(w.table);
   with_rule(w, [&](auto rule) {
-    for (std::int64_t k = 0; k < slots; ++k) {
+    for (std::int64_t k = 0; k < count; ++k) {
       T::store(tables + k * kLanes,
-               rule.template value<T>(codes, T::set1(stats.scale[k]), T::set1(stats.offset[k])));
+               rule.template value<T>(codes, T::set1(scale[k]), T::set1(offset[k])));
     }
   });
-  return stats.phase;
+}
+
+/// Calls fn(tables, number of tables, phase, first column, columns) for parts of columns
+/// [col, col + count), count <= kStretch, of a row for which whole_vectors holds and whose codes
+/// have at most 4 bits; phase is the position of the first column in the first table's group.
+template <class T, class Fn>
+void for_tables(const KernelMatrix& w, std::int64_t row, std::int64_t col, std::int64_t count,
+                Fn fn) {
+  alignas(64) float tables[kMaxTables * kLanes];
+  Stretch stats;
+  expand_stretch<T>(w, row, col, count, stats);
+  for (std::int64_t c = 0; c < count; c += kTableColumns) {
+    const std::int64_t n = min64(kTableColumns, count - c);
+    const std::int64_t first = (stats.phase + c) / w.group_size;
+    const std::int64_t slots = (stats.phase + c + n - 1) / w.group_size - first + 1;
+    build_tables<T>(w, stats.scale + first, stats.offset + first, slots, tables);
+    fn(tables, slots, stats.phase + c - first * w.group_size, c, n);
+  }
 }
 
 /// Whole vectors, at most 4 bits. out has room for `count` rounded up to 16.
 template <class T>
 void decode_tables(const KernelMatrix& w, std::int64_t row, std::int64_t col, std::int64_t count,
                    float* out) {
-  alignas(64) float tables[(kStretch / kLanes + 1) * kLanes];
-  const std::int64_t phase = build_tables<T>(w, row, col, count, tables);
   const std::uint8_t* codes = w.codes + row * w.code_bytes;
-  with_table_width(w.bits, [&](auto width) {
-    constexpr int kBits = decltype(width)::kBits;
-    for_groups(
-        w.group_size, phase, count, [&](std::int64_t slot, std::int64_t begin, std::int64_t end) {
-          const typename T::F table = T::load(tables + slot * kLanes);
-          for (; begin < end; begin += kLanes) {
-            T::store(out + begin, lookup<T, kBits>(table, Codes<T, kBits>::at(codes, col + begin)));
-          }
+  with_table_width(w.bits, [&]<class W>(W /*width*/) {
+    for_tables<T>(
+        w, row, col, count,
+        [&](const float* tables, std::int64_t /*slots*/, std::int64_t phase, std::int64_t c,
+            std::int64_t n) {
+          for_groups(
+              w.group_size, phase, n, [&](std::int64_t slot, std::int64_t begin, std::int64_t end) {
+                const typename T::F table = T::load(tables + slot * kLanes);
+                for (std::int64_t k = c + begin; k < c + end; k += kLanes) {
+                  T::store(out + k,
+                           lookup<T, W::kBits>(table, Codes<T, W::kBits>::at(codes, col + k)));
+                }
+              });
         });
   });
 }

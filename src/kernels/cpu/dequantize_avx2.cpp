@@ -8,11 +8,6 @@ void decode_avx2(const KernelMatrix& w, std::int64_t row, std::int64_t col, std:
   decode_row<VecAvx2>(w, row, col, count, out);
 }
 
-std::int64_t tables_avx2(const KernelMatrix& w, std::int64_t row, std::int64_t col,
-                         std::int64_t count, float* tables) noexcept {
-  return build_tables<VecAvx2>(w, row, col, count, tables);
-}
-
 void dequantize_avx2(const KernelMatrix& w, const DequantizeJob& job) noexcept {
   dequantize_kernel<VecAvx2>(w, job);
 }

@@ -8,11 +8,6 @@ void decode_avx512(const KernelMatrix& w, std::int64_t row, std::int64_t col, st
   decode_row<VecAvx512>(w, row, col, count, out);
 }
 
-std::int64_t tables_avx512(const KernelMatrix& w, std::int64_t row, std::int64_t col,
-                           std::int64_t count, float* tables) noexcept {
-  return build_tables<VecAvx512>(w, row, col, count, tables);
-}
-
 void dequantize_avx512(const KernelMatrix& w, const DequantizeJob& job) noexcept {
   dequantize_kernel<VecAvx512>(w, job);
 }

@@ -24,22 +24,23 @@ void narrow(FloatKind kind, const float* in, std::int64_t n, std::uint8_t* out) 
 template <class T>
 void look_up_halves(const KernelMatrix& w, FloatKind kind, std::int64_t row, std::int64_t col,
                     std::int64_t count, std::uint16_t* out) {
-  constexpr std::int64_t kTables = kStretch / kLanes + 1;
-  alignas(64) float tables[kTables * kLanes];
-  alignas(64) std::uint16_t halves[kTables * kLanes];
-  const std::int64_t phase = build_tables<T>(w, row, col, count, tables);
-  const std::int64_t slots = (phase + count - 1) / w.group_size + 1;
-  narrow<T>(kind, tables, slots * kLanes, reinterpret_cast<std::uint8_t*>(halves));
   const std::uint8_t* codes = w.codes + row * w.code_bytes;
-  with_table_width(w.bits, [&](auto width) {
-    constexpr int kBits = decltype(width)::kBits;
-    for_groups(w.group_size, phase, count,
-               [&](std::int64_t slot, std::int64_t begin, std::int64_t end) {
-                 const typename T::H table = T::load_h(halves + slot * kLanes);
-                 for (; begin < end; begin += kLanes) {
-                   T::lookup_h(out + begin, table, Codes<T, kBits>::at(codes, col + begin));
-                 }
-               });
+  alignas(64) std::uint16_t halves[kMaxTables * kLanes];
+  with_table_width(w.bits, [&]<class W>(W /*width*/) {
+    for_tables<T>(
+        w, row, col, count,
+        [&](const float* tables, std::int64_t slots, std::int64_t phase, std::int64_t c,
+            std::int64_t n) {
+          narrow<T>(kind, tables, slots * kLanes, reinterpret_cast<std::uint8_t*>(halves));
+          for_groups(w.group_size, phase, n,
+                     [&](std::int64_t slot, std::int64_t begin, std::int64_t end) {
+                       const typename T::H table = T::load_h(halves + slot * kLanes);
+                       for (std::int64_t k = c + begin; k < c + end; k += kLanes) {
+                         T::lookup_h(out + k, table,
+                                     Codes<typename T::Words, W::kBits>::at(codes, col + k));
+                       }
+                     });
+        });
   });
 }
 

@@ -8,11 +8,6 @@ void decode_neon(const KernelMatrix& w, std::int64_t row, std::int64_t col, std:
   decode_row<VecNeon>(w, row, col, count, out);
 }
 
-std::int64_t tables_neon(const KernelMatrix& w, std::int64_t row, std::int64_t col,
-                         std::int64_t count, float* tables) noexcept {
-  return build_tables<VecNeon>(w, row, col, count, tables);
-}
-
 void dequantize_neon(const KernelMatrix& w, const DequantizeJob& job) noexcept {
   dequantize_kernel<VecNeon>(w, job);
 }

@@ -8,11 +8,6 @@ void decode_scalar(const KernelMatrix& w, std::int64_t row, std::int64_t col, st
   decode_row<VecScalar>(w, row, col, count, out);
 }
 
-std::int64_t tables_scalar(const KernelMatrix& w, std::int64_t row, std::int64_t col,
-                           std::int64_t count, float* tables) noexcept {
-  return build_tables<VecScalar>(w, row, col, count, tables);
-}
-
 void dequantize_scalar(const KernelMatrix& w, const DequantizeJob& job) noexcept {
   dequantize_kernel<VecScalar>(w, job);
 }

@@ -60,8 +60,7 @@ inline void prefetch_row(const KernelMatrix& w, std::int64_t row, std::int64_t c
 
 /// Any matrix, any number of inputs: decode some columns of kRows rows, use them for all inputs.
 template <class T, int kRows>
-void product_rows(const KernelMatrix& w, RowFunctions row_of, const MatmulJob& job,
-                  std::int64_t row) {
+void product_rows(const KernelMatrix& w, DecodeRow decode, const MatmulJob& job, std::int64_t row) {
   using F = typename T::F;
   alignas(64) float decoded[kRows * kDecodeColumns];
   F totals[kMaxInputRows * kRows];
@@ -76,7 +75,7 @@ void product_rows(const KernelMatrix& w, RowFunctions row_of, const MatmulJob& j
       const std::int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
       for (int r = 0; r < kRows; ++r) {
         if (row + r + kRows < w.rows) prefetch_row(w, row + r + kRows, c, n);
-        row_of.decode(w, row + r, c, n, decoded + r * kDecodeColumns);
+        decode(w, row + r, c, n, decoded + r * kDecodeColumns);
       }
       int m = 0;
       for (; m + T::kTileInputs <= job.inputs; m += T::kTileInputs) {
@@ -95,24 +94,17 @@ void product_rows(const KernelMatrix& w, RowFunctions row_of, const MatmulJob& j
 
 // ------------------------------------------------------------------ no scratch: few inputs
 
-/// Codes of at most 4 bits: a group is a table of its values, built before its codes are read.
-template <class T, int kCodeBits>
+/// Codes of at most 4 bits: the table of a group's values is built where the group begins.
+template <class T, int kCodeBits, class ValueRule>
 struct TableCoder {
   using C = Codes<T, kCodeBits>;
-  static constexpr bool kTable = true;
   using Group = typename T::F;
-  struct Stats {
-    alignas(64) float tables[kStretch];
-    std::int64_t phase;
-  };
+  Group codes;
 
-  explicit TableCoder(const KernelMatrix& /*w*/) {}
-  static void prepare(const KernelMatrix& w, RowFunctions row_of, std::int64_t row,
-                      std::int64_t col, std::int64_t count, Stats& stats) {
-    stats.phase = row_of.tables(w, row, col, count, stats.tables);
-  }
-  static Group group(const Stats& stats, std::int64_t slot) {
-    return T::load(stats.tables + slot * kLanes);
+  explicit TableCoder(const KernelMatrix& w) : codes(T::load(w.table)) {}
+  Group group(const Stretch& stats, std::int64_t slot) const {
+    return ValueRule::template value<T>(codes, T::set1(stats.scale[slot]),
+                                        T::set1(stats.offset[slot]));
   }
   static typename T::F value(typename T::U code, const Group& table) {
     return lookup<T, kCodeBits>(table, code);
@@ -123,20 +115,13 @@ struct TableCoder {
 template <class T, class R, class ValueRule>
 struct NumberCoder {
   using C = R;
-  static constexpr bool kTable = false;
   struct Group {
     typename T::F scale, offset;
   };
-  using Stats = Stretch;
-
-  explicit NumberCoder(const KernelMatrix& w) : reader(w) {}
   R reader;
 
-  static void prepare(const KernelMatrix& w, RowFunctions /*row_of*/, std::int64_t row,
-                      std::int64_t col, std::int64_t count, Stats& stats) {
-    expand_stretch<T>(w, row, col, count, stats);
-  }
-  static Group group(const Stats& stats, std::int64_t slot) {
+  explicit NumberCoder(const KernelMatrix& w) : reader(w) {}
+  static Group group(const Stretch& stats, std::int64_t slot) {
     return {T::set1(stats.scale[slot]), T::set1(stats.offset[slot])};
   }
   typename T::F value(typename T::U code, const Group& g) const {
@@ -144,11 +129,11 @@ struct NumberCoder {
   }
 };
 
-/// Rows of codes against inputs, codes decoded in registers. kGroupChunks is the number of chunks
-/// of a group where groups divide units, 0 where units divide groups.
-template <class T, class Coder, int kGroupChunks, int kRows, int kInputs>
+/// Rows of codes against inputs, codes decoded in registers. kUnits: groups consist of whole units.
+template <class T, class Coder, bool kUnits, int kRows, int kInputs>
 struct DirectProduct {
   using F = typename T::F;
+  using U = typename T::U;
   using C = typename Coder::C;
   using Group = typename Coder::Group;
   const KernelMatrix& w;
@@ -156,42 +141,33 @@ struct DirectProduct {
   const Coder coder;
   const std::uint8_t* codes;  // column 0 of the first row
   std::int64_t ahead;         // bytes from a row to the row that is wanted next
-  typename Coder::Stats stats[kRows];
+  Stretch stats[kRows];
   F acc[kInputs][kRows];
 
-  /// Chunk kChunk of the unit that begins at `unit`; col is its first column.
-  template <int kChunk>
-  [[gnu::always_inline]] void chunk(const std::uint8_t* unit, std::int64_t col,
-                                    const Group (&groups)[kRows], F (&sums)[kInputs][kRows]) const {
+  /// sums[m][r] += value of codes of row r * input m, for the 16 columns from col on.
+  [[gnu::always_inline]] void add(const U (&chunk)[kRows], std::int64_t col,
+                                  const Group (&groups)[kRows], F (&sums)[kInputs][kRows]) const {
     F values[kRows];
-    for (int r = 0; r < kRows; ++r) {
-      values[r] = coder.value(C::template chunk<kChunk>(unit + r * w.code_bytes), groups[r]);
-    }
+    for (int r = 0; r < kRows; ++r) values[r] = coder.value(chunk[r], groups[r]);
     for (int m = 0; m < kInputs; ++m) {
-      const F input = T::load(job.x + m * job.ldx + col + kChunk * kLanes);
+      const F input = T::load(job.x + m * job.ldx + col);
       for (int r = 0; r < kRows; ++r) sums[m][r] = T::fma(values[r], input, sums[m][r]);
     }
   }
 
-  /// Chunks kChunk and on of a unit, kWhole or only up to number `chunks`.
-  template <int kChunk, bool kWhole>
+  /// Chunks kChunk and on of the unit that begins at `unit`; col is the unit's first column.
+  template <int kChunk>
   [[gnu::always_inline]] void unit_from(const std::uint8_t* unit, std::int64_t col,
-                                        std::int64_t slot, int chunks, Group (&groups)[kRows],
+                                        const Group (&groups)[kRows],
                                         F (&sums)[kInputs][kRows]) const {
     if constexpr (kChunk < C::kUnitChunks) {
-      if (!kWhole && kChunk == chunks) return;
-      if constexpr (kGroupChunks != 0) {
-        if constexpr (kChunk % kGroupChunks == 0) {
-          load_groups(slot + kChunk / kGroupChunks, groups);
-        }
+      U chunk[kRows];
+      for (int r = 0; r < kRows; ++r) {
+        chunk[r] = C::template chunk<kChunk>(unit + r * w.code_bytes);
       }
-      chunk<kChunk>(unit, col, groups, sums);
-      unit_from<kChunk + 1, kWhole>(unit, col, slot, chunks, groups, sums);
+      add(chunk, col + kChunk * kLanes, groups, sums);
+      unit_from<kChunk + 1>(unit, col, groups, sums);
     }
-  }
-
-  void load_groups(std::int64_t slot, Group (&groups)[kRows]) const {
-    for (int r = 0; r < kRows; ++r) groups[r] = coder.group(stats[r], slot);
   }
 
   /// Short rows defeat the hardware's prefetcher: asks for the next rows' lines at the same column.
@@ -200,57 +176,45 @@ struct DirectProduct {
     for (int r = 0; r < kRows; ++r) __builtin_prefetch(unit + r * w.code_bytes + ahead);
   }
 
-  /// Columns [col, col + count) into acc, where units divide groups.
-  void run_units_in_groups(std::int64_t col, std::int64_t count) {
+  /// Columns [col, col + count) of one group.
+  [[gnu::always_inline]] void run_group(std::int64_t col, std::int64_t count,
+                                        const Group (&groups)[kRows],
+                                        F (&sums)[kInputs][kRows]) const {
+    if constexpr (kUnits) {
+      const std::uint8_t* unit = codes + col / C::kUnitCodes * C::kUnitBytes;
+      for (; count > 0; count -= C::kUnitCodes, col += C::kUnitCodes, unit += C::kUnitBytes) {
+        prefetch(unit);
+        unit_from<0>(unit, col, groups, sums);
+      }
+    } else {
+      for (; count > 0; count -= kLanes, col += kLanes) {
+        if (col % C::kUnitCodes == 0) prefetch(codes + col / C::kUnitCodes * C::kUnitBytes);
+        U chunk[kRows];
+        for (int r = 0; r < kRows; ++r) chunk[r] = C::at(codes + r * w.code_bytes, col);
+        add(chunk, col, groups, sums);
+      }
+    }
+  }
+
+  /// Columns [col, col + count) into acc.
+  void run_stretch(std::int64_t col, std::int64_t count) {
     F sums[kInputs][kRows];
-    load_sums(sums);
-    Group groups[kRows];
+    for (int i = 0; i < kInputs * kRows; ++i)
+      sums[i / kRows][i % kRows] = acc[i / kRows][i % kRows];
     const std::int64_t stop = col + count;
     std::int64_t border = col + w.group_size - stats[0].phase;
     for (std::int64_t slot = 0; col < stop; ++slot, border += w.group_size) {
-      load_groups(slot, groups);
+      Group groups[kRows];
+      for (int r = 0; r < kRows; ++r) groups[r] = coder.group(stats[r], slot);
       const std::int64_t end = min64(border, stop);
-      const std::uint8_t* unit = codes + col / C::kUnitCodes * C::kUnitBytes;
-      for (; col < end; col += C::kUnitCodes, unit += C::kUnitBytes) {
-        prefetch(unit);
-        unit_from<0, true>(unit, col, 0, 0, groups, sums);
-      }
+      run_group(col, end - col, groups, sums);
+      col = end;
     }
-    store_sums(sums);
-  }
-
-  /// The same where groups divide units; the last unit may be cut by the end of the row.
-  void run_groups_in_units(std::int64_t col, std::int64_t count) {
-    constexpr int kDivisor = kGroupChunks == 0 ? 1 : kGroupChunks;
-    F sums[kInputs][kRows];
-    load_sums(sums);
-    Group groups[kRows];
-    const std::uint8_t* unit = codes + col / C::kUnitCodes * C::kUnitBytes;
-    std::int64_t slot = 0;
-    std::int64_t left = count;
-    for (; left >= C::kUnitCodes; left -= C::kUnitCodes) {
-      prefetch(unit);
-      unit_from<0, true>(unit, col, slot, 0, groups, sums);
-      col += C::kUnitCodes;
-      unit += C::kUnitBytes;
-      slot += C::kUnitChunks / kDivisor;
-    }
-    if (left > 0) {
-      unit_from<0, false>(unit, col, slot, static_cast<int>(left / kLanes), groups, sums);
-    }
-    store_sums(sums);
-  }
-
-  void load_sums(F (&sums)[kInputs][kRows]) const {
-    for (int i = 0; i < kInputs * kRows; ++i)
-      sums[i / kRows][i % kRows] = acc[i / kRows][i % kRows];
-  }
-  void store_sums(const F (&sums)[kInputs][kRows]) {
     for (int i = 0; i < kInputs * kRows; ++i)
       acc[i / kRows][i % kRows] = sums[i / kRows][i % kRows];
   }
 
-  void run(RowFunctions row_of, std::int64_t row) {
+  void run(std::int64_t row) {
     F totals[kInputs][kRows];
     for (int i = 0; i < kInputs * kRows; ++i) totals[i / kRows][i % kRows] = T::zero();
     for (std::int64_t block = 0; block < w.cols; block += kSumColumns) {
@@ -258,12 +222,8 @@ struct DirectProduct {
       for (int i = 0; i < kInputs * kRows; ++i) acc[i / kRows][i % kRows] = T::zero();
       for (std::int64_t c = block; c < block_end; c += kStretch) {
         const std::int64_t n = min64(kStretch, block_end - c);
-        for (int r = 0; r < kRows; ++r) coder.prepare(w, row_of, row + r, c, n, stats[r]);
-        if constexpr (kGroupChunks == 0) {
-          run_units_in_groups(c, n);
-        } else {
-          run_groups_in_units(c, n);
-        }
+        for (int r = 0; r < kRows; ++r) expand_stretch<T>(w, row + r, c, n, stats[r]);
+        run_stretch(c, n);
       }
       for (int i = 0; i < kInputs * kRows; ++i) {
         F& total = totals[i / kRows][i % kRows];
@@ -275,88 +235,75 @@ struct DirectProduct {
 };
 
 /// Rows [row, row_end) in steps of kRows as far as they go; returns the first row that is left.
-template <class T, class Coder, int kGroupChunks, int kRows, int kInputs>
-std::int64_t direct_rows(const KernelMatrix& w, RowFunctions row_of, const MatmulJob& job,
-                         std::int64_t row, std::int64_t row_end) {
+template <class T, class Coder, bool kUnits, int kRows, int kInputs>
+std::int64_t direct_rows(const KernelMatrix& w, const MatmulJob& job, std::int64_t row,
+                         std::int64_t row_end) {
   for (; row + kRows <= row_end; row += kRows) {
     const std::int64_t ahead = row + 2 * kRows <= w.rows ? kRows * w.code_bytes : 0;
-    DirectProduct<T, Coder, kGroupChunks, kRows, kInputs> product{
+    DirectProduct<T, Coder, kUnits, kRows, kInputs> product{
         w, job, Coder(w), w.codes + row * w.code_bytes, ahead, {}, {}};
-    product.run(row_of, row);
+    product.run(row);
   }
   return row;
 }
 
-template <class T, class Coder, int kGroupChunks>
-std::int64_t direct_inputs(const KernelMatrix& w, RowFunctions row_of, const MatmulJob& job,
-                           std::int64_t row, std::int64_t row_end) {
-  constexpr int kRows = T::kTileRows;
+template <class T, class Coder, bool kUnits>
+std::int64_t direct_inputs(const KernelMatrix& w, const MatmulJob& job, std::int64_t row,
+                           std::int64_t row_end) {
   if (job.inputs == 1) {
-    return direct_rows<T, Coder, kGroupChunks, T::kDirectRows, 1>(w, row_of, job, row, row_end);
+    return direct_rows<T, Coder, kUnits, T::kDirectRows, 1>(w, job, row, row_end);
   }
-  if constexpr (!Coder::kTable) return row;  // computing a value twice costs more than scratch
-  switch (job.inputs) {
-    case 2:
-      return direct_rows<T, Coder, kGroupChunks, kRows, 2>(w, row_of, job, row, row_end);
-    case 3:
-      if constexpr (T::kTileInputs >= 4) {
-        return direct_rows<T, Coder, kGroupChunks, kRows, 3>(w, row_of, job, row, row_end);
+  // More inputs: only where a code takes at most two instructions, else scratch is as fast.
+  if constexpr (Coder::C::kUnitChunks <= 2) {
+    constexpr int kRows = T::kTileRows;
+    if (job.inputs == 2) {
+      return direct_rows<T, Coder, kUnits, kRows, 2>(w, job, row, row_end);
+    }
+    if constexpr (T::kTileInputs >= 4) {
+      if (job.inputs == 3) {
+        return direct_rows<T, Coder, kUnits, kRows, 3>(w, job, row, row_end);
       }
-      return row;
-    case 4:
-      if constexpr (T::kTileInputs >= 4) {
-        return direct_rows<T, Coder, kGroupChunks, kRows, 4>(w, row_of, job, row, row_end);
+      if (job.inputs == 4) {
+        return direct_rows<T, Coder, kUnits, kRows, 4>(w, job, row, row_end);
       }
-      return row;
-    default:
-      return row;
+    }
   }
+  return row;
 }
 
-/// Picks the relation of groups and units; rows are left where there is none.
 template <class T, class Coder>
-std::int64_t direct_groups(const KernelMatrix& w, RowFunctions row_of, const MatmulJob& job,
-                           std::int64_t row, std::int64_t row_end) {
-  using C = typename Coder::C;
-  if (w.group_size % C::kUnitCodes == 0) {
-    return direct_inputs<T, Coder, 0>(w, row_of, job, row, row_end);
+std::int64_t direct_groups(const KernelMatrix& w, const MatmulJob& job, std::int64_t row,
+                           std::int64_t row_end) {
+  if (w.group_size % Coder::C::kUnitCodes == 0) {
+    return direct_inputs<T, Coder, true>(w, job, row, row_end);
   }
-  if constexpr (C::kUnitChunks > 1) {
-    if (w.group_size == kLanes) {
-      return direct_inputs<T, Coder, 1>(w, row_of, job, row, row_end);
-    }
-  }
-  if constexpr (C::kUnitChunks > 2) {
-    if (w.group_size == 2 * kLanes) {
-      return direct_inputs<T, Coder, 2>(w, row_of, job, row, row_end);
-    }
-  }
-  if constexpr (C::kUnitChunks > 4) {
-    if (w.group_size == 4 * kLanes) {
-      return direct_inputs<T, Coder, 4>(w, row_of, job, row, row_end);
-    }
+  if constexpr (Coder::C::kUnitChunks > 1) {
+    return direct_inputs<T, Coder, false>(w, job, row, row_end);
   }
   return row;
 }
 
 /// As many of the rows as can go without scratch; the bits of a result do not depend on it.
 template <class T>
-std::int64_t direct_products(const KernelMatrix& w, RowFunctions row_of, const MatmulJob& job,
-                             std::int64_t row, std::int64_t row_end) {
-  if (w.groups != GroupKind::kRowRuns || w.cols % w.group_size != 0) return row;
-  if (w.bits <= 4) {
-    with_table_width(w.bits, [&](auto width) {
-      row = direct_groups<T, TableCoder<T, decltype(width)::kBits>>(w, row_of, job, row, row_end);
-    });
-    return row;
-  }
-  with_wide_reader<T>(w, [&]<class R>(R /*reader*/) {
-    with_rule(w, [&]<class V>(V /*rule*/) {
+std::int64_t direct_products(const KernelMatrix& w, const MatmulJob& job, std::int64_t row,
+                             std::int64_t row_end) {
+  const bool whole = w.group_size % kLanes == 0 && w.cols % w.group_size == 0;
+  if (w.groups != GroupKind::kRowRuns || !whole) return row;
+  with_rule(w, [&]<class V>(V /*rule*/) {
+    if (w.bits <= 4) {
+      with_table_width(w.bits, [&]<class W>(W /*width*/) {
+        if constexpr (V::kOffset != OffsetKind::kOver127) {
+          row = direct_groups<T, TableCoder<T, W::kBits, V>>(w, job, row, row_end);
+        }
+      });
+      return;
+    }
+    with_wide_reader<T>(w, [&]<class R>(R /*reader*/) {
       // 8-bit floats come without offsets, row scales over 127 with 8-bit integers.
       constexpr bool kPlain = R::kKind == CodeKind::kNumber || V::kOffset == OffsetKind::kNone;
       constexpr bool kInteger8 = R::kBits == 8 && R::kKind == CodeKind::kNumber;
       if constexpr (kPlain && (kInteger8 || V::kOffset != OffsetKind::kOver127)) {
-        row = direct_groups<T, NumberCoder<T, R, V>>(w, row_of, job, row, row_end);
+        row = direct_groups<T, NumberCoder<T, R, V>>(w, job, row, row_end);
       }
     });
   });
@@ -364,14 +311,14 @@ std::int64_t direct_products(const KernelMatrix& w, RowFunctions row_of, const M
 }
 
 template <class T>
-void matmul_kernel(const KernelMatrix& w, RowFunctions row_of, const MatmulJob& job,
+void matmul_kernel(const KernelMatrix& w, DecodeRow decode, const MatmulJob& job,
                    std::int64_t row_begin, std::int64_t row_end) {
   std::int64_t row = row_begin;
-  if constexpr (T::kDirectRows > 0) row = direct_products<T>(w, row_of, job, row, row_end);
+  if constexpr (T::kDirectRows > 0) row = direct_products<T>(w, job, row, row_end);
   for (; row + T::kTileRows <= row_end; row += T::kTileRows) {
-    product_rows<T, T::kTileRows>(w, row_of, job, row);
+    product_rows<T, T::kTileRows>(w, decode, job, row);
   }
-  for (; row < row_end; ++row) product_rows<T, 1>(w, row_of, job, row);
+  for (; row < row_end; ++row) product_rows<T, 1>(w, decode, job, row);
 }
 
 }  // namespace

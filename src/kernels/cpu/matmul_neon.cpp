@@ -5,7 +5,7 @@ namespace quantal {
 
 void matmul_neon(const KernelMatrix& w, const MatmulJob& job, std::int64_t row_begin,
                  std::int64_t row_end) noexcept {
-  matmul_kernel<VecNeon>(w, {decode_neon, tables_neon}, job, row_begin, row_end);
+  matmul_kernel<VecNeon>(w, decode_neon, job, row_begin, row_end);
 }
 
 }  // namespace quantal

@@ -12,7 +12,7 @@ namespace {  // NOLINT: internal linkage on purpose
 
 constexpr std::int64_t kLanes = 16;
 /// Columns decoded per expansion of statistics where groups are whole vectors of codes, and else.
-constexpr std::int64_t kStretch = 1024;
+constexpr std::int64_t kStretch = 4096;
 constexpr std::int64_t kShortStretch = 256;
 constexpr std::int64_t kStretchSlots = kShortStretch + 1;
 static_assert(kStretch / kLanes < kStretchSlots);

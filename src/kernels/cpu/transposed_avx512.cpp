@@ -5,7 +5,7 @@ namespace quantal {
 
 void matmul_transposed_avx512(const KernelMatrix& w, const TransposedJob& job,
                               std::int64_t col_begin, std::int64_t col_end) noexcept {
-  matmul_transposed_kernel<VecAvx512>(w, {decode_avx512, tables_avx512}, job, col_begin, col_end);
+  matmul_transposed_kernel<VecAvx512>(w, decode_avx512, job, col_begin, col_end);
 }
 
 }  // namespace quantal

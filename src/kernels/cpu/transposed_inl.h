@@ -65,7 +65,7 @@ void flush(float* acc, float* totals, int inputs, std::int64_t padded) {
 
 /// Columns [col, col + count), count <= kTileColumns, for all rows and inputs.
 template <class T>
-void transposed_tile(const KernelMatrix& w, RowFunctions row_of, const TransposedJob& job,
+void transposed_tile(const KernelMatrix& w, DecodeRow decode, const TransposedJob& job,
                      std::int64_t col, std::int64_t count) {
   constexpr int kInputs = T::kTileInputs == 1 ? 2 : T::kTileInputs;
   const std::int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
@@ -80,7 +80,7 @@ void transposed_tile(const KernelMatrix& w, RowFunctions row_of, const Transpose
     if (n != 0 && n % block_rows(w) == 0) flush<T>(acc, totals, job.inputs, padded);
     const std::int64_t rows = min64(kTileDecodeRows, w.rows - n);
     for (std::int64_t r = 0; r < rows; ++r) {
-      row_of.decode(w, n + r, col, count, decoded + r * kTileColumns);
+      decode(w, n + r, col, count, decoded + r * kTileColumns);
     }
     int m = 0;
     for (; m + kInputs <= job.inputs; m += kInputs) {
@@ -104,10 +104,10 @@ void transposed_tile(const KernelMatrix& w, RowFunctions row_of, const Transpose
 }
 
 template <class T>
-void matmul_transposed_kernel(const KernelMatrix& w, RowFunctions row_of, const TransposedJob& job,
+void matmul_transposed_kernel(const KernelMatrix& w, DecodeRow decode, const TransposedJob& job,
                               std::int64_t col_begin, std::int64_t col_end) {
   for (std::int64_t c = col_begin; c < col_end; c += kTileColumns) {
-    transposed_tile<T>(w, row_of, job, c, min64(kTileColumns, col_end - c));
+    transposed_tile<T>(w, decode, job, c, min64(kTileColumns, col_end - c));
   }
 }
 

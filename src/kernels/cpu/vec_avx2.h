@@ -208,10 +208,25 @@ struct VecAvx2 {
     return {_mm_packus_epi16(_mm_and_si128(a, byte), _mm_and_si128(b, byte)),
             _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8))};
   }
-  static void lookup_h(std::uint16_t* p, H table, U index) {
-    alignas(16) std::uint8_t bytes[16];
-    store_u8(bytes, and_u(index, set1_u(15)));
-    const __m128i at = _mm_load_si128(reinterpret_cast<const __m128i*>(bytes));
+  /// 16 lanes of 8 bits in words of 16: bits of the next lane enter where shifts move them.
+  struct Words {
+    using U = __m128i;
+    static U set1_u(std::uint32_t x) { return _mm_set1_epi8(static_cast<char>(x)); }
+    static U load_u8(const std::uint8_t* p) {
+      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    }
+    /// Bits of the lane before enter below.
+    template <int kBy>
+    static U shl(U a) {
+      return _mm_slli_epi16(a, kBy);
+    }
+    static U shr_by(U a, int by) { return _mm_srl_epi16(a, _mm_cvtsi32_si128(by)); }
+    static U merge_bits(U mask, U a, U b) {
+      return _mm_or_si128(_mm_and_si128(mask, a), _mm_andnot_si128(mask, b));
+    }
+  };
+  static void lookup_h(std::uint16_t* p, H table, Words::U index) {
+    const __m128i at = _mm_and_si128(index, _mm_set1_epi8(15));
     const __m128i low = _mm_shuffle_epi8(table.low, at), high = _mm_shuffle_epi8(table.high, at);
     store8(p, _mm_unpacklo_epi8(low, high));
     store8(p + 8, _mm_unpackhi_epi8(low, high));

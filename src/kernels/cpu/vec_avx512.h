@@ -151,11 +151,24 @@ struct VecAvx512 {
     const U lanes = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
     return _mm512_permutex2var_ps(a, lanes, b);
   }
-  using H = U;
-  static H load_h(const std::uint16_t* p) { return _mm512_cvtepu16_epi32(half(p)); }
-  static void lookup_h(std::uint16_t* p, H table, U index) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                        _mm512_cvtepi32_epi16(_mm512_permutexvar_epi32(index, table)));
+  using H = __m256i;
+  static H load_h(const std::uint16_t* p) { return half(p); }
+  /// 16 lanes of 16 bits.
+  struct Words {
+    using U = __m256i;
+    static U set1_u(std::uint32_t x) { return _mm256_set1_epi16(static_cast<short>(x)); }
+    static U load_u8(const std::uint8_t* p) {
+      return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    template <int kBy>
+    static U shl(U a) {
+      return _mm256_slli_epi16(a, kBy);
+    }
+    static U shr_by(U a, int by) { return _mm256_srl_epi16(a, _mm_cvtsi32_si128(by)); }
+    static U merge_bits(U mask, U a, U b) { return _mm256_ternarylogic_epi32(mask, a, b, 0xCA); }
+  };
+  static void lookup_h(std::uint16_t* p, H table, Words::U index) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permutexvar_epi16(index, table));
   }
   static F gather(const float* p, U index) { return _mm512_i32gather_ps(index, p, 4); }
 

@@ -250,10 +250,20 @@ struct VecNeon {
   static H load_h(const std::uint16_t* p) {
     return vld2q_u8(reinterpret_cast<const std::uint8_t*>(p));
   }
-  static void lookup_h(std::uint16_t* p, H table, U index) {
-    const uint16x8_t low = vcombine_u16(vmovn_u32(index.a), vmovn_u32(index.b));
-    const uint16x8_t high = vcombine_u16(vmovn_u32(index.c), vmovn_u32(index.d));
-    const uint8x16_t at = vandq_u8(vcombine_u8(vmovn_u16(low), vmovn_u16(high)), vdupq_n_u8(15));
+  /// 16 lanes of 8 bits.
+  struct Words {
+    using U = uint8x16_t;
+    static U set1_u(std::uint32_t x) { return vdupq_n_u8(static_cast<std::uint8_t>(x)); }
+    static U load_u8(const std::uint8_t* p) { return vld1q_u8(p); }
+    template <int kBy>
+    static U shl(U x) {
+      return vshlq_n_u8(x, kBy);
+    }
+    static U shr_by(U x, int by) { return vshlq_u8(x, vdupq_n_s8(static_cast<std::int8_t>(-by))); }
+    static U merge_bits(U mask, U x, U y) { return vbslq_u8(mask, x, y); }
+  };
+  static void lookup_h(std::uint16_t* p, H table, Words::U index) {
+    const uint8x16_t at = vandq_u8(index, vdupq_n_u8(15));
     const H out = {{vqtbl1q_u8(table.val[0], at), vqtbl1q_u8(table.val[1], at)}};
     vst2q_u8(reinterpret_cast<std::uint8_t*>(p), out);
   }

@@ -37,8 +37,8 @@ struct VecScalar {
   };
   using MD = M;
 
-  /// Register tile of the products: weight rows x activation rows; weight rows at a time where codes
-  /// of few inputs are used without scratch (0: never). No result depends on them.
+  /// Register tile of the products: weight rows x activation rows; weight rows at a time where
+  /// codes of few inputs are used without scratch (0: never). No result depends on them.
   static constexpr int kTileRows = 4;
   static constexpr int kTileInputs = 1;
   static constexpr int kDirectRows = 0;
@@ -252,8 +252,11 @@ struct VecScalar {
     const Halves h = load_halves(p);
     return make<H>([&](int i) { return h.v[i]; });
   }
+  /// 16 lanes of 8 to 16 bits, enough for an index of 4 bits; shifts to the right may leave
+  /// anything above the bits that were shifted. Members as in the vector itself.
+  using Words = VecScalar;
   /// Stores table[index & 15] of 16 lanes.
-  static void lookup_h(std::uint16_t* p, H table, U index) {
+  static void lookup_h(std::uint16_t* p, H table, Words::U index) {
     const Halves h =
         make<Halves>([&](int i) { return static_cast<std::uint16_t>(table.v[index.v[i] & 15U]); });
     std::memcpy(p, h.v, sizeof(h.v));
