@@ -13,7 +13,12 @@ import torch
 
 import quantal  # noqa: F401
 
-PINNED = {"bitsandbytes": "0.50.2", "hqq": "0.2.8.post1"}
+PINNED = {
+    "bitsandbytes": "0.50.2",
+    "hqq": "0.2.8.post1",
+    "mlx": "0.32.4",
+    "mlx-lm": "0.29.1",
+}
 
 
 def pytest_sessionstart(session):
