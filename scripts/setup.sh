@@ -17,6 +17,7 @@ need g++ g++
 need git git
 need ccache ccache
 need /usr/include/nlohmann/json.hpp nlohmann-json3-dev
+need /usr/include/zlib.h zlib1g-dev
 need /usr/include/CLI/CLI.hpp libcli11-dev
 need /usr/include/gtest/gtest.h libgtest-dev
 "$python" -c 'import ensurepip' 2> /dev/null || packages+=(python3-venv)
