@@ -18,9 +18,10 @@ namespace {
 
 using namespace formats::gguf;
 
-constexpr std::int64_t kElements = 256;
-constexpr int kMost = 63;       ///< of a 6-bit scale
-constexpr int kNeighbours = 1;  ///< sub-scales tried on each side of the nearest one
+constexpr int kElements = 256;
+constexpr int kMost = 63;        ///< of a 6-bit scale
+constexpr int kNeighbours = 1;   ///< sub-scales tried on each side of the nearest one
+constexpr int kSuperRounds = 2;  ///< times that the super-scales are fitted to the codes
 
 bool is_infinite(std::uint16_t half) { return (half & 0x7C00) == 0x7C00; }
 
@@ -31,9 +32,10 @@ int nearest_step(float value, float unit, int low, int high) {
   return static_cast<int>(std::clamp(steps, static_cast<float>(low), static_cast<float>(high)));
 }
 
-/// Chooses sub-scale and sub-offset of one sub-block of 32 and writes its codes.
-void choose_shifted(const BlockQuantizeKernels& kernels, const float* w, int max_code, float d,
-                    float dmin, ShiftedFit fit, int j, Parts& parts) {
+/// Chooses sub-scale and sub-offset of sub-block `j` and writes its codes; returns its error.
+float choose_shifted(const BlockQuantizeKernels& kernels, const float* w, int max_code,
+                     ShiftedFit fit, int j, Parts& parts) {
+  const float d = f16_to_f32(parts.scale), dmin = f16_to_f32(parts.offset);
   const int scale = nearest_step(fit.scale, d, 0, kMost);
   const int offset = nearest_step(fit.shift, dmin, 0, kMost);
   float best = std::numeric_limits<float>::infinity();
@@ -54,7 +56,68 @@ void choose_shifted(const BlockQuantizeKernels& kernels, const float* w, int max
       parts.offsets[j] = static_cast<std::uint8_t>(m);
     }
   }
-  kernels.encode_nearest(w, 32, chosen, parts.codes + 32 * j);
+  return kernels.encode_nearest(w, 32, chosen, parts.codes + 32 * j);
+}
+
+/// Chooses the sub-scale of sub-block `j` of 16 and writes its codes; returns its error.
+float choose_symmetric(const BlockQuantizeKernels& kernels, const float* w, float fit, int j,
+                       Parts& parts) {
+  const float d = f16_to_f32(parts.scale);
+  const int scale = nearest_step(fit, d, -128, 127);
+  float best = std::numeric_limits<float>::infinity();
+  NearestCode chosen{.centre = 32, .max_code = 63};
+  for (int s = std::max(-128, scale - kNeighbours); s <= std::min(127, scale + kNeighbours); ++s) {
+    const NearestCode how{
+        .scale = d * static_cast<float>(s), .shift = 0.0F, .centre = 32, .max_code = 63};
+    const float error = kernels.encode_nearest(w, 16, how, nullptr);
+    if (!(error < best)) continue;
+    best = error;
+    chosen = how;
+    parts.scales[j] = static_cast<std::uint8_t>(s);
+  }
+  return kernels.encode_nearest(w, 16, chosen, parts.codes + 16 * j);
+}
+
+/// Least squares super-scale and super-offset for codes and sub-scales as they are: of w ~ d * a -
+/// dmin * b with a = sub-scale * (code - centre) and b = sub-offset. b is 0 without offsets.
+struct SuperFit {
+  double aa = 0, ab = 0, bb = 0, wa = 0, wb = 0;
+
+  void add(double w, double a, double b) {
+    aa += a * a;
+    ab += a * b;
+    bb += b * b;
+    wa += w * a;
+    wb += w * b;
+  }
+  ShiftedFit solve() const {
+    const double determinant = aa * bb - ab * ab;
+    if (bb > 0 && determinant > 0) {
+      return {static_cast<float>((wa * bb - wb * ab) / determinant),
+              static_cast<float>((wa * ab - wb * aa) / determinant)};
+    }
+    return {aa > 0 ? static_cast<float>(wa / aa) : 0.0F, 0.0F};
+  }
+};
+
+/// Repeats `choose(parts)`, which returns the error of the super-block, with the super-scales that
+/// fit its result best, as long as the error falls. False if the first ones are no binary16.
+template <class Choose, class Refit>
+bool refine(Parts& parts, Choose choose, Refit refit) {
+  if (is_infinite(parts.scale) || is_infinite(parts.offset)) return false;
+  double error = choose(parts);
+  for (int round = 0; round < kSuperRounds; ++round) {
+    Parts next = parts;
+    const ShiftedFit fit = refit(parts);
+    next.scale = f32_to_f16(fit.scale);
+    next.offset = f32_to_f16(fit.shift);
+    if (is_infinite(next.scale) || is_infinite(next.offset)) break;
+    const double next_error = choose(next);
+    if (!(next_error < error)) break;
+    error = next_error;
+    parts = next;
+  }
+  return true;
 }
 
 /// Q4_K (max_code 15) and Q5_K (31): w ~ (d * scale_j) * q - dmin * offset_j.
@@ -62,21 +125,30 @@ bool encode_shifted(const BlockQuantizeKernels& kernels, const float* w, int max
                     Parts& parts) {
   std::array<ShiftedFit, 8> fits;
   float largest = 0.0F, deepest = 0.0F;
-  for (int j = 0; j < 8; ++j) {
-    ShiftedFit& fit = fits[static_cast<std::size_t>(j)];
-    fit = kernels.fit_shifted(w + 32 * j, 32, max_code);
-    largest = std::max(largest, fit.scale);
-    deepest = std::max(deepest, fit.shift);
+  for (std::size_t j = 0; j < 8; ++j) {
+    fits[j] = kernels.fit_shifted(w + 32 * j, 32, max_code);
+    largest = std::max(largest, fits[j].scale);
+    deepest = std::max(deepest, fits[j].shift);
   }
   parts.scale = f32_to_f16(largest / 63.0F);
   parts.offset = f32_to_f16(deepest / 63.0F);
-  if (is_infinite(parts.scale) || is_infinite(parts.offset)) return false;
-  const float d = f16_to_f32(parts.scale), dmin = f16_to_f32(parts.offset);
-  for (int j = 0; j < 8; ++j) {
-    choose_shifted(kernels, w + 32 * j, max_code, d, dmin, fits[static_cast<std::size_t>(j)], j,
-                   parts);
-  }
-  return true;
+  const auto choose = [&](Parts& p) {
+    double error = 0;
+    for (int j = 0; j < 8; ++j) {
+      error += double{
+          choose_shifted(kernels, w + 32 * j, max_code, fits[static_cast<std::size_t>(j)], j, p)};
+    }
+    return error;
+  };
+  const auto refit = [&](const Parts& p) {
+    SuperFit fit;
+    for (int i = 0; i < kElements; ++i) {
+      fit.add(w[i], p.scales[i / 32] * p.codes[i], p.offsets[i / 32]);
+    }
+    const ShiftedFit best = fit.solve();
+    return ShiftedFit{std::max(best.scale, 0.0F), std::max(best.shift, 0.0F)};
+  };
+  return refine(parts, choose, refit);
 }
 
 /// Q6_K: w ~ (d * scale_j) * (q - 32), scale_j a signed byte. The largest scale becomes -128, so
@@ -84,31 +156,28 @@ bool encode_shifted(const BlockQuantizeKernels& kernels, const float* w, int max
 bool encode_symmetric(const BlockQuantizeKernels& kernels, const float* w, Parts& parts) {
   std::array<float, 16> fits;
   float largest = 0.0F;
-  for (int j = 0; j < 16; ++j) {
-    const float fit = kernels.fit_symmetric(w + 16 * j, 16, 32);
-    fits[static_cast<std::size_t>(j)] = fit;
-    if (std::fabs(fit) > std::fabs(largest)) largest = fit;
+  for (std::size_t j = 0; j < 16; ++j) {
+    fits[j] = kernels.fit_symmetric(w + 16 * j, 16, 32);
+    if (std::fabs(fits[j]) > std::fabs(largest)) largest = fits[j];
   }
   parts.scale = f32_to_f16(largest / -128.0F);
-  if (is_infinite(parts.scale)) return false;
-  const float d = f16_to_f32(parts.scale);
-  for (int j = 0; j < 16; ++j) {
-    const int scale = nearest_step(fits[static_cast<std::size_t>(j)], d, -128, 127);
-    float best = std::numeric_limits<float>::infinity();
-    NearestCode chosen{.centre = 32, .max_code = 63};
-    for (int s = std::max(-128, scale - kNeighbours); s <= std::min(127, scale + kNeighbours);
-         ++s) {
-      const NearestCode how{
-          .scale = d * static_cast<float>(s), .shift = 0.0F, .centre = 32, .max_code = 63};
-      const float error = kernels.encode_nearest(w + 16 * j, 16, how, nullptr);
-      if (!(error < best)) continue;
-      best = error;
-      chosen = how;
-      parts.scales[j] = static_cast<std::uint8_t>(s);
+  parts.offset = 0;
+  const auto choose = [&](Parts& p) {
+    double error = 0;
+    for (int j = 0; j < 16; ++j) {
+      error +=
+          double{choose_symmetric(kernels, w + 16 * j, fits[static_cast<std::size_t>(j)], j, p)};
     }
-    kernels.encode_nearest(w + 16 * j, 16, chosen, parts.codes + 16 * j);
-  }
-  return true;
+    return error;
+  };
+  const auto refit = [&](const Parts& p) {
+    SuperFit fit;
+    for (int i = 0; i < kElements; ++i) {
+      fit.add(w[i], static_cast<std::int8_t>(p.scales[i / 16]) * (p.codes[i] - 32), 0.0);
+    }
+    return fit.solve();
+  };
+  return refine(parts, choose, refit);
 }
 
 template <class Block>
