@@ -24,7 +24,13 @@ struct Groups {
   const QuantizeKernels& kernels;
   Grouping grouping;
   float max_code;
+  // Column j of chunk c begins at element c * chunk_step + j of `column_weights`.
+  WeightRun column_weights;
+  std::int64_t chunk_step = kColumnBlock, stride = 0;
 
+  WeightRun chunk_columns(std::int64_t chunk) const {
+    return column_weights.at(chunk * chunk_step);
+  }
   bool columns() const { return spec.group_map == GroupMap::kColumnRuns; }
   std::int64_t per_chunk() const { return columns() ? kColumnBlock : kRunsPerChunk; }
   std::int64_t chunks() const { return ceil_div(grouping.groups, per_chunk()); }
@@ -32,6 +38,31 @@ struct Groups {
     return std::min(grouping.groups, (chunk + 1) * per_chunk());
   }
 };
+
+/// Copies each chunk of columns into a matrix of its own, once, because the solver comes back to it
+/// in every round: in place its rows lie a large power of two apart and evict each other from the
+/// caches. `tiles` owns the copy.
+void gather_columns(Groups& g, std::vector<std::uint8_t>& tiles, const Executor& executor) {
+  const std::int64_t rows = g.grouping.rows, cols = g.grouping.cols;
+  const auto item = static_cast<std::int64_t>(dtype_size(g.weights.dtype));
+  const std::int64_t tile = checked_mul(rows, kColumnBlock, "hqq: tile");
+  tiles.resize(static_cast<std::size_t>(
+      checked_mul(checked_mul(g.chunks(), tile, "hqq: tiles"), item, "hqq: bytes of tiles")));
+  executor.parallel_for(0, g.chunks(), 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t c = begin; c < end; ++c) {
+      const std::int64_t first = c * kColumnBlock, count = g.end_of(c) - first;
+      const auto* from = static_cast<const std::uint8_t*>(g.weights.at(first).data);
+      std::uint8_t* to = tiles.data() + c * tile * item;
+      for (std::int64_t i = 0; i < rows; ++i) {
+        std::memcpy(to + i * kColumnBlock * item, from + i * cols * item,
+                    static_cast<std::size_t>(count * item));
+      }
+    }
+  });
+  g.column_weights = {g.weights.dtype, tiles.data()};
+  g.chunk_step = tile;
+  g.stride = kColumnBlock;
+}
 
 /// Returns false if a weight of the chunk is not finite.
 bool initialize_chunk(const Groups& g, std::int64_t chunk, bool round_zero, GroupParameters& p) {
@@ -44,8 +75,8 @@ bool initialize_chunk(const Groups& g, std::int64_t chunk, bool round_zero, Grou
   };
   std::array<float, kColumnBlock> low, high;
   if (g.columns()) {
-    finite = g.kernels.range_columns(g.weights.at(begin), g.grouping.rows, g.grouping.cols,
-                                     end - begin, low.data(), high.data());
+    finite = g.kernels.range_columns(g.chunk_columns(chunk), g.grouping.rows, g.stride, end - begin,
+                                     low.data(), high.data());
   }
   for (std::int64_t i = begin; i < end; ++i) {
     const auto k = static_cast<std::size_t>(i), j = static_cast<std::size_t>(i - begin);
@@ -67,9 +98,9 @@ double step_chunk(const Groups& g, std::int64_t chunk, GroupParameters& p) {
   double error = 0;
   if (g.columns()) {
     std::array<SolverSums, kColumnBlock> sums;
-    g.kernels.solver_step_columns(g.weights.at(begin), g.grouping.rows, g.grouping.cols,
-                                  end - begin, p.scale.data() + begin, p.zero.data() + begin,
-                                  g.max_code, sums.data());
+    g.kernels.solver_step_columns(g.chunk_columns(chunk), g.grouping.rows, g.stride, end - begin,
+                                  p.scale.data() + begin, p.zero.data() + begin, g.max_code,
+                                  sums.data());
     for (std::int64_t i = begin; i < end; ++i) {
       const SolverSums& s = sums[static_cast<std::size_t>(i - begin)];
       p.zero[static_cast<std::size_t>(i)] = static_cast<float>(s.zero / size);
@@ -151,7 +182,14 @@ void write_stats(const Groups& g, GroupParameters p, std::uint8_t* stats, std::u
 }
 
 Groups groups_of(const PackedSpec& spec, WeightRun weights) {
-  return {spec, weights, quantize_kernels(), grouping_of(spec), max_code_of(spec)};
+  const Grouping grouping = grouping_of(spec);
+  return {.spec = spec,
+          .weights = weights,
+          .kernels = quantize_kernels(),
+          .grouping = grouping,
+          .max_code = max_code_of(spec),
+          .column_weights = weights,
+          .stride = grouping.cols};
 }
 
 [[noreturn]] void refuse_option(const std::string& text) { fail(Errc::kConfig, "hqq: " + text); }
@@ -223,8 +261,10 @@ PackedSpec make_spec(std::int64_t rows, std::int64_t cols, const QuantizeOptions
 }
 
 GroupParameters solve(const PackedSpec& spec, WeightRun weights, const Executor& executor) {
-  const Groups g = groups_of(spec, weights);
+  Groups g = groups_of(spec, weights);
   const Flags flags = Flags::from_int(spec.dialect_flags);
+  std::vector<std::uint8_t> tiles;
+  if (flags.optimize && g.columns() && g.chunks() > 1) gather_columns(g, tiles, executor);
   GroupParameters p;
   p.scale.resize(static_cast<std::size_t>(g.grouping.groups));
   p.zero.resize(p.scale.size());

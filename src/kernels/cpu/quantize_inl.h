@@ -241,10 +241,17 @@ inline F solver_term(F w, LaneCode c, float max_code, F* residual) {
   return q - (w - e) * c.scale;
 }
 
+/// Sum of the virtual lanes: lane l += lane l + 8, 4, 2, 1.
 inline double fold(const D* lanes) {
-  alignas(64) double d[kVirtual];
-  std::memcpy(d, lanes, sizeof(d));
-  for (int half = kVirtual / 2; half > 0; half /= 2) {
+  constexpr int kLanes = kWidth / 2;
+  D sum[2 * kParts];
+  std::memcpy(sum, lanes, sizeof(sum));
+  for (int half = kParts; half > 0; half /= 2) {
+    for (int v = 0; v < half; ++v) sum[v] += sum[v + half];
+  }
+  alignas(64) double d[kLanes];
+  std::memcpy(d, sum, sizeof(d));
+  for (int half = kLanes / 2; half > 0; half /= 2) {
     for (int l = 0; l < half; ++l) d[l] += d[l + half];
   }
   return d[0];
@@ -290,45 +297,86 @@ SolverSums solver_step(WeightRun w, std::int64_t n, AffineCode code) {
   });
 }
 
-/// Parameters of up to kColumnBlock groups as registers; unused lanes get scale 1, zero 0.
+/// Parameters of up to kColumnBlock groups; unused lanes get scale 1, zero 0.
 struct ColumnCodes {
-  LaneCode c[kColumnVectors];
-  ColumnCodes(const float* scale, const float* zero, std::int64_t count) {
-    alignas(64) float s[kColumnBlock], z[kColumnBlock];
+  alignas(64) float scale[kColumnBlock];
+  alignas(64) float zero[kColumnBlock];
+  ColumnCodes(const float* scales, const float* zeros, std::int64_t count) {
     for (std::int64_t j = 0; j < kColumnBlock; ++j) {
-      s[j] = j < count ? scale[j] : 1.0F;
-      z[j] = j < count ? zero[j] : 0.0F;
-    }
-    for (std::int64_t v = 0; v < kColumnVectors; ++v) {
-      c[v] = {load_as<F>(s + v * kWidth), load_as<F>(z + v * kWidth)};
+      scale[j] = j < count ? scales[j] : 1.0F;
+      zero[j] = j < count ? zeros[j] : 0.0F;
     }
   }
 };
 
+/// Sums of up to kColumnBlock groups while rows are added.
+struct ColumnSums {
+  alignas(64) double zero[kColumnBlock] = {};
+  alignas(64) double error[kColumnBlock] = {};
+  alignas(64) float largest[kColumnBlock] = {};
+};
+
+/// Vectors of columns that are added up at a time: as many as have their sums in registers.
+constexpr int kColumnsAtOnce = kWidth == 16 ? 2 : 4;
+constexpr std::int64_t kColumnStep = kColumnsAtOnce * kWidth;
+
+/// Adds `rows` rows to the sums of kColumnStep columns from column `j` on; element (i, j) of the
+/// columns is element i * stride of `in`.
 template <bool kShrink, class In>
-inline float solver_columns(const In& in, std::int64_t n, std::int64_t stride, std::int64_t count,
-                            const ColumnCodes& codes, float max_code, SolverSums* sums) {
-  const std::int64_t vectors = ceil_div(count, kWidth);
-  D zero[2 * kColumnVectors] = {}, error[2 * kColumnVectors] = {};
-  F x[kColumnVectors], top = {};
-  for (std::int64_t i = 0; i < n; ++i) {
-    read_row(in, i * stride, count, 0.0F, x);
-    for (std::int64_t v = 0; v < vectors; ++v) {
+inline void add_columns(const In& in, std::int64_t rows, std::int64_t stride, std::int64_t from,
+                        std::int64_t j, const ColumnCodes& codes, float max_code,
+                        ColumnSums* sums) {
+  D zero[2 * kColumnsAtOnce], error[2 * kColumnsAtOnce];
+  F top[kColumnsAtOnce];
+  LaneCode c[kColumnsAtOnce];
+  std::memcpy(zero, sums->zero + j, sizeof(zero));
+  std::memcpy(error, sums->error + j, sizeof(error));
+  std::memcpy(top, sums->largest + j, sizeof(top));
+  for (int v = 0; v < kColumnsAtOnce; ++v) {
+    c[v] = {load_as<F>(codes.scale + j + v * kWidth), load_as<F>(codes.zero + j + v * kWidth)};
+  }
+  for (std::int64_t i = 0; i < rows; ++i) {
+    for (int v = 0; v < kColumnsAtOnce; ++v) {
       F residual;
-      const F term = solver_term<kShrink>(x[v], codes.c[v], max_code, &residual);
+      const F x = in.vec(from + i * stride + v * kWidth);
+      const F term = solver_term<kShrink>(x, c[v], max_code, &residual);
       zero[2 * v] += low_half(term);
       zero[2 * v + 1] += high_half(term);
       error[2 * v] += low_half(residual);
       error[2 * v + 1] += high_half(residual);
-      top = residual > top ? residual : top;
+      top[v] = residual > top[v] ? residual : top[v];
     }
   }
-  const double* z = reinterpret_cast<const double*>(zero);
-  const double* e = reinterpret_cast<const double*>(error);
-  for (std::int64_t j = 0; j < count; ++j) sums[j] = {z[j], e[j]};
-  float lanes[kWidth], largest = 0;
-  std::memcpy(lanes, &top, sizeof(lanes));
-  for (const float l : lanes) largest = l > largest ? l : largest;
+  std::memcpy(sums->zero + j, zero, sizeof(zero));
+  std::memcpy(sums->error + j, error, sizeof(error));
+  std::memcpy(sums->largest + j, top, sizeof(top));
+}
+
+template <bool kShrink, class In>
+inline float solver_columns(const In& in, std::int64_t n, std::int64_t stride, std::int64_t count,
+                            const ColumnCodes& codes, float max_code, SolverSums* sums) {
+  constexpr std::int64_t kTailRows = 32;
+  ColumnSums totals;
+  std::int64_t j = 0;
+  for (; j + kColumnStep <= count; j += kColumnStep) {
+    add_columns<kShrink>(in, n, stride, j, j, codes, max_code, &totals);
+  }
+  for (std::int64_t first = 0; j < count && first < n; first += kTailRows) {
+    alignas(64) float tail[kTailRows * kColumnStep] = {};
+    const std::int64_t rows = n - first < kTailRows ? n - first : kTailRows;
+    for (std::int64_t i = 0; i < rows; ++i) {
+      for (std::int64_t l = 0; j + l < count; ++l) {
+        tail[i * kColumnStep + l] = in.one((first + i) * stride + j + l);
+      }
+    }
+    add_columns<kShrink>(Reader<DType::kF32>(tail), rows, kColumnStep, 0, j, codes, max_code,
+                         &totals);
+  }
+  float largest = 0;
+  for (std::int64_t k = 0; k < count; ++k) {
+    sums[k] = {totals.zero[k], totals.error[k]};
+    largest = totals.largest[k] > largest ? totals.largest[k] : largest;
+  }
   return largest;
 }
 
