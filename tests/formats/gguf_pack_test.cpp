@@ -186,14 +186,19 @@ TEST(GgufDialect, OptionsAndRefusals) {
   EXPECT_EQ(type_of_bits(8), GgmlType::kQ8_0);
   expect_error(Errc::kConfig, {"bits is 3", "4, 5, 6, 8"}, [&] { type_of_bits(3); });
   QuantizeOptions options;
-  for (const char* mode : {"Q2_K", "F16", "Q4_K_M", "nf4"}) {
+  for (const char* mode : {"Q2_K", "F16", "Q4_K_M", "nf4", "+"}) {
     options.mode = mode;
     expect_error(Errc::kConfig, {mode, "Q4_0", "IQ4_NL"},
                  [&] { dialect.make_spec(4, 256, options); });
   }
   options.mode = "Q4_K";
-  expect_error(Errc::kShape, {"[4, 576]", "multiple of 256"},
+  expect_error(Errc::kShape, {"[4, 576]", "multiple of 256", "\"Q4_K+\" stores such rows as Q5_0"},
                [&] { dialect.make_spec(4, 576, options); });
+  options.mode = "q4_k+";
+  EXPECT_EQ(ggml_type_of(dialect.make_spec(4, 576, options)), GgmlType::kQ5_0);
+  EXPECT_EQ(ggml_type_of(dialect.make_spec(4, 512, options)), GgmlType::kQ4_K);
+  expect_error(Errc::kUnsupported, {"F16", "no packed form"},
+               [&] { dialect.make_spec(4, 40, options); });
   EXPECT_FALSE(dialect.recognizes([](const std::string&) { return true; }));
   expect_error(Errc::kUnsupported, {"x.weight", ".gguf"},
                [&] { dialect.import_layer("x.", [](const std::string&) { return nullptr; }, {}); });

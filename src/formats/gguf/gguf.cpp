@@ -37,6 +37,7 @@ constinit const Dialect kDialect = {
     .bits = kBits,
     .group_sizes = kGroupSizes,
     .group_multiple = 16,
+    .quantizes_embeddings = true,
     .reach = reach,
     .make_spec = make_spec,
     .quantize = quantize,

@@ -1,8 +1,10 @@
 #include "formats/gguf/gguf_codec.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <string>
+#include <string_view>
 
 #include "formats/gguf/gguf_encode.h"
 #include "formats/gguf/gguf_params.h"
@@ -20,15 +22,20 @@ std::string encodable_names() {
   return names;
 }
 
-/// The block type that the options name: `mode`, or the simplest type of `bits`.
-GgmlType type_of(const QuantizeOptions& options) {
+/// The block type that the options name: `mode`, or the simplest type of `bits`. A mode that ends
+/// in
+/// '+' takes the type that llama.cpp's quantizer would for rows that are no whole blocks.
+GgmlType type_of(const QuantizeOptions& options, std::int64_t cols) {
   if (!options.mode.empty()) {
-    const GgmlBlock* block = find_ggml_block(options.mode);
+    std::string_view name = options.mode;
+    const bool or_similar = name.ends_with('+');
+    if (or_similar) name.remove_suffix(1);
+    const GgmlBlock* block = find_ggml_block(name);
     if (block != nullptr && find_form(block->type) != nullptr && ggml_encodable(block->type)) {
-      return block->type;
+      return or_similar ? ggml_type_for(block->type, cols) : block->type;
     }
-    fail(Errc::kConfig,
-         "gguf: mode is \"" + options.mode + "\", expected one of " + encodable_names());
+    fail(Errc::kConfig, "gguf: mode is \"" + options.mode + "\", expected one of " +
+                            encodable_names() + ", each also with '+' behind it");
   }
   switch (options.bits) {
     case 0:
@@ -50,7 +57,16 @@ GgmlType type_of(const QuantizeOptions& options) {
 }  // namespace
 
 PackedSpec make_spec(std::int64_t rows, std::int64_t cols, const QuantizeOptions& options) {
-  return ggml_spec(type_of(options), rows, cols);
+  const GgmlType type = type_of(options, cols);
+  const std::int64_t elements = ggml_block(type).elements;
+  if (elements > 32 && cols % 32 == 0 && cols % elements != 0) {
+    const std::string name(ggml_block(type).name);
+    fail(Errc::kShape, "gguf: shape is " + shape_string(std::array{rows, cols}) +
+                           ", expected rows of a multiple of 256 weights (" + name + "); mode \"" +
+                           name + "+\" stores such rows as " +
+                           std::string(ggml_block(ggml_type_for(type, cols)).name));
+  }
+  return ggml_spec(type, rows, cols);
 }
 
 void quantize(const PackedSpec& spec, DType dtype, const void* weights, std::uint8_t* codes,
