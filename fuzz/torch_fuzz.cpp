@@ -27,7 +27,7 @@ std::string zip_of(std::span<const std::pair<std::string, std::string>> members)
       put(*to, data.size(), 4);
       put(*to, data.size(), 4);
       put(*to, name.size(), 2);
-      put(*to, 0, entry ? 14 : 2);
+      *to += std::string(entry ? 14 : 2, '\0');
       if (entry) put(*to, offset, 4);
       *to += name;
     }

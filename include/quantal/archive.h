@@ -149,7 +149,8 @@ class TorchFile {
   const TorchValue& root() const;
   /// Row-major, native byte order: a view of the mapping where the tensor is contiguous and aligned
   /// to its elements, else a copy. `tensor` is one of this file's. The CRC-32 of a storage is
-  /// checked once, except in files that were written without (every CRC zero). Throws Error{kCorrupt}. Thread-safe.
+  /// checked once, except in files that were written without (every CRC zero). Throws
+  /// Error{kCorrupt}. Thread-safe.
   HeldTensor read(const TorchTensor& tensor) const;
   const std::string& path() const;
 

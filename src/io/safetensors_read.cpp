@@ -126,6 +126,8 @@ SafetensorsFile::SafetensorsFile(const std::string& path)
   }
 }
 
+const std::string& SafetensorsFile::path() const { return file_->path(); }
+
 const TensorView* SafetensorsFile::find(const std::string& name) const {
   const auto found = index_.find(name);
   return found == index_.end() ? nullptr : &tensors_[found->second].second;

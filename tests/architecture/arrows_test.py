@@ -35,6 +35,8 @@ ARROWS: dict[str, set[str]] = {
 ARROWS["torch"] = set(ARROWS["checkpoint"]) | {"checkpoint"}
 ARROWS["tools"] = set(ARROWS["torch"])
 ARROWS["python"] = set(ARROWS["torch"]) | {"torch"}
+# Public headers that are not called as their room.
+PUBLIC_ROOMS = {"archive": "io", "ggml": "formats", "safetensors": "io", "transcode": "formats"}
 TORCH_FREE = ("core", "kernels", "formats", "policy", "io", "checkpoint")
 TORCH_HEADERS = re.compile(r"^(torch|ATen|c10|caffe2|pybind11)/|^Python\.h$")
 TORCH_SYMBOL = re.compile(r"(?<![\w:])(torch|at|c10|pybind11)::|\bPy_[A-Z]")
@@ -84,8 +86,9 @@ def files_of(room: str) -> list[Path]:
     folder = room_folders().get(room)
     found = sorted(folder.rglob("*")) if folder else []
     found = [path for path in found if path.suffix in {".h", ".cpp", ".cu", ".cuh"}]
-    public = ROOT / "include" / "quantal" / f"{room}.h"
-    return found + ([public] if public.exists() else [])
+    names = [room, *(name for name, owner in PUBLIC_ROOMS.items() if owner == room)]
+    public = [ROOT / "include" / "quantal" / f"{name}.h" for name in names]
+    return found + [path for path in public if path.exists()]
 
 
 def all_files() -> list[Path]:
@@ -101,7 +104,7 @@ def room_of_include(path: str) -> str | None:
     """Room whose header this is, None for headers from elsewhere."""
     public = re.fullmatch(r"quantal/(\w+)\.h", path)
     if public:
-        return public.group(1)
+        return PUBLIC_ROOMS.get(public.group(1), public.group(1))
     first = path.split("/")[0]
     return first if "/" in path and first in ARROWS else None
 
