@@ -93,10 +93,8 @@ def machine_class() -> str:
     return f"{platform.machine()}, {os.cpu_count()} cores, {vectors}"
 
 
-def table(
-    title: str, command: str, header: list[str], rows: list[list[str]], notes: str = ""
-) -> str:
-    """A Markdown page for bench/results: command, machine class and one table."""
+def heading(title: str, command: str) -> str:
+    """The first lines of a page of bench/results: title, command, machine class."""
     import torch
 
     lines = [
@@ -106,9 +104,15 @@ def table(
         f"- machine: {machine_class()}; torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads",
         FIGURE,
-        "",
-        "| " + " | ".join(header) + " |",
-        "|" + "---|" * len(header),
     ]
+    return "\n".join(lines) + "\n"
+
+
+def table(
+    title: str, command: str, header: list[str], rows: list[list[str]], notes: str = ""
+) -> str:
+    """A Markdown page for bench/results: command, machine class and one table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines) + ("\n\n" + notes.strip() if notes else "") + "\n"
+    page = heading(title, command) + "\n" + "\n".join(lines)
+    return page + ("\n\n" + notes.strip() if notes else "") + "\n"

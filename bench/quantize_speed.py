@@ -1,8 +1,11 @@
-"""Quantization speed against bitsandbytes (NF4) and hqq (4-bit solver) on the CPU.
+"""Quantization and decoding speed of every dialect beside the package it comes from, on the CPU.
 
-    python bench/quantize_speed.py [--size 4096] [--output bench/results/quantize_speed.md]
+    python bench/quantize_speed.py [--quick] [--only bnb hqq quanto mlx gguf]
+                                   [--output bench/results/quantize_speed.md]
 
-Needs bitsandbytes and hqq (the environment of `make conformance`).
+Needs the packages of `make conformance`. Shapes: 4096 x 4096 and 14336 x 4096, bf16; --quick:
+1024 x 4096 and short runs, to see that everything works. Each figure is a median of interleaved
+pairs (pairs.py); what is decoded from both sides is compared in the same run.
 """
 
 from __future__ import annotations
@@ -12,27 +15,12 @@ import pathlib
 import time
 
 import pairs
+import rivals
 import torch
 
-from quantal import testing
-
-
-def hqq_rival(weight: torch.Tensor, bits: int, group_size: int):
-    from hqq.core.quantize import Quantizer
-
-    def run():
-        return Quantizer.quantize(
-            weight,
-            nbits=bits,
-            group_size=group_size,
-            optimize=True,
-            round_zero=bits == 4,
-            axis=1,
-            device="cpu",
-            compute_dtype=torch.float32,
-        )
-
-    return run
+SHAPES = [(4096, 4096), (14336, 4096)]
+QUICK_SHAPES = [(1024, 4096)]
+HEADER = ["what", "rival", "quantal GB/s", "rival GB/s", "rival time / ours", "goal", "result"]
 
 
 def relative_error(weight: torch.Tensor, restored: torch.Tensor) -> float:
@@ -40,80 +28,102 @@ def relative_error(weight: torch.Tensor, restored: torch.Tensor) -> float:
     return float((restored.float() - w).norm() / w.norm())
 
 
-def nf4_rows(weight: torch.Tensor, seconds: float) -> list[list[str]]:
-    import bitsandbytes.functional as bnb
-
-    rows = []
-    for double in (False, True):
-        options = testing.options("bnb_nf4", group_size=64, double_quant=double)
-        pair = pairs.measure(
-            lambda options=options: testing.quantize_packed(weight, options),
-            lambda double=double: bnb.quantize_4bit(
-                weight, blocksize=64, compress_statistics=double, quant_type="nf4"
-            ),
-            seconds,
-        )
-        name = "NF4" + (" + double quantization" if double else "")
-        rows.append(row(name, "bitsandbytes 0.50.2", weight, pair, "same bytes"))
-    return rows
+def result_of(weight: torch.Tensor, ours: torch.Tensor, theirs: torch.Tensor) -> str:
+    """ "same values", or the relative errors of both."""
+    if torch.equal(ours, theirs):
+        return "same values"
+    return f"error {relative_error(weight, ours):.6f} / {relative_error(weight, theirs):.6f}"
 
 
-def hqq_rows(weight: torch.Tensor) -> list[list[str]]:
-    from hqq.core.quantize import Quantizer
-
-    rows = []
-    for bits, group_size in ((4, 64), (8, 128)):
-        options = testing.options(
-            "hqq", bits=bits, group_size=group_size, value_dtype=torch.float32
-        )
-        rival = hqq_rival(weight, bits, group_size)
-        start = time.perf_counter()
-        codes, meta = rival()
-        once = time.perf_counter() - start
-        pair = pairs.measure(
-            lambda options=options: testing.quantize_packed(weight, options),
-            rival,
-            seconds=3 * once,
-            min_pairs=3,
-            max_pairs=5,
-        )
-        theirs = relative_error(weight, Quantizer.dequantize(codes, meta))
-        packed = testing.quantize_packed(weight, options)
-        ours = relative_error(weight, testing.dequantize_packed(packed))
-        name = f"HQQ {bits}-bit g{group_size}, solver"
-        result = f"error {ours:.6f} / {theirs:.6f}"
-        rows.append(row(name, "hqq 0.2.8.post1", weight, pair, result))
-    return rows
-
-
-def row(name: str, rival: str, weight: torch.Tensor, pair: pairs.Pair, result: str) -> list[str]:
+def row(
+    name: str, case: rivals.Case, weight: torch.Tensor, pair: pairs.Pair, goal: float | None
+) -> list[str]:
     gigabytes = weight.numel() * weight.element_size() / 1e9
-    speeds = [f"{gigabytes / pair.ours:.3f}", f"{gigabytes / pair.rival:.4f}"]
-    cells = [name, rival, *speeds, f"**{pair.ratio:.1f}x**", result]
-    print(cells, flush=True)
-    return cells
+    return [
+        name,
+        case.rival,
+        f"{gigabytes / pair.ours:.3g}",
+        f"{gigabytes / pair.rival:.3g}",
+        f"**{pair.ratio:.3g}x**",
+        "" if goal is None else f"{goal:g}x",
+    ]
+
+
+def measure_case(
+    case: rivals.Case, weight: torch.Tensor, seconds: float, quick: bool
+) -> tuple[list[str], list[str]]:
+    """Rows of quantizing and of decoding."""
+    start = time.perf_counter()
+    theirs = case.quantize()
+    once = time.perf_counter() - start
+    least = 2 if quick or once > 10 else 3 if once > 1 else 7
+    pair = pairs.measure(
+        lambda: case.quantize_ours(weight), case.quantize, seconds, min_pairs=least
+    )
+    ours = case.quantize_ours(weight)
+    decoding = pairs.measure(
+        lambda: case.dequantize_ours(ours),
+        lambda: case.dequantize(theirs),
+        seconds,
+        min_pairs=least,
+    )
+    result = result_of(weight, case.dequantize_ours(ours), case.to_torch(case.dequantize(theirs)))
+    rows = (
+        [*row(case.name, case, weight, pair, case.goal), result],
+        [*row(case.name, case, weight, decoding, case.dequantize_goal), ""],
+    )
+    for cells in rows:
+        print(cells, flush=True)
+    return rows
+
+
+def section(title: str, rows: list[list[str]], header: list[str]) -> str:
+    lines = [f"## {title}", "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in rows]) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", type=int, default=4096)
-    parser.add_argument("--seconds", type=float, default=8)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=list(rivals.CASES), default=list(rivals.CASES))
+    parser.add_argument("--seconds", type=float, default=2.5, help="per pair, where calls are fast")
     parser.add_argument("--output", type=pathlib.Path)
     args = parser.parse_args()
-    torch.manual_seed(0)
-    weight = (torch.randn(args.size, args.size) * 0.02).to(torch.bfloat16)
-    rows = nf4_rows(weight, args.seconds) + hqq_rows(weight)
-    page = pairs.table(
-        f"Quantizing a {args.size} x {args.size} bf16 matrix on the CPU",
-        "python bench/quantize_speed.py" + (f" --size {args.size}" if args.size != 4096 else ""),
-        ["what", "rival", "quantal GB/s", "rival GB/s", "rival time / ours", "result"],
-        rows,
-        "GB/s counts the bf16 input. The error is ||W - W'|| / ||W|| (quantal / rival); both run "
-        "the same half-quadratic iterations with the same stopping rule.",
-    )
-    print(page)
+    seconds = 0.3 if args.quick else args.seconds
+    page = [pairs.heading("Quantizing and decoding on the CPU", command_of(args)), NOTES]
+    for shape in QUICK_SHAPES if args.quick else SHAPES:
+        torch.manual_seed(0)
+        weight = (torch.randn(*shape) * 0.02).to(torch.bfloat16)
+        encoded, decoded = [], []
+        for name in args.only:
+            for case in rivals.CASES[name](weight):
+                rows = measure_case(case, weight, seconds, args.quick)
+                encoded.append(rows[0])
+                decoded.append(rows[1][:-1])
+        size = f"{shape[0]} x {shape[1]} bf16"
+        page.append(section(f"Quantizing, {size}", encoded, HEADER))
+        page.append(section(f"Decoding, {size}", decoded, HEADER[:-1]))
+    text = "\n".join(page)
+    print(text)
     if args.output:
-        args.output.write_text(page, encoding="utf-8")
+        args.output.write_text(text, encoding="utf-8")
+
+
+def command_of(args: argparse.Namespace) -> str:
+    command = "python bench/quantize_speed.py"
+    command += " --quick" if args.quick else ""
+    return command + (
+        "" if len(args.only) == len(rivals.CASES) else f" --only {' '.join(args.only)}"
+    )
+
+
+NOTES = """\
+GB/s counts the bf16 matrix in both directions. A result is the comparison of what both sides
+decode from their own codes: the same values, or ||W - W'|| / ||W|| (quantal / rival). Conversions
+of the input to what a rival takes are not timed: ggml reads and writes float32. HQQ runs the same
+half-quadratic iterations with the same stopping rule. mlx quantizes on one thread; ggml's
+functions, which take rows, are called on as many threads as quantal uses.
+"""
 
 
 if __name__ == "__main__":
