@@ -7,6 +7,7 @@ never a skip.
 import importlib.metadata
 
 import bitsandbytes  # noqa: F401
+import gguf  # noqa: F401
 import hqq  # noqa: F401
 import pytest
 import torch
@@ -16,6 +17,7 @@ import quantal  # noqa: F401
 PINNED = {
     "bitsandbytes": "0.50.2",
     "hqq": "0.2.8.post1",
+    "gguf": "0.19.0",
     "mlx": "0.32.4",
     "mlx-lm": "0.29.1",
 }
