@@ -1,4 +1,4 @@
-"""NF4 and FP4 against bitsandbytes 0.50.2 on the CPU, both directions."""
+"""NF4, FP4 and LLM.int8 against bitsandbytes 0.50.2 on the CPU, both directions."""
 
 import json
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 from weights import DTYPES, random_weight, same_bits, same_values
 
+from quantal import QuantizedLinear
 from quantal.testing import dequantize_tensors, quantize_tensors
 
 BLOCKS = [32, 64, 128, 256, 512, 1024, 2048, 4096]
@@ -174,3 +175,123 @@ def test_their_layer_loads_our_tensors(nested):
     layer._save_to_state_dict(saved, "", False)
     for name, tensor in ours.items():
         assert same_bits(saved[name].detach(), tensor), name
+
+
+def entry_encoding(value):
+    """A Python object of a state dict as quantal's importers take it from a torch file."""
+    if isinstance(value, torch.Tensor):
+        return value
+    if isinstance(value, str):
+        return torch.tensor(list(value.encode()), dtype=torch.uint8)
+    if isinstance(value, tuple):
+        return torch.tensor(value, dtype=torch.int64)
+    kind = torch.int32 if isinstance(value, int) else torch.float32
+    return torch.tensor(value, dtype=kind)
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("kind", TYPES)
+def test_individual_entries_of_old_state_dicts(kind, nested):
+    """QuantState.as_dict(packed=False), what torch files of the first versions hold."""
+    weight = random_weight(33, 65, torch.bfloat16, 13)
+    packed, state = F.quantize_4bit(
+        weight, blocksize=64, quant_type=kind, compress_statistics=nested
+    )
+    tensors = {"weight": packed}
+    for name, value in state.as_dict(packed=False).items():
+        tensors["weight." + name] = entry_encoding(value)
+    ours = dequantize_tensors(tensors, "bnb", torch.bfloat16)
+    expected = F.dequantize_4bit(packed, state)
+    assert same_values(without_subnormals(ours), without_subnormals(expected))
+
+
+@pytest.mark.parametrize("shape", [(1, 70), (5, 3, 64), (2, 3, 4, 32)], ids=str)
+def test_weights_of_any_number_of_dimensions(shape):
+    weight = random_weight(1, int(torch.Size(shape).numel()), torch.float32, 14).reshape(shape)
+    packed, state = F.quantize_4bit(weight, blocksize=32, quant_type="nf4")
+    tensors = {"weight": packed}
+    for name, value in state.as_dict(packed=True).items():
+        tensors["weight." + name] = value
+    ours = dequantize_tensors(tensors, "bnb", torch.float32)
+    expected = F.dequantize_4bit(packed, state)
+    assert same_values(ours.reshape(shape), expected)
+    again = QuantizedLinear.from_upstream(tensors, "bnb", "").to_upstream("")
+    for name, tensor in tensors.items():
+        assert same_bits(again[name], tensor), name
+
+
+@pytest.mark.parametrize("storage", ["uint8", "int8", "float16", "bfloat16", "float32"])
+def test_our_storage_types_are_theirs(storage):
+    weight = random_weight(64, 128, torch.float16, 15)
+    packed, _ = F.quantize_4bit(
+        weight, blocksize=128, quant_type="fp4", quant_storage=getattr(torch, storage)
+    )
+    ours = quantize_tensors(
+        weight, "bnb_nf4", group_size=128, quant_type="fp4", double_quant=False, mode=storage
+    )
+    assert same_bits(ours["weight"], packed)
+
+
+# ---------------------------------------------------------------------- LLM.int8
+
+INT8_SHAPES = [(64, 256), (33, 65), (7, 48), (3, 5), (1, 100), (130, 96), (40, 576), (5, 1)]
+
+
+def theirs_int8(weight):
+    """The state dict of a Linear8bitLt that holds `weight`."""
+    layer = bnb.nn.Linear8bitLt(
+        weight.shape[1], weight.shape[0], bias=False, has_fp16_weights=False
+    )
+    layer.weight = bnb.nn.Int8Params(weight.clone(), has_fp16_weights=False, requires_grad=False)
+    layer = layer.to("cpu")
+    if layer.weight.data.dtype != torch.int8:  # a module that is on the CPU already is not moved
+        layer.weight._quantize("cpu")
+    state = {}
+    layer._save_to_state_dict(state, "", False)
+    return {name: t.detach() if t.dim() else t for name, t in state.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", INT8_SHAPES, ids=str)
+def test_int8_codes_and_scales(shape, dtype):
+    for seed in range(4):
+        weight = random_weight(*shape, dtype, 300 + seed)
+        codes, scb, _ = F.int8_vectorwise_quant(weight.to(torch.float16))
+        ours = quantize_tensors(weight, "bnb_int8", bits=8)
+        assert same_bits(ours["weight"], codes)
+        assert same_bits(ours["SCB"], scb)
+        values = dequantize_tensors(ours, "bnb", torch.float32)
+        assert same_values(values, F.int8_vectorwise_dequant(codes, scb))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_int8_state_dicts_go_both_ways(dtype):
+    weight = random_weight(96, 160, dtype, 17)
+    theirs, ours = theirs_int8(weight), quantize_tensors(weight, "bnb_int8", bits=8)
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        assert same_bits(ours[name], theirs[name]), name
+    layer = bnb.nn.Linear8bitLt(160, 96, bias=False, has_fp16_weights=False)
+    layer.weight = bnb.nn.Int8Params(
+        torch.empty(96, 160, dtype=torch.int8), has_fp16_weights=False, requires_grad=False
+    )
+    layer.weight.SCB = torch.empty(96)
+    layer.load_state_dict({name: t.clone() for name, t in ours.items()})
+    saved = {}
+    layer._save_to_state_dict(saved, "", False)
+    for name, tensor in ours.items():
+        assert same_bits(saved[name].detach(), tensor), name
+    # On the CPU the layer multiplies with CB * (SCB / 127), which is these values within rounding.
+    layer.weight.CB, layer.weight.SCB = ours["weight"], ours["SCB"]
+    values = dequantize_tensors(ours, "bnb", torch.float32)
+    x = torch.randn(3, 160, generator=torch.Generator().manual_seed(1))
+    bound = 1e-5 * (x.abs() @ values.abs().T)
+    assert ((layer(x) - x @ values.T).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("number, name", [(1, "col32"), (2, "col_turing"), (3, "col_ampere")])
+def test_historic_int8_formats_are_refused_by_both(number, name):
+    tensors = quantize_tensors(random_weight(8, 32, torch.float16, 18), "bnb_int8", bits=8)
+    tensors["weight_format"] = torch.tensor(number, dtype=torch.uint8)
+    with pytest.raises(Exception, match=f"weight_format is {name}"):
+        dequantize_tensors(tensors, "bnb", torch.float32)
