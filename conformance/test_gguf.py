@@ -309,8 +309,8 @@ def perplexity(logits: torch.Tensor, ids: torch.Tensor) -> float:
 @needs_llama_cpp
 def test_perplexity_agrees_with_llama_cpp(written, tmp_path):
     """Of 384 tokens, ours from float32 weights as quantal decodes the file. llama.cpp rounds
-    activations to 8 bits per block for quantized weights, and keys and values to float16: the two
-    agree within 2 %."""
+    activations to 8 bits per block where weights are quantized: the two agree within 2 %, without
+    that (F16) within 0.1 %."""
     from llama_cpp import Llama
 
     mode, path = written
@@ -324,4 +324,4 @@ def test_perplexity_agrees_with_llama_cpp(written, tmp_path):
         logits = dense(torch.tensor([ids])).logits[0]
     actual = perplexity(logits, torch.tensor(ids))
     print(f"{mode}: perplexity {actual:.4f} here, {theirs:.4f} in llama.cpp")
-    assert abs(actual / theirs - 1) < 0.02
+    assert abs(actual / theirs - 1) < (0.001 if mode == "F16" else 0.02)
