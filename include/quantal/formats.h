@@ -121,7 +121,7 @@ using SideTexts = std::map<std::string, std::string>;
 struct LayerFacts {
   std::string settings = "{}";  ///< Dialect::read_settings for this layer
   /// Shape of the dense weight where the caller knows it (from the model); empty if not.
-  std::vector<std::int64_t> weight_shape;
+  std::vector<std::int64_t> weight_shape{};
 };
 
 /// Container of a file of tensors.

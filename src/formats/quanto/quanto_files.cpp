@@ -1,6 +1,6 @@
 // Files beside the weights. quanto_qmap.json maps module paths to {"weights", "activations"}; two
-// keys are ours and ignored upstream: "weight_shape" where groups hide the shape of the weight, and
-// "optimizer" where it was not the default one.
+// keys are ours and ignored upstream: "weight_shape" where groups hide the shape of the weight (see
+// entry_of), and "optimizer" where it was not the default one.
 #include <array>
 #include <nlohmann/json.hpp>
 
@@ -50,18 +50,33 @@ QType type_of_bits(const Json& object, const std::string& where) {
   return QType::kNone;
 }
 
-Json entry_of(const PackedSpec& spec) {
+/// True if upstream's modules would form the same groups from the shape of the weight.
+bool has_module_groups(const PackedSpec& spec) {
+  if (spec.bits == 8) return true;
+  const std::int64_t group = upstream_group_size(spec.cols);
+  return spec.group_map == GroupMap::kRowRuns &&
+         spec.group_size == (group == 0 ? spec.cols : group);
+}
+
+enum class Shapes { kUnlessModule, kUnlessEvident };
+
+/// One entry of the map. Upstream's own map has no shapes: ours adds them only to layers that its
+/// modules could not hold; the settings of the guide's layouts, which are no upstream files, add
+/// them wherever the tensors hide them.
+Json entry_of(const PackedSpec& spec, Shapes shapes) {
   const Flags flags = Flags::from_int(spec.dialect_flags);
   Json entry = {{"weights", qtype_name(qtype_of(spec))},
                 {"activations", qtype_name(flags.activations)}};
   if (flags.optimize) entry["optimizer"] = "hqq";
-  if (!shape_is_evident(spec)) entry[kShapeKey] = {spec.rows, spec.cols};
+  const bool known =
+      shapes == Shapes::kUnlessModule ? has_module_groups(spec) : shape_is_evident(spec);
+  if (!known) entry[kShapeKey] = {spec.rows, spec.cols};
   return entry;
 }
 
-Json map_of(std::span<const LayerEntry> layers) {
+Json map_of(std::span<const LayerEntry> layers, Shapes shapes) {
   Json map = Json::object();
-  for (const LayerEntry& layer : layers) map[layer.name] = entry_of(layer.spec);
+  for (const LayerEntry& layer : layers) map[layer.name] = entry_of(layer.spec, shapes);
   return map;
 }
 
@@ -80,7 +95,7 @@ Json guide_settings(std::span<const LayerEntry> layers) {
 bool needs_map(std::span<const LayerEntry> layers) {
   for (const LayerEntry& layer : layers) {
     const bool more = layer.spec.bits != layers.front().spec.bits;
-    if (more || entry_of(layer.spec).size() > 2 ||
+    if (more || entry_of(layer.spec, Shapes::kUnlessEvident).size() > 2 ||
         Flags::from_int(layer.spec.dialect_flags).activations != QType::kNone) {
       return true;
     }
@@ -159,7 +174,7 @@ SideFiles side_files(const FileLayout& layout, std::span<const LayerEntry> layer
                      std::span<const std::string> /*dense*/) {
   SideFiles out;
   if (layout.name == "quanto") {
-    out.texts[kMapName] = map_of(layers).dump(4);
+    out.texts[kMapName] = map_of(layers, Shapes::kUnlessModule).dump(4);
     out.metadata["format"] = "pt";
     Json patch = {{"quantization_config", nullptr}};
     for (const LayerEntry& layer : layers) {
@@ -171,7 +186,7 @@ SideFiles side_files(const FileLayout& layout, std::span<const LayerEntry> layer
   }
   Json settings = guide_settings(layers);
   if (layout.name == "single") {
-    if (needs_map(layers)) settings["modules"] = map_of(layers);
+    if (needs_map(layers)) settings["modules"] = map_of(layers, Shapes::kUnlessEvident);
     out.embedded = settings.dump();
     out.embedded_key = "quanto_config";
     return out;
@@ -179,7 +194,7 @@ SideFiles side_files(const FileLayout& layout, std::span<const LayerEntry> layer
   Json config = {{"quant_method", "quanto"}};
   config.update(settings);
   out.config_patch = Json{{"quantization_config", config}}.dump();
-  if (needs_map(layers)) out.texts[kMapName] = map_of(layers).dump(4);
+  if (needs_map(layers)) out.texts[kMapName] = map_of(layers, Shapes::kUnlessEvident).dump(4);
   return out;
 }
 

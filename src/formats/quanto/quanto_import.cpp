@@ -59,7 +59,7 @@ Axis axis_of(const Source& s, const TensorView& scale, std::int64_t row_groups,
   if (scale.shape == columns) return Axis::kColumns;
   s.refuse(Errc::kShape, "weight._scale",
            "has shape " + shape_string(scale.shape) + ", expected one of " + shape_string(rows) +
-               ", " + shape_string(columns) + ", []");
+               ", " + shape_string(columns) + ", [] (weight " + shape_or_unknown(s.shape) + ")");
 }
 
 // ------------------------------------------------------------------ 2 and 4 bits

@@ -95,8 +95,12 @@ PackedSpec make_spec(std::int64_t rows, std::int64_t cols, const QuantizeOptions
     }
   } else {
     spec.offset = mode.zero_point ? Offset::kZeroPoint : Offset::kShift;
-    // Upstream reduces the other axis when the axis has size 1: every weight its own group.
-    if (!columns && rows == 1 && group == 0) spec.group_size = 1;
+    // Upstream reduces the other axis when the axis has size 1: every weight its own group, as
+    // along the columns of a single row. Both are runs of one weight.
+    if (rows == 1 && (columns || group == 0)) {
+      spec.group_map = GroupMap::kRowRuns;
+      spec.group_size = 1;
+    }
   }
   spec.dialect_flags = flags.to_int();
   validate_spec(spec);
