@@ -17,6 +17,7 @@ import quantal  # noqa: F401
 PINNED = {
     "bitsandbytes": "0.50.2",
     "hqq": "0.2.8.post1",
+    "optimum-quanto": "0.2.7",
     "gguf": "0.19.0",
     "mlx": "0.32.4",
     "mlx-lm": "0.29.1",
