@@ -259,9 +259,7 @@ def test_quantized_scale_and_zero(dtype, bits, axis, quant):
     # `layer` is solved; the plain one must be made bit for bit.
     plain = quantized_meta_layer(weight, bits, axis, False, *quant, dtype)
     theirs = encoded({"W_q": plain.W_q, **plain.meta})
-    ours = ours_of(
-        weight, bits, 64, axis, False, dtype, quant_zero=quant[0], quant_scale=quant[1]
-    )
+    ours = ours_of(weight, bits, 64, axis, False, dtype, quant_zero=quant[0], quant_scale=quant[1])
     for name, tensor in theirs.items():
         assert same_bits(ours[name], tensor), name
     assert same_values(dequantize_tensors(ours, "hqq", dtype), plain.dequantize())
