@@ -6,6 +6,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -112,6 +113,9 @@ struct CheckpointView {
   /// Linear modules that stay dense (skip lists of configs). Empty: every dense 2-D weight that is
   /// not an embedding.
   std::vector<std::string> dense;
+  /// Checkpoint::texts of the source. The tokenizer and the generation settings among them are
+  /// written beside the weights or into the GGUF file; settings of a quantization are not.
+  SideTexts texts{};
 };
 
 struct SaveOptions {
@@ -140,19 +144,29 @@ std::string checkpoint_digest(const CheckpointView& view);
 std::string inspect_text(const std::string& path, bool all_tensors);
 std::string inspect_json(const std::string& path);
 
+/// What each dialect reads, writes and converts to without loss, as a Markdown table.
+std::string formats_markdown();
+
 // ------------------------------------------------------------------ conversion
 
+/// Options that follow the source: bits, group size, quant_type and mode as it has them.
+QuantizeOptions follow_source();
+
 struct ConvertOptions {
-  std::string to;            ///< dialect: "bnb", "hqq", "mlx", "quanto", "gguf", or "dense"
-  QuantizeOptions quantize;  ///< group_size 0 and bits 0: as the source has them
-  SaveOptions save;
+  std::string to;  ///< dialect: "bnb", "hqq", "mlx", "quanto", "gguf", or "dense"
+  /// Members that are 0 or empty follow the source. value_dtype is not read.
+  QuantizeOptions quantize = follow_source();
+  /// dtype of dequantized values (and, where a dialect stores them so, of scales); unset: that of
+  /// the source.
+  std::optional<DType> value_dtype{};
+  SaveOptions save{};
   bool lossless_only = false;        ///< Error{kUnsupported} naming the first layer that would lose
   DType dense_dtype = DType::kBF16;  ///< of "dense" and of embeddings that have to be decoded
   /// Linear layers of a dense source that stay dense, as skip_modules of QuantizationConfig.
   std::vector<std::string> skip_modules = {"lm_head"};
   const Executor* executor = nullptr;  ///< null: the calling thread
   /// Called before each layer or tensor, and once with done == total.
-  std::function<void(std::int64_t done, std::int64_t total, const std::string& name)> progress;
+  std::function<void(std::int64_t done, std::int64_t total, const std::string& name)> progress{};
 };
 
 /// What became of each layer.

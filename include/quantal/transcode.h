@@ -30,9 +30,9 @@ struct Preservation {
 /// Where to.
 struct TranscodeTarget {
   const Dialect* dialect = nullptr;
-  /// bits 0, group_size 0, quant_type "" and mode "" follow the source (the nearest that the dialect
-  /// has); a method that is not the dialect's, or not of this width, is replaced by the one that is.
-  /// value_dtype and double_quant are always the caller's.
+  /// bits 0, group_size 0, quant_type "" and mode "" follow the source (the nearest that the
+  /// dialect has); a method that is not the dialect's, or not of this width, is replaced by the one
+  /// that is. value_dtype and double_quant are always the caller's.
   QuantizeOptions options;
   /// True: Error{kUnsupported} instead of quantizing again where no lossless edge exists.
   bool lossless_only = false;
@@ -42,6 +42,12 @@ struct TranscodeTarget {
 /// matrix of the spec unless note says "depends on the values"; then transcode states what became
 /// of the matrix at hand. Throws Error{kConfig} if the target cannot hold such a matrix at all.
 Preservation plan_transcode(const PackedSpec& from, const TranscodeTarget& to);
+
+/// Form of the matrix that transcode makes of such a source. Throws as plan_transcode.
+PackedSpec transcoded_spec(const PackedSpec& from, const TranscodeTarget& to);
+/// Short name of a form: "gguf Q4_1", "mlx 4-bit, group 32, f32", "bnb nf4, block 64, nested,
+/// bf16".
+std::string describe_form(const PackedSpec& spec);
 
 struct Transcoded {
   PackedMatrix matrix;

@@ -138,8 +138,8 @@ class FileReader final : public ModelReader {
 
 }  // namespace
 
-std::unique_ptr<ModelReader> open_file_reader(const std::string& path, const LoadOptions& options) {
-  return std::make_unique<FileReader>(open_tensor_set(path), options);
+std::unique_ptr<ModelReader> open_file_reader(const Located& where, const LoadOptions& options) {
+  return std::make_unique<FileReader>(open_tensor_set(where), options);
 }
 
 }  // namespace quantal::checkpoint

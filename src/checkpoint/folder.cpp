@@ -6,6 +6,7 @@
 #include <filesystem>
 #include <utility>
 
+#include "checkpoint/companions.h"
 #include "checkpoint/locate.h"
 #include "io/atomic_file.h"
 #include "quantal/core.h"
@@ -37,7 +38,8 @@ void keep_companions(const std::string& old, const std::string& fresh) {
   std::error_code error;
   for (const auto& entry : fs::directory_iterator(old, error)) {
     const std::string name = entry.path().filename().string();
-    if (is_weights_name(name) || fs::exists(fresh + "/" + name)) continue;
+    if (is_weights_name(name) || is_quantization_file(name) || fs::exists(fresh + "/" + name))
+      continue;
     move(entry.path().string(), fresh + "/" + name);
   }
 }

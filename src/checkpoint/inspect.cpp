@@ -73,16 +73,6 @@ void add_marker(Inspection& out, const std::string& folder) {
   }
 }
 
-std::string layer_type(const PackedSpec& spec) {
-  std::string text = std::string(dialect_by_id(spec.dialect).name) + " ";
-  if (spec.code_map == CodeMap::kNf4) text += "nf4 ";
-  if (spec.code_map == CodeMap::kFp4) text += "fp4 ";
-  text += std::to_string(spec.bits) + "-bit, group " + std::to_string(spec.group_size);
-  if (spec.group_map == GroupMap::kColumnRuns) text += " by columns";
-  if (spec.scale == ScaleSource::kNestedU8) text += ", nested scales";
-  return text + ", " + std::string(dtype_name(spec.value_dtype));
-}
-
 /// Quantized layers first, then everything else.
 void add_tensors(Inspection& out, const ModelReader& reader) {
   std::set<std::string> dialects_seen;
@@ -91,7 +81,7 @@ void add_tensors(Inspection& out, const ModelReader& reader) {
     dialects_seen.insert(std::string(dialect_by_id(spec.dialect).title));
     out.tensors.push_back({name,
                            {spec.rows, spec.cols},
-                           layer_type(spec),
+                           describe_form(spec),
                            spec.rows * spec.cols,
                            reader.layer_bytes(name),
                            true});

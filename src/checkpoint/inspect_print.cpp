@@ -5,6 +5,7 @@
 
 #include "checkpoint/inspect.h"
 #include "checkpoint/json.h"
+#include "checkpoint/table.h"
 #include "quantal/checkpoint.h"
 
 namespace quantal {
@@ -14,7 +15,8 @@ using checkpoint::InspectedTensor;
 using checkpoint::Inspection;
 using checkpoint::Json;
 
-using Row = std::vector<std::string>;
+using checkpoint::Row;
+using checkpoint::table;
 
 struct Totals {
   std::int64_t tensors = 0, parameters = 0, bytes = 0;
@@ -55,25 +57,6 @@ std::string printable(const std::string& text, std::size_t most) {
     } else {
       out += byte < 0x20 || byte == 0x7F ? '?' : c;
     }
-  }
-  return out;
-}
-
-/// Columns padded to their widest cell; those named in `right` are right-aligned.
-std::string table(const std::vector<Row>& rows, const std::vector<bool>& right) {
-  std::vector<std::size_t> width(right.size(), 0);
-  for (const Row& row : rows) {
-    for (std::size_t c = 0; c < row.size(); ++c) width[c] = std::max(width[c], row[c].size());
-  }
-  std::string out;
-  for (const Row& row : rows) {
-    std::string line;
-    for (std::size_t c = 0; c < row.size(); ++c) {
-      const std::string pad(width[c] - row[c].size(), ' ');
-      line += "  " + (right[c] ? pad + row[c] : row[c] + pad);
-    }
-    line.erase(line.find_last_not_of(' ') + 1);
-    out += line + "\n";
   }
   return out;
 }

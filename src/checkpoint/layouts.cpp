@@ -9,7 +9,7 @@ namespace quantal {
 namespace checkpoint {
 namespace {
 
-constexpr std::array<FileLayout, 6> kDenseLayouts = {{
+constexpr std::array<FileLayout, 7> kDenseLayouts = {{
     {.name = "transformers",
      .title = "folder with config.json and model.safetensors",
      .container = Container::kSafetensors,
@@ -30,6 +30,7 @@ constexpr std::array<FileLayout, 6> kDenseLayouts = {{
      .title = "one torch file",
      .container = Container::kTorch,
      .weights = {}},
+    {.name = "gguf", .title = "one GGUF file", .container = Container::kGguf, .weights = {}},
     {.name = "single-npz", .title = "one npz file", .container = Container::kNpz, .weights = {}},
 }};
 

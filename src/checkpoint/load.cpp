@@ -3,11 +3,11 @@
 #include <optional>
 
 #include "checkpoint/folder.h"
+#include "checkpoint/gguf.h"
 #include "checkpoint/json.h"
 #include "checkpoint/layer_index.h"
 #include "checkpoint/locate.h"
 #include "checkpoint/reader.h"
-#include "checkpoint/sources.h"
 
 namespace quantal {
 namespace {
@@ -82,7 +82,9 @@ void verify_digest(const Checkpoint& checkpoint, const std::string& folder) {
 namespace checkpoint {
 
 std::unique_ptr<ModelReader> open_model(const std::string& path, const LoadOptions& options) {
-  return open_file_reader(path, options);
+  const Located where = locate(path);
+  return where.container == Container::kGguf ? open_gguf_reader(where.files.front(), options)
+                                             : open_file_reader(where, options);
 }
 
 }  // namespace checkpoint

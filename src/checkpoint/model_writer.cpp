@@ -4,6 +4,7 @@
 #include <array>
 #include <filesystem>
 
+#include "checkpoint/companions.h"
 #include "checkpoint/json.h"
 #include "checkpoint/layouts.h"
 
@@ -72,7 +73,11 @@ ModelWriter::ModelWriter(const std::string& path, const Dialect* dialect,
     folder_.emplace(path, options.overwrite);
     target.folder = folder_->path(".");
   }
-  sink_ = open_sink(layout_, target);
+  if (layout_.container == Container::kGguf) {
+    gguf_ = std::make_unique<GgufModelWriter>(path);
+  } else {
+    sink_ = open_sink(layout_, target);
+  }
 }
 
 ModelWriter::~ModelWriter() = default;
@@ -92,6 +97,9 @@ void ModelWriter::add_layer(const std::string& name, const PackedView& layer) {
              " as the others",
          {.path = path_, .tensor = name});
   }
+  digest_.add_layer(name, layer);
+  layers_.push_back({name, layer.spec});
+  if (gguf_ != nullptr) return gguf_->add_layer(name, layer);
   const std::string prefix = name.empty() ? "" : name + ".";
   bool first = true;
   for (const NamedTensor& one : dialect_->export_layer(layer, prefix)) {
@@ -102,12 +110,11 @@ void ModelWriter::add_layer(const std::string& name, const PackedView& layer) {
                 .codes = std::exchange(first, false),
                 .layer = true});
   }
-  digest_.add_layer(name, layer);
-  layers_.push_back({name, layer.spec});
 }
 
 void ModelWriter::add_tensor(const std::string& name, const TensorView& tensor, bool lasting) {
   add_name(name);
+  if (gguf_ != nullptr) return gguf_->add_tensor(name, tensor);
   const std::size_t field = split_at(name);
   sink_->put({.module = name.substr(0, field == 0 ? 0 : field - 1),
               .field = name.substr(field),
@@ -122,12 +129,17 @@ void ModelWriter::add_tensor(const std::string& name, const TensorView& tensor, 
 
 void ModelWriter::add_companion(const std::string& from, const std::string& name) {
   if (!folder_) return;
+  companions_.insert(name);
   std::error_code error;
   fs::copy_file(from, folder_->path(name), error);
   if (error) fail(Errc::kIo, "save: copy of " + name + ": " + error.message(), {.path = from});
 }
 
-void ModelWriter::write_texts(const SideFiles& side, const std::string& config) {
+void ModelWriter::write_texts(const SideFiles& side, const std::string& config,
+                              const SideTexts& texts) {
+  for (const auto& [name, text] : carried_texts(texts)) {
+    if (companions_.count(name) == 0) write_text(folder_->path(name), text);
+  }
   for (const auto& [name, text] : side.texts) write_text(folder_->path(name), text);
   write_text(folder_->path("config.json"), config);
   Json marker;
@@ -139,7 +151,9 @@ void ModelWriter::write_texts(const SideFiles& side, const std::string& config) 
   write_text(folder_->path(kMarker), dump_json(marker) + "\n");
 }
 
-void ModelWriter::commit(const std::string& config_json, std::vector<std::string> dense) {
+void ModelWriter::commit(const std::string& config_json, std::vector<std::string> dense,
+                         const SideTexts& texts) {
+  if (gguf_ != nullptr) return gguf_->commit(merged_config(config_json, ""), texts);
   if (dense.empty()) {
     dense = linears_;
     // A tied head has no tensor of its own, but programs must not take it for quantized.
@@ -149,13 +163,13 @@ void ModelWriter::commit(const std::string& config_json, std::vector<std::string
   SinkEnd end;
   if (dialect_ != nullptr) end.side = dialect_->side_files(layout_, layers_, dense);
   const std::string config = merged_config(config_json, end.side.config_patch);
-  Json texts = Json::object();
-  for (const auto& [name, text] : end.side.texts) texts[name] = text;
-  if (config != "{}\n") texts["config.json"] = config;
-  if (!texts.empty()) end.texts_json = dump_json(texts, -1);
+  Json embedded = Json::object();
+  for (const auto& [name, text] : end.side.texts) embedded[name] = text;
+  if (config != "{}\n") embedded["config.json"] = config;
+  if (!embedded.empty()) end.texts_json = dump_json(embedded, -1);
   sink_->finish(end);
   if (!folder_) return;
-  write_texts(end.side, config);
+  write_texts(end.side, config, texts);
   folder_->commit();
 }
 
@@ -169,7 +183,7 @@ void save_checkpoint(const std::string& path, const CheckpointView& view,
   checkpoint::ModelWriter writer(path, dialect, options);
   for (const auto& [name, layer] : view.layers) writer.add_layer(name, layer);
   for (const auto& [name, tensor] : view.tensors) writer.add_tensor(name, tensor, true);
-  writer.commit(view.config_json, view.dense);
+  writer.commit(view.config_json, view.dense, view.texts);
 }
 
 }  // namespace quantal

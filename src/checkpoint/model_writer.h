@@ -9,6 +9,7 @@
 
 #include "checkpoint/digest.h"
 #include "checkpoint/folder.h"
+#include "checkpoint/gguf.h"
 #include "checkpoint/sink.h"
 #include "quantal/checkpoint.h"
 
@@ -28,22 +29,27 @@ class ModelWriter {
 
   /// Throws Error{kConfig} for a layer of another dialect and for a name that was there.
   void add_layer(const std::string& name, const PackedView& layer);
+  /// The same for a matrix that is not needed afterwards.
+  void add_layer(const std::string& name, PackedMatrix&& layer) { add_layer(name, layer.view()); }
   /// `lasting`: the bytes stay until commit, no copy is kept on disk meanwhile.
   void add_tensor(const std::string& name, const TensorView& tensor, bool lasting);
   /// Copies a file into a folder target.
   void add_companion(const std::string& from, const std::string& name);
-  /// `dense` as in CheckpointView. Throws Error{kCorrupt} if `config_json` is not an object.
-  void commit(const std::string& config_json, std::vector<std::string> dense);
+  /// `dense` and `texts` as in CheckpointView. Throws Error{kCorrupt} if `config_json` is not an
+  /// object.
+  void commit(const std::string& config_json, std::vector<std::string> dense,
+              const SideTexts& texts);
 
  private:
   void add_name(const std::string& name);
-  void write_texts(const SideFiles& side, const std::string& config);
+  void write_texts(const SideFiles& side, const std::string& config, const SideTexts& texts);
 
   std::string path_;
   const Dialect* dialect_;
   FileLayout layout_;
   std::optional<AtomicFolder> folder_;
-  std::unique_ptr<TensorSink> sink_;
+  std::unique_ptr<TensorSink> sink_;       ///< null for GGUF
+  std::unique_ptr<GgufModelWriter> gguf_;  ///< null for all others
   ModelDigest digest_;
   std::vector<LayerEntry> layers_;
   std::vector<std::string> linears_;  ///< modules of dense 2-D weights

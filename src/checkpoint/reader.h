@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "checkpoint/locate.h"
 #include "quantal/checkpoint.h"
 
 namespace quantal::checkpoint {
@@ -33,6 +34,6 @@ class ModelReader : public CheckpointReader {
 /// so in unread().
 std::unique_ptr<ModelReader> open_model(const std::string& path, const LoadOptions& options);
 
-std::unique_ptr<ModelReader> open_file_reader(const std::string& path, const LoadOptions& options);
+std::unique_ptr<ModelReader> open_file_reader(const Located& where, const LoadOptions& options);
 
 }  // namespace quantal::checkpoint

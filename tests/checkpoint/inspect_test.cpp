@@ -48,7 +48,7 @@ TEST(Inspect, QuantizedFolderNamesDialectAndLayers) {
     bytes += tensor.at("bytes").get<std::int64_t>();
     if (!tensor.at("quantized_layer").get<bool>()) continue;
     ++layers;
-    EXPECT_TRUE(contains(tensor.at("type"), "bnb nf4 4-bit, group 64, nested scales")) << tensor;
+    EXPECT_TRUE(contains(tensor.at("type"), "bnb nf4, block 64, nested")) << tensor;
   }
   EXPECT_EQ(layers, 14);
   // Every byte of the data area is counted once.
