@@ -98,6 +98,8 @@ struct TransposedJob {
 using DecodeRow = void (*)(const KernelMatrix& w, std::int64_t row, std::int64_t col,
                            std::int64_t count, float* out) noexcept;
 
+struct Int8Kernels;
+
 /// One instruction set's kernels.
 struct CpuKernels {
   const char* name;
@@ -111,6 +113,7 @@ struct CpuKernels {
                             std::int64_t col_end) noexcept;
   /// n elements of `kind` to float32, exact.
   void (*widen)(FloatKind kind, const void* in, std::int64_t n, float* out) noexcept;
+  const Int8Kernels& (*int8)();      ///< int8_kernels.h
   int max_rows_f32, max_rows_16bit;  ///< packed_matmul_max_rows by width of the activations
 };
 

@@ -6,6 +6,8 @@
 #include <cstring>
 #include <string>
 
+#include "kernels/cpu/int8_kernels.h"
+
 namespace quantal {
 namespace {
 
@@ -47,6 +49,9 @@ bool has_avx512() noexcept {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+const Int8Kernels& int8_kernels_best_avx512() {
+  return int8_kernels_avx512(__builtin_cpu_supports("avx512vnni") != 0);
+}
 #endif
 
 // Best first. The last two numbers: float32 and 16-bit inputs up to which the packed product beats
@@ -58,13 +63,15 @@ bool has_avx512() noexcept {
 const CpuKernels kSets[] = {
 #if defined(__x86_64__)
     {"avx512", has_avx512, dequantize_avx512, matmul_avx512, matmul_transposed_avx512, widen_avx512,
-     32, 12},
-    {"avx2", has_avx2, dequantize_avx2, matmul_avx2, matmul_transposed_avx2, widen_avx2, 16, 6},
+     int8_kernels_best_avx512, 32, 12},
+    {"avx2", has_avx2, dequantize_avx2, matmul_avx2, matmul_transposed_avx2, widen_avx2,
+     int8_kernels_avx2, 16, 6},
 #elif defined(__aarch64__)
-    {"neon", always, dequantize_neon, matmul_neon, matmul_transposed_neon, widen_neon, 16, 6},
+    {"neon", always, dequantize_neon, matmul_neon, matmul_transposed_neon, widen_neon,
+     int8_kernels_neon, 16, 6},
 #endif
-    {"scalar", always, dequantize_scalar, matmul_scalar, matmul_transposed_scalar, widen_scalar, 1,
-     1},
+    {"scalar", always, dequantize_scalar, matmul_scalar, matmul_transposed_scalar, widen_scalar,
+     int8_kernels_scalar, 1, 1},
 };
 
 std::atomic<const CpuKernels*> g_active{nullptr};
