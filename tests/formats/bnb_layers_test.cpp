@@ -8,6 +8,7 @@
 #include "formats/bnb/bnb_params.h"
 #include "formats/layers.h"
 #include "kernels/support.h"
+#include "quantal/archive.h"
 #include "support/golden.h"
 
 namespace quantal::testing {
@@ -173,6 +174,47 @@ TEST(BnbLayers, StoredNestedMapIsHonoured) {
   TensorMap standard = layer(options4(64, true));
   EXPECT_NE(decode(w, DType::kF16).bytes,
             decode(bnb_dialect().import_layer("l.", standard.lookup(), {}), DType::kF16).bytes);
+}
+
+// ------------------------------------------------------------------ torch files of the guide
+
+/// Imports every layer of a torch file, compares its values with the same layer of the safetensors
+/// checkpoint that the file was made from, and the exported tensors with the file's.
+int check_torch_file(const std::string& path, const std::string& twin) {
+  const TorchFile file(golden_path("checkpoints/" + path));
+  const TorchValue* model = file.root().find("model");
+  const TorchValue& state = model != nullptr ? *model : file.root();
+  const SafetensorsFile original(golden_path("checkpoints/" + twin + "/model.safetensors"));
+  std::map<std::string, HeldTensor> held;
+  for (const auto& [key, value] : state.pairs()) {
+    if (value.is_tensor()) held[key.as_text()] = file.read(value.as_tensor());
+  }
+  const TensorLookup lookup = [&](const std::string& name) {
+    const auto it = held.find(name);
+    return it == held.end() ? nullptr : &it->second.view;
+  };
+  int layers = 0;
+  for (const auto& [name, tensor] : held) {
+    const std::size_t at = name.find("proj.weight");
+    if (at == std::string::npos || at + 11 != name.size()) continue;
+    const std::string prefix = name.substr(0, at + 5);
+    const auto has = [&](const std::string& suffix) { return lookup(prefix + suffix) != nullptr; };
+    EXPECT_TRUE(bnb_dialect().recognizes(has)) << prefix;
+    const PackedMatrix w = bnb_dialect().import_layer(prefix, lookup, {});
+    const PackedMatrix same = bnb_dialect().import_layer(
+        prefix, [&](const std::string& n) { return original.find(n); }, {});
+    expect_same_bytes(w, same, prefix);
+    for (const NamedTensor& t : bnb_dialect().export_layer(w.view(), prefix)) {
+      EXPECT_EQ(t.tensor.bytes, bytes_of(held.at(t.name).view)) << t.name;
+    }
+    ++layers;
+  }
+  return layers;
+}
+
+TEST(BnbLayers, TorchFilesOfTheGuide) {
+  EXPECT_EQ(check_torch_file("layout-bnb-dir/pytorch_model.bin", "bnb-nf4"), 14);
+  EXPECT_EQ(check_torch_file("layout-bnb-single/model.pth", "bnb-int8"), 14);
 }
 
 // ------------------------------------------------------------------ files beside the tensors
