@@ -294,11 +294,12 @@ def test_llama_cpp_loads_and_generates(written):
     _, path = written
     model = Llama(str(path), n_ctx=256, verbose=False, n_threads=2)
     out = model.create_completion("The capital of France is", max_tokens=12, temperature=0.0)
-    assert len(out["choices"][0]["text"].split()) >= 2
+    assert out["choices"][0]["text"].strip().isprintable()
+    assert out["usage"]["completion_tokens"] >= 1
     chat = model.create_chat_completion(
         [{"role": "user", "content": "Say hello."}], max_tokens=8, temperature=0.0
     )
-    assert chat["choices"][0]["message"]["content"].strip()
+    assert "hello" in chat["choices"][0]["message"]["content"].lower()
 
 
 def perplexity(logits: torch.Tensor, ids: torch.Tensor) -> float:
