@@ -63,5 +63,6 @@ class BytesIn {
 void bind_policy(py::module_& m);
 void bind_layers(py::module_& m);
 void bind_models(py::module_& m);
+void bind_convert(py::module_& m);
 
 }  // namespace quantal::python

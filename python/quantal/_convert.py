@@ -58,14 +58,13 @@ class ConvertReport:
 def _options(to: str, settings: dict[str, Any]) -> _core.ConvertOptions:
     options = _core.ConvertOptions()
     options.to = to
-    quantize = _core.QuantizeOptions()
-    quantize.bits, quantize.group_size = 0, 0  # as the source has them
+    quantize = options.quantize
     for name in ("bits", "group_size", "mode", "quant_type", "double_quant", "axis"):
         if settings.get(name) is not None:
             setattr(quantize, name, settings[name])
-    if settings["value_dtype"] is not None:
-        quantize.value_dtype = dtype_name(parse_dtype(settings["value_dtype"]))
     options.quantize = quantize
+    if settings["value_dtype"] is not None:
+        options.value_dtype = dtype_name(parse_dtype(settings["value_dtype"]))
     options.layout = settings["layout"]
     options.max_shard_bytes = parse_size(settings["max_shard_size"])
     options.overwrite = settings["overwrite"]
