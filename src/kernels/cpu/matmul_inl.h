@@ -12,7 +12,7 @@ namespace {  // NOLINT: internal linkage on purpose
 
 /// Columns decoded to scratch before they are used: kTileRows * kDecodeColumns floats stay in L1.
 constexpr std::int64_t kDecodeColumns = 512;
-static_assert(kSumColumns % kStretch == 0 && kSumColumns % kDecodeColumns == 0);
+static_assert(kSumColumns == kStretch && kSumColumns % kDecodeColumns == 0);
 
 /// Writes y[m, row .. row + kRows) of input m.
 template <class T, int kRows>
@@ -131,107 +131,132 @@ struct NumberCoder {
 
 /// Rows of codes against inputs, codes decoded in registers. kUnits: groups consist of whole units.
 template <class T, class Coder, bool kUnits, int kRows, int kInputs>
-struct DirectProduct {
+class DirectProduct {
+ public:
+  DirectProduct(const KernelMatrix& w, const MatmulJob& job, std::int64_t row)
+      : w_(w),
+        job_(job),
+        coder_(w),
+        row_(row),
+        ld_(w.code_bytes),
+        ahead_(row + 2 * kRows <= w.rows ? kRows * w.code_bytes : 0) {}
+
+  void run() {
+    Sums totals;
+    totals.clear();
+    for (std::int64_t c = 0; c < w_.cols; c += kSumColumns) {
+      const std::int64_t n = min64(kSumColumns, w_.cols - c);
+      for (int r = 0; r < kRows; ++r) expand_stretch<T>(w_, row_ + r, c, n, stats_[r]);
+      Sums sums;
+      sums.clear();
+      const std::uint8_t* codes = w_.codes + row_ * ld_;
+      if constexpr (kUnits) {
+        run_units(codes + c / C::kUnitCodes * C::kUnitBytes, job_.x + c, n, sums);
+      } else {
+        run_chunks(codes, c, n, sums);
+      }
+      for (int m = 0; m < kInputs; ++m) {
+        for (int r = 0; r < kRows; ++r) totals.v[m][r] = T::add(totals.v[m][r], sums.v[m][r]);
+      }
+    }
+    for (int m = 0; m < kInputs; ++m) finish_outputs<T, kRows>(job_, totals.v[m], m, row_);
+  }
+
+ private:
   using F = typename T::F;
   using U = typename T::U;
   using C = typename Coder::C;
   using Group = typename Coder::Group;
-  const KernelMatrix& w;
-  const MatmulJob& job;
-  const Coder coder;
-  const std::uint8_t* codes;  // column 0 of the first row
-  std::int64_t ahead;         // bytes from a row to the row that is wanted next
-  Stretch stats[kRows];
-  F acc[kInputs][kRows];
+  struct Sums {
+    F v[kInputs][kRows];
+    void clear() {
+      for (auto& one : v) {
+        for (F& sum : one) sum = T::zero();
+      }
+    }
+  };
 
-  /// sums[m][r] += value of codes of row r * input m, for the 16 columns from col on.
-  [[gnu::always_inline]] void add(const U (&chunk)[kRows], std::int64_t col,
-                                  const Group (&groups)[kRows], F (&sums)[kInputs][kRows]) const {
+  /// sums[m][r] += value of codes of row r * input m, for the 16 columns from x on.
+  [[gnu::always_inline]] void add(const U (&chunk)[kRows], const float* x,
+                                  const Group (&groups)[kRows], Sums& sums) const {
     F values[kRows];
-    for (int r = 0; r < kRows; ++r) values[r] = coder.value(chunk[r], groups[r]);
+    for (int r = 0; r < kRows; ++r) values[r] = coder_.value(chunk[r], groups[r]);
     for (int m = 0; m < kInputs; ++m) {
-      const F input = T::load(job.x + m * job.ldx + col);
-      for (int r = 0; r < kRows; ++r) sums[m][r] = T::fma(values[r], input, sums[m][r]);
+      const F input = T::load(x + m * job_.ldx);
+      for (int r = 0; r < kRows; ++r) sums.v[m][r] = T::fma(values[r], input, sums.v[m][r]);
     }
   }
 
-  /// Chunks kChunk and on of the unit that begins at `unit`; col is the unit's first column.
+  /// Chunks kChunk and on of the unit that begins at `unit`; x is at the unit's first column.
   template <int kChunk>
-  [[gnu::always_inline]] void unit_from(const std::uint8_t* unit, std::int64_t col,
-                                        const Group (&groups)[kRows],
-                                        F (&sums)[kInputs][kRows]) const {
+  [[gnu::always_inline]] void unit_from(const std::uint8_t* unit, const float* x,
+                                        const Group (&groups)[kRows], Sums& sums) const {
     if constexpr (kChunk < C::kUnitChunks) {
       U chunk[kRows];
-      for (int r = 0; r < kRows; ++r) {
-        chunk[r] = C::template chunk<kChunk>(unit + r * w.code_bytes);
-      }
-      add(chunk, col + kChunk * kLanes, groups, sums);
-      unit_from<kChunk + 1>(unit, col, groups, sums);
+      for (int r = 0; r < kRows; ++r) chunk[r] = C::template chunk<kChunk>(unit + r * ld_);
+      add(chunk, x + kChunk * kLanes, groups, sums);
+      unit_from<kChunk + 1>(unit, x, groups, sums);
     }
   }
 
-  /// Short rows defeat the hardware's prefetcher: asks for the next rows' lines at the same column.
-  void prefetch(const std::uint8_t* unit) const {
-    if (((unit - codes) & 63) >= C::kUnitBytes) return;
-    for (int r = 0; r < kRows; ++r) __builtin_prefetch(unit + r * w.code_bytes + ahead);
+  /// Short rows defeat the hardware's prefetcher: asks for the next rows' line at the same column,
+  /// once for each line that a unit begins.
+  [[gnu::always_inline]] void prefetch(const std::uint8_t* unit) const {
+    if ((reinterpret_cast<std::uintptr_t>(unit) & 63U) >= C::kUnitBytes) return;
+    for (int r = 0; r < kRows; ++r) __builtin_prefetch(unit + r * ld_ + ahead_);
   }
 
-  /// Columns [col, col + count) of one group.
-  [[gnu::always_inline]] void run_group(std::int64_t col, std::int64_t count,
-                                        const Group (&groups)[kRows],
-                                        F (&sums)[kInputs][kRows]) const {
-    if constexpr (kUnits) {
-      const std::uint8_t* unit = codes + col / C::kUnitCodes * C::kUnitBytes;
-      for (; count > 0; count -= C::kUnitCodes, col += C::kUnitCodes, unit += C::kUnitBytes) {
+  [[gnu::always_inline]] void load_groups(std::int64_t slot, Group (&groups)[kRows]) const {
+    for (int r = 0; r < kRows; ++r) groups[r] = coder_.group(stats_[r], slot);
+  }
+
+  /// `count` columns from unit and x on, group by group.
+  void run_units(const std::uint8_t* unit, const float* x, std::int64_t count, Sums& out) const {
+    Sums sums = out;
+    const std::int64_t units_of_group = w_.group_size / C::kUnitCodes;
+    std::int64_t left = count / C::kUnitCodes;
+    std::int64_t units = units_of_group - stats_[0].phase / C::kUnitCodes;
+    for (std::int64_t slot = 0; left > 0; ++slot) {
+      Group groups[kRows];
+      load_groups(slot, groups);
+      units = min64(units, left);
+      for (std::int64_t u = 0; u < units; ++u) {
         prefetch(unit);
-        unit_from<0>(unit, col, groups, sums);
+        unit_from<0>(unit, x, groups, sums);
+        unit += C::kUnitBytes;
+        x += C::kUnitCodes;
       }
-    } else {
-      for (; count > 0; count -= kLanes, col += kLanes) {
+      left -= units;
+      units = units_of_group;
+    }
+    out = sums;
+  }
+
+  /// The same by chunks, which may begin anywhere in a unit.
+  void run_chunks(const std::uint8_t* codes, std::int64_t col, std::int64_t count,
+                  Sums& out) const {
+    Sums sums = out;
+    const std::int64_t stop = col + count;
+    std::int64_t border = col + w_.group_size - stats_[0].phase;
+    for (std::int64_t slot = 0; col < stop; ++slot, border += w_.group_size) {
+      Group groups[kRows];
+      load_groups(slot, groups);
+      for (const std::int64_t end = min64(border, stop); col < end; col += kLanes) {
         if (col % C::kUnitCodes == 0) prefetch(codes + col / C::kUnitCodes * C::kUnitBytes);
         U chunk[kRows];
-        for (int r = 0; r < kRows; ++r) chunk[r] = C::at(codes + r * w.code_bytes, col);
-        add(chunk, col, groups, sums);
+        for (int r = 0; r < kRows; ++r) chunk[r] = C::at(codes + r * ld_, col);
+        add(chunk, job_.x + col, groups, sums);
       }
     }
+    out = sums;
   }
 
-  /// Columns [col, col + count) into acc.
-  void run_stretch(std::int64_t col, std::int64_t count) {
-    F sums[kInputs][kRows];
-    for (int i = 0; i < kInputs * kRows; ++i)
-      sums[i / kRows][i % kRows] = acc[i / kRows][i % kRows];
-    const std::int64_t stop = col + count;
-    std::int64_t border = col + w.group_size - stats[0].phase;
-    for (std::int64_t slot = 0; col < stop; ++slot, border += w.group_size) {
-      Group groups[kRows];
-      for (int r = 0; r < kRows; ++r) groups[r] = coder.group(stats[r], slot);
-      const std::int64_t end = min64(border, stop);
-      run_group(col, end - col, groups, sums);
-      col = end;
-    }
-    for (int i = 0; i < kInputs * kRows; ++i)
-      acc[i / kRows][i % kRows] = sums[i / kRows][i % kRows];
-  }
-
-  void run(std::int64_t row) {
-    F totals[kInputs][kRows];
-    for (int i = 0; i < kInputs * kRows; ++i) totals[i / kRows][i % kRows] = T::zero();
-    for (std::int64_t block = 0; block < w.cols; block += kSumColumns) {
-      const std::int64_t block_end = min64(block + kSumColumns, w.cols);
-      for (int i = 0; i < kInputs * kRows; ++i) acc[i / kRows][i % kRows] = T::zero();
-      for (std::int64_t c = block; c < block_end; c += kStretch) {
-        const std::int64_t n = min64(kStretch, block_end - c);
-        for (int r = 0; r < kRows; ++r) expand_stretch<T>(w, row + r, c, n, stats[r]);
-        run_stretch(c, n);
-      }
-      for (int i = 0; i < kInputs * kRows; ++i) {
-        F& total = totals[i / kRows][i % kRows];
-        total = T::add(total, acc[i / kRows][i % kRows]);
-      }
-    }
-    for (int m = 0; m < kInputs; ++m) finish_outputs<T, kRows>(job, totals[m], m, row);
-  }
+  const KernelMatrix& w_;
+  const MatmulJob& job_;
+  const Coder coder_;
+  const std::int64_t row_, ld_;
+  const std::int64_t ahead_;  // bytes from a row to the row that is wanted next
+  Stretch stats_[kRows];      // left uninitialized: clearing it would cost as much as using it
 };
 
 /// Rows [row, row_end) in steps of kRows as far as they go; returns the first row that is left.
@@ -239,10 +264,7 @@ template <class T, class Coder, bool kUnits, int kRows, int kInputs>
 std::int64_t direct_rows(const KernelMatrix& w, const MatmulJob& job, std::int64_t row,
                          std::int64_t row_end) {
   for (; row + kRows <= row_end; row += kRows) {
-    const std::int64_t ahead = row + 2 * kRows <= w.rows ? kRows * w.code_bytes : 0;
-    DirectProduct<T, Coder, kUnits, kRows, kInputs> product{
-        w, job, Coder(w), w.codes + row * w.code_bytes, ahead, {}, {}};
-    product.run(row);
+    DirectProduct<T, Coder, kUnits, kRows, kInputs>(w, job, row).run();
   }
   return row;
 }
