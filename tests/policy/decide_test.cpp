@@ -163,18 +163,18 @@ TEST(Decide, NearestReplacesSizesThatMeanNothing) {
 
 TEST(Decide, LayersAreResolved) {
   QuantizationConfig config = make(M::HQQ);
-  LayerOverride eight, three, bnb, sixteen;
+  LayerOverride eight, seven, bnb, sixteen;
   eight.bits = 8;
-  three.bits = 3;
+  seven.bits = 7;
   bnb.method = M::BNB_NF4;
   sixteen.bits = 16;
-  config.layer_configs = {{"a", eight}, {"b", three}, {"c", bnb}, {"d", sixteen}};
+  config.layer_configs = {{"a", eight}, {"b", seven}, {"c", bnb}, {"d", sixteen}};
   const Decision decision = decide_adapter(Backend::CPU, config);
   const auto& layers = decision.config.layer_configs;
   EXPECT_EQ(layers[0].second.method, M::HQQ);
   EXPECT_FALSE(layers[0].second.skip);
   EXPECT_TRUE(layers[1].second.skip);
-  EXPECT_NE(layers[1].second.skip_reason.find("3 bits"), std::string::npos);
+  EXPECT_NE(layers[1].second.skip_reason.find("7 bits"), std::string::npos);
   EXPECT_TRUE(layers[2].second.skip);
   EXPECT_NE(layers[2].second.skip_reason.find("only supported on CUDA"), std::string::npos);
   EXPECT_TRUE(layers[3].second.skip);
@@ -183,7 +183,7 @@ TEST(Decide, LayersAreResolved) {
   EXPECT_EQ(decision.warnings.size(), 2u);
 
   const Decision nearest = decide_adapter(Backend::CPU, config, {}, Fallback::kNearest);
-  EXPECT_EQ(nearest.config.layer_configs[1].second.bits, 4);
+  EXPECT_EQ(nearest.config.layer_configs[1].second.bits, 6);
   EXPECT_EQ(nearest.config.layer_configs[2].second.method, M::HQQ);
   EXPECT_THROW(decide_adapter(Backend::CPU, config, {}, Fallback::kError), Error);
 }

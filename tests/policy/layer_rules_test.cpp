@@ -149,11 +149,11 @@ TEST(LayerRules, UnmatchedPatternsAreListed) {
 
 TEST(LayerRules, ResolvedSkipReasonsReachTheLayer) {
   QuantizationConfig config = hqq();
-  config.layer_configs = {{"layers.0", with_bits(3)}};
+  config.layer_configs = {{"layers.0", with_bits(7)}};
   const Decision decision = decide_adapter(Backend::CPU, config);
   const auto choice = LayerRules(decision.config).choose("layers.0.q", 64, 64);
   EXPECT_FALSE(choice.quantize);
-  EXPECT_NE(choice.reason.find("3 bits"), std::string::npos) << choice.reason;
+  EXPECT_NE(choice.reason.find("7 bits"), std::string::npos) << choice.reason;
 }
 
 TEST(LayerRules, BadPatternsThrow) {

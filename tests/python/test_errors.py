@@ -134,7 +134,7 @@ def test_layers_that_cannot_be_grouped_stay_dense_or_raise():
 
 def test_unsupported_bits_of_a_method():
     with pytest.raises(QuantalError, match="bits"):
-        create_quantization_adapter("cpu", hqq(bits=2), fallback="error").quantize_model(
+        create_quantization_adapter("cpu", hqq(bits=16), fallback="error").quantize_model(
             nn.Sequential(nn.Linear(64, 64))
         )
 
