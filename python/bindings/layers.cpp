@@ -67,8 +67,8 @@ py::dict export_layer(const Spec& ints, const py::buffer& codes, const py::buffe
 }
 
 py::tuple import_layer(const std::string& dialect, const std::string& prefix,
-                       const std::map<std::string, py::tuple>& tensors,
-                       const std::string& settings, const Spec& weight_shape) {
+                       const std::map<std::string, py::tuple>& tensors, const std::string& settings,
+                       const Spec& weight_shape) {
   std::vector<BytesIn> held;
   held.reserve(tensors.size());
   std::map<std::string, TensorView> views;
