@@ -52,7 +52,6 @@ LONG_FILES: dict[str, str] = {
 }
 # "path:function" -> why it may be longer.
 LONG_FUNCTIONS: dict[str, str] = {
-    "tests/kernels/support.h:kernel_specs": "a table of cases",
     "tests/io/gguf_test.cpp:TEST_F(Gguf, RefusesByName)": "a table of cases",
 }
 

@@ -1,12 +1,13 @@
 // MLX against vectors and checkpoints written by mlx 0.32.4 and mlx-lm 0.29.1 on the CPU.
 #include <gtest/gtest.h>
 
+#include <filesystem>
 #include <fstream>
-#include <set>
 #include <sstream>
 
 #include "checkpoint/sha256.h"
 #include "formats/layers.h"
+#include "quantal/archive.h"
 #include "support/golden.h"
 
 namespace quantal::testing {
@@ -98,23 +99,49 @@ std::string digest_as_f32(const Tensor& values) {
   return hash.hex();
 }
 
+/// All tensors of the weights file of a golden folder.
+TensorMap tensors_of(const std::string& folder, std::vector<std::string>& names) {
+  TensorMap out;
+  for (const char* npz : {"weights.npz", "mlx_model.npz"}) {
+    if (!std::filesystem::exists(folder + npz)) continue;
+    const NpzFile file(folder + npz);
+    for (const TensorInfo& info : file.tensors()) {
+      const HeldTensor held = file.read(info.name);
+      out.set(info.name, {held.view.dtype, held.view.shape, bytes_of(held.view)});
+      names.push_back(info.name);
+    }
+    return out;
+  }
+  const SafetensorsFile file(folder + "model.safetensors");
+  for (const auto& [name, view] : file.tensors()) {
+    out.set(name, {view.dtype, view.shape, bytes_of(view)});
+    names.push_back(name);
+  }
+  return out;
+}
+
 /// Imports, decodes and exports every layer of a golden folder, embeddings included.
 std::vector<LayerEntry> check_checkpoint(const std::string& name) {
   const std::string folder = golden_path("checkpoints/" + name + "/");
-  const SafetensorsFile file(folder + "model.safetensors");
+  std::vector<std::string> names;
+  TensorMap map = tensors_of(folder, names);
+  const TensorLookup lookup = map.lookup();
   const auto expected =
       nlohmann::json::parse(read_text(golden_path("vectors/checkpoint_expected.json"))).at(name);
-  const auto settings = mlx().read_settings({{"config.json", read_text(folder + "config.json")}});
-  const TensorLookup lookup = [&](const std::string& tensor) { return file.find(tensor); };
+  SideTexts texts;
+  for (const char* text : {"config.json", "mlx_config.json"}) {
+    if (std::filesystem::exists(folder + text)) texts[text] = read_text(folder + text);
+  }
+  const auto settings = mlx().read_settings(texts);
   std::vector<LayerEntry> layers;
   std::size_t tensors = 0;
-  for (const auto& [scales, view] : file.tensors()) {
+  for (const std::string& scales : names) {
     constexpr std::string_view kEnding = ".scales";
     if (!scales.ends_with(kEnding)) continue;
     const std::string module = scales.substr(0, scales.size() - kEnding.size());
     SCOPED_TRACE(module);
     const auto has = [&](const std::string& suffix) {
-      return file.find(module + "." + suffix) != nullptr;
+      return lookup(module + "." + suffix) != nullptr;
     };
     EXPECT_TRUE(mlx().recognizes(has));
     const auto own = settings.find(module);
@@ -123,7 +150,7 @@ std::vector<LayerEntry> check_checkpoint(const std::string& name) {
     EXPECT_EQ(digest_as_f32(decode(w, w.spec.value_dtype)),
               expected.at(module + ".weight").at("sha256_f32"));
     for (const NamedTensor& t : mlx().export_layer(w.view(), module + ".")) {
-      const TensorView* original = file.find(t.name);
+      const TensorView* original = lookup(t.name);
       if (original == nullptr) {
         ADD_FAILURE() << t.name << " is not in the file";
         continue;
@@ -136,11 +163,11 @@ std::vector<LayerEntry> check_checkpoint(const std::string& name) {
     layers.push_back({module, w.spec});
   }
   // What remains are the norms, and dense embeddings.
-  for (const auto& [tensor, view] : file.tensors()) {
+  for (const std::string& tensor : names) {
     tensors += tensor.find("norm") != std::string::npos;
-    tensors += tensor.ends_with("embed_tokens.weight") && view.dtype != DType::kU32;
+    tensors += tensor.ends_with("embed_tokens.weight") && lookup(tensor)->dtype != DType::kU32;
   }
-  EXPECT_EQ(tensors, file.tensors().size());
+  EXPECT_EQ(tensors, names.size());
   return layers;
 }
 
@@ -162,6 +189,16 @@ TEST(MlxGolden, Checkpoints) {
     const SafetensorsFile file(
         golden_path("checkpoints/" + std::string(name) + "/model.safetensors"));
     EXPECT_EQ(file.metadata().at("format"), "mlx");
+  }
+}
+
+TEST(MlxGolden, NpzCheckpoints) {
+  for (const char* name : {"mlx-npz", "layout-mlx-dir"}) {
+    SCOPED_TRACE(name);
+    for (const LayerEntry& layer : check_checkpoint(name)) {
+      EXPECT_EQ(layer.spec.bits, 4) << layer.name;
+      EXPECT_EQ(layer.spec.group_size, 32) << layer.name;
+    }
   }
 }
 

@@ -52,86 +52,94 @@ void expect_refused(QuantizationMethod method, const std::vector<Damage>& damage
 
 void shorten(Tensor& t) { t.bytes.pop_back(); }
 
-TEST(QuantoErrors, PackedLayers) {
+TEST(QuantoErrors, TensorsOfPackedLayers) {
+  expect_refused(QuantizationMethod::QUANTO_INT4,
+                 {{"no scale",
+                   Errc::kCorrupt,
+                   {"m.weight._scale", "missing"},
+                   [](TensorMap& m) { m.erase("m.weight._scale"); }},
+                  {"no shift",
+                   Errc::kCorrupt,
+                   {"m.weight._shift", "missing"},
+                   [](TensorMap& m) { m.erase("m.weight._shift"); }},
+                  {"cut codes",
+                   Errc::kCorrupt,
+                   {"m.weight._data._data", "bytes"},
+                   [](TensorMap& m) { shorten(m.at("m.weight._data._data")); }},
+                  {"cut scale",
+                   Errc::kCorrupt,
+                   {"m.weight._scale", "bytes"},
+                   [](TensorMap& m) { shorten(m.at("m.weight._scale")); }},
+                  {"codes of another type",
+                   Errc::kDtype,
+                   {"m.weight._data._data", "i8", "u8"},
+                   [](TensorMap& m) { m.at("m.weight._data._data").dtype = DType::kI8; }},
+                  {"integer scale",
+                   Errc::kDtype,
+                   {"m.weight._scale", "i32"},
+                   [](TensorMap& m) { m.at("m.weight._scale").dtype = DType::kI32; }},
+                  {"an activation scale of two", Errc::kShape, {"m.input_scale"}, [](TensorMap& m) {
+                     m.at("m.input_scale") = make_tensor(DType::kF32, {2});
+                   }}});
+}
+
+TEST(QuantoErrors, ShapesOfPackedLayers) {
+  expect_refused(QuantizationMethod::QUANTO_INT4,
+                 {{"four dimensions",
+                   Errc::kUnsupported,
+                   {"m.weight._data._data", "2 dimensions"},
+                   [](TensorMap& m) {
+                     m.at("m.weight._data._data").shape = {15, 32, 1, 1};
+                   }},
+                  {"empty codes",
+                   Errc::kShape,
+                   {"m.weight._data._data", "sizes >= 1"},
+                   [](TensorMap& m) {
+                     m.at("m.weight._data._data") = {DType::kU8, {0, 32}, {}};
+                   }},
+                  {"too many rows",
+                   Errc::kShape,
+                   {"m.weight._data._data", "rows", "30"},
+                   [](TensorMap& m) {
+                     m.at("m.weight._data._data") = make_tensor(DType::kU8, {16, 32});
+                   }},
+                  {"shift of another shape",
+                   Errc::kShape,
+                   {"m.weight._shift", "[30, 1]"},
+                   [](TensorMap& m) {
+                     m.at("m.weight._shift").shape = {1, 30};
+                   }},
+                  {"a shape that disagrees",
+                   Errc::kShape,
+                   {"m.weight", "[7, 160]"},
+                   [](TensorMap&) {},
+                   {.weight_shape = {7, 160}}},
+                  {"a shape of negative size",
+                   Errc::kUnsupported,
+                   {"m.", "[-1, 160]"},
+                   [](TensorMap&) {},
+                   {.weight_shape = {-1, 160}}},
+                  {"a huge shape",
+                   Errc::kShape,
+                   {"quanto: weight"},
+                   [](TensorMap&) {},
+                   {.weight_shape = {std::numeric_limits<std::int64_t>::max(), 160}}}});
+}
+
+TEST(QuantoErrors, SettingsOfPackedLayers) {
   expect_refused(
       QuantizationMethod::QUANTO_INT4,
-      {{"no scale",
-        Errc::kCorrupt,
-        {"m.weight._scale", "missing"},
-        [](TensorMap& m) { m.erase("m.weight._scale"); }},
-       {"no shift",
-        Errc::kCorrupt,
-        {"m.weight._shift", "missing"},
-        [](TensorMap& m) { m.erase("m.weight._shift"); }},
-       {"cut codes",
-        Errc::kCorrupt,
-        {"m.weight._data._data", "bytes"},
-        [](TensorMap& m) { shorten(m.at("m.weight._data._data")); }},
-       {"cut scale",
-        Errc::kCorrupt,
-        {"m.weight._scale", "bytes"},
-        [](TensorMap& m) { shorten(m.at("m.weight._scale")); }},
-       {"codes of another type",
-        Errc::kDtype,
-        {"m.weight._data._data", "i8", "u8"},
-        [](TensorMap& m) { m.at("m.weight._data._data").dtype = DType::kI8; }},
-       {"integer scale",
-        Errc::kDtype,
-        {"m.weight._scale", "i32"},
-        [](TensorMap& m) { m.at("m.weight._scale").dtype = DType::kI32; }},
-       {"four dimensions",
-        Errc::kUnsupported,
-        {"m.weight._data._data", "2 dimensions"},
-        [](TensorMap& m) {
-          m.at("m.weight._data._data").shape = {15, 32, 1, 1};
-        }},
-       {"empty codes",
-        Errc::kShape,
-        {"m.weight._data._data", "sizes >= 1"},
-        [](TensorMap& m) {
-          m.at("m.weight._data._data") = {DType::kU8, {0, 32}, {}};
-        }},
-       {"too many rows",
-        Errc::kShape,
-        {"m.weight._data._data", "rows", "30"},
-        [](TensorMap& m) {
-          m.at("m.weight._data._data") = make_tensor(DType::kU8, {16, 32});
-        }},
-       {"shift of another shape",
-        Errc::kShape,
-        {"m.weight._shift", "[30, 1]"},
-        [](TensorMap& m) {
-          m.at("m.weight._shift").shape = {1, 30};
-        }},
-       {"a map that disagrees",
+      {{"a map that disagrees",
         Errc::kShape,
         {"m.weight._data._data", "qint2"},
         [](TensorMap&) {},
         {.settings = R"({"weights": "qint2"})"}},
-       {"a shape that disagrees",
-        Errc::kShape,
-        {"m.weight", "[7, 160]"},
-        [](TensorMap&) {},
-        {.weight_shape = {7, 160}}},
-       {"a shape of negative size",
-        Errc::kUnsupported,
-        {"m.", "[-1, 160]"},
-        [](TensorMap&) {},
-        {.weight_shape = {-1, 160}}},
-       {"a huge shape",
-        Errc::kShape,
-        {"quanto: weight"},
-        [](TensorMap&) {},
-        {.weight_shape = {std::numeric_limits<std::int64_t>::max(), 160}}},
        {"a type that is not handled",
         Errc::kUnsupported,
         {"qfloat8_e4m3fnuz", "qint8"},
         [](TensorMap&) {},
         {.settings = R"({"weights": "qfloat8_e4m3fnuz"})"}},
-       {"broken settings", Errc::kCorrupt, {"m.", "JSON"}, [](TensorMap&) {}, {.settings = "{"}},
-       {"an activation scale of two", Errc::kShape, {"m.input_scale"}, [](TensorMap& m) {
-          m.at("m.input_scale") = make_tensor(DType::kF32, {2});
-        }}});
+       {"broken settings", Errc::kCorrupt, {"m.", "JSON"}, [](TensorMap&) {}, {.settings = "{"}}});
 }
 
 TEST(QuantoErrors, ByteLayers) {

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "kernels/ref/ref.h"
+#include "kernels/specs.h"
 #include "kernels/support.h"
 
 namespace quantal::testing {

@@ -3,6 +3,7 @@
 
 #include <numeric>
 
+#include "kernels/specs.h"
 #include "kernels/support.h"
 
 namespace quantal::testing {
