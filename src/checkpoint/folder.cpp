@@ -62,6 +62,8 @@ AtomicFolder::AtomicFolder(const std::string& target, bool overwrite)
          "weights and config",
          {.path = target_});
   }
+  const fs::path parent = fs::path(target_).parent_path();
+  if (!parent.empty()) fs::create_directories(parent, error);  // creating the next reports failures
   temporary_ = unique_beside(target_, ".tmp-");
   if (!fs::create_directory(temporary_, error)) {
     const std::string why = error ? error.message() : "it exists already";
