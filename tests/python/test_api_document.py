@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_llama
 from peft import PeftModel
 from torch import nn
 
 import quantization_wrapper as public
 from backend_manager import Backend, BackendManager
+from conftest import tiny_llama
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "api.md"
 
