@@ -158,6 +158,9 @@ struct SideFiles {
 struct LayerEntry {
   std::string name;
   PackedSpec spec;
+  /// False where the sizes in config.json do not tell the shape of the weight. A dialect whose
+  /// tensors do not tell it either has to write it down.
+  bool shape_known = true;
 };
 
 /// One dialect. All functions are pure and thread-safe.
@@ -208,11 +211,6 @@ struct Dialect {
   /// Settings by module path, "" for all others, as import_layer takes them; empty if the texts are
   /// not this dialect's. Throws Error{kCorrupt} naming file and key.
   std::map<std::string, std::string> (*read_settings)(const SideTexts& texts) = nullptr;
-
-  // Leaving, once every caller uses side_files and read_settings:
-  std::string (*hf_quantization_config)(const QuantizeOptions& options,
-                                        std::span<const std::string> skip_modules) = nullptr;
-  bool (*parse_hf_quantization_config)(const std::string& json, QuantizeOptions& options) = nullptr;
 };
 
 /// All dialects, in order of id.

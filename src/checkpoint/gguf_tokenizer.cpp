@@ -5,10 +5,12 @@
 #include <map>
 
 #include "checkpoint/gguf.h"
-#include "checkpoint/json.h"
+#include "core/json_text.h"
 
 namespace quantal::checkpoint {
 namespace {
+
+using Json = nlohmann::json;  // sorted: vocabularies have 100,000 keys and more
 
 constexpr const char* kTokenizer = "tokenizer.json";
 constexpr const char* kSettings = "tokenizer_config.json";

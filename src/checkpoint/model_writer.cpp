@@ -7,6 +7,7 @@
 #include "checkpoint/companions.h"
 #include "checkpoint/json.h"
 #include "checkpoint/layouts.h"
+#include "checkpoint/weight_shapes.h"
 
 namespace quantal {
 namespace checkpoint {
@@ -159,6 +160,11 @@ void ModelWriter::commit(const std::string& config_json, std::vector<std::string
     // A tied head has no tensor of its own, but programs must not take it for quantized.
     const bool head = names_.count("lm_head") != 0 || names_.count("lm_head.weight") != 0;
     if (!head && !layers_.empty()) dense.push_back("lm_head");
+  }
+  const WeightShapes shapes(config_json);
+  for (LayerEntry& layer : layers_) {
+    layer.shape_known =
+        shapes.find(layer.name) == std::vector<std::int64_t>{layer.spec.rows, layer.spec.cols};
   }
   SinkEnd end;
   if (dialect_ != nullptr) end.side = dialect_->side_files(layout_, layers_, dense);

@@ -74,7 +74,7 @@ class SafetensorsSink final : public TensorSink {
     for (const auto& [name, view] : tensors) writer.put(name, view);
     writer.finish();
     if (!layout_.always_index || writer.files().size() > 1) return;
-    Json map = Json::object();
+    std::map<std::string, std::string> map;
     for (const auto& [name, view] : tensors) map[name] = writer.files().front();
     const std::string text = index_text(total, map);
     write_file_atomic(target_.folder + "/" + std::string(layout_.weights) + ".index.json",
@@ -101,8 +101,9 @@ class NpzSink final : public TensorSink {
 
 }  // namespace
 
-std::string index_text(std::int64_t total_size, const Json& weight_map) {
-  Json index;
+std::string index_text(std::int64_t total_size,
+                       const std::map<std::string, std::string>& weight_map) {
+  nlohmann::json index;
   index["metadata"]["total_size"] = total_size;
   index["weight_map"] = weight_map;
   return dump_json(index) + "\n";

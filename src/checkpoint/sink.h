@@ -1,6 +1,7 @@
 // Weights on their way into a container, one tensor at a time.
 #pragma once
 
+#include <map>
 #include <memory>
 #include <string>
 
@@ -45,6 +46,7 @@ struct SinkTarget {
 std::unique_ptr<TensorSink> open_sink(const FileLayout& layout, const SinkTarget& target);
 
 /// {"metadata": {"total_size": ...}, "weight_map": ...} as indented text.
-std::string index_text(std::int64_t total_size, const Json& weight_map);
+std::string index_text(std::int64_t total_size,
+                       const std::map<std::string, std::string>& weight_map);
 
 }  // namespace quantal::checkpoint

@@ -68,7 +68,8 @@ void add_file(TensorSet& set, const std::string& path) {
 
 /// Tensors of an index by file, every name checked.
 std::map<std::string, std::vector<std::string>> read_index(const std::string& path) {
-  const Json index = parse_json_object(read_text_file(path), path);
+  const auto index =
+      quantal::parse_json_object<nlohmann::json>(read_text_file(path), path, JsonKeys::kUnique);
   const auto map = index.find("weight_map");
   if (map == index.end() || !map->is_object()) {
     fail(Errc::kCorrupt, "index: weight_map is missing, expected an object of tensor to file",

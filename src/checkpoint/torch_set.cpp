@@ -34,7 +34,7 @@ StoredTensor encoded_int(std::int64_t value) {
   return encoded(StateKind::kInt, DType::kI32, {}, &narrow);
 }
 
-Json to_json(const TorchValue& value) {
+nlohmann::json to_json(const TorchValue& value) {
   switch (value.kind()) {
     case Kind::kBool:
       return value.as_bool();
@@ -52,13 +52,13 @@ Json to_json(const TorchValue& value) {
     case Kind::kList:
     case Kind::kTuple:
     case Kind::kSet: {
-      Json out = Json::array();
+      auto out = nlohmann::json::array();
       for (const TorchValue& item : value.items()) out.push_back(to_json(item));
       return out;
     }
     case Kind::kDict:
     case Kind::kOrderedDict: {
-      Json out = Json::object();
+      auto out = nlohmann::json::object();
       for (const auto& [key, item] : value.pairs()) {
         if (key.kind() == Kind::kText) out[key.as_text()] = to_json(item);
       }

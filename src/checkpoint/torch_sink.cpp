@@ -196,7 +196,7 @@ class TorchSink final : public TensorSink {
       const std::string digits = std::to_string(n);
       return std::string(digits.size() < 5 ? 5 - digits.size() : 0, '0') + digits;
     };
-    Json map = Json::object();
+    std::map<std::string, std::string> map;
     std::int64_t total = 0;
     for (std::size_t i = 0; i < shards_.size(); ++i) {
       const std::string name = weights.substr(0, dot) + "-" + five(i + 1) + "-of-" +

@@ -80,8 +80,8 @@ constexpr int kLayers = 14;  // 2 blocks of 7 projections
 
 TEST(CheckpointLayers, Bitsandbytes) {
   const Dialect& bnb = dialect_of(QuantizationMethod::BNB_NF4);
-  for (const char* name : {"bnb-nf4", "bnb-nf4-double", "bnb-fp4-f16", "bnb-nf4-storage-bf16",
-                           "bnb-int8"}) {
+  for (const char* name :
+       {"bnb-nf4", "bnb-nf4-double", "bnb-fp4-f16", "bnb-nf4-storage-bf16", "bnb-int8"}) {
     SCOPED_TRACE(name);
     EXPECT_EQ(check_checkpoint(bnb, name), kLayers);
   }
@@ -100,36 +100,6 @@ TEST(CheckpointLayers, DialectsDoNotClaimEachOther) {
   EXPECT_EQ(check_checkpoint(hqq, "bnb-nf4"), 0);
   const Dialect& bnb = dialect_of(QuantizationMethod::BNB_NF4);
   EXPECT_EQ(check_checkpoint(bnb, "hqq-safetensors"), 0);
-}
-
-TEST(CheckpointLayers, ConfigsOfTransformers) {
-  const auto config = [](const std::string& name) {
-    return read_json(golden_path("checkpoints/" + name + "/config.json")).at("quantization_config");
-  };
-  const Dialect& bnb = dialect_of(QuantizationMethod::BNB_NF4);
-  const Dialect& hqq = dialect_of(QuantizationMethod::HQQ);
-  QuantizeOptions options;
-  ASSERT_TRUE(bnb.parse_hf_quantization_config(config("bnb-nf4-double").dump(), options));
-  EXPECT_EQ(options.quant_type, "nf4");
-  EXPECT_TRUE(options.double_quant);
-  EXPECT_EQ(options.value_dtype, DType::kBF16);
-  nlohmann::json written = nlohmann::json::parse(bnb.hf_quantization_config(options, {}));
-  nlohmann::json original = config("bnb-nf4-double");
-  original["llm_int8_skip_modules"] = nlohmann::json::array();  // null there: the default list
-  EXPECT_EQ(written, original);
-
-  ASSERT_TRUE(hqq.parse_hf_quantization_config(config("hqq-transformers").dump(), options));
-  EXPECT_EQ(options.bits, 4);
-  EXPECT_EQ(options.group_size, 64);
-  EXPECT_EQ(options.axis, 1);
-  const std::vector<std::string> skip = {"lm_head"};
-  written = nlohmann::json::parse(hqq.hf_quantization_config(options, skip));
-  EXPECT_EQ(written, config("hqq-transformers"));
-
-  EXPECT_FALSE(hqq.parse_hf_quantization_config(config("bnb-nf4").dump(), options));
-  EXPECT_FALSE(bnb.parse_hf_quantization_config(config("hqq-transformers").dump(), options));
-  EXPECT_FALSE(bnb.parse_hf_quantization_config(config("bnb-int8").dump(), options));
-  EXPECT_FALSE(bnb.parse_hf_quantization_config("not json", options));
 }
 
 }  // namespace

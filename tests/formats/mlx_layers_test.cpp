@@ -250,7 +250,7 @@ TEST(MlxLayers, TensorsThatDoNotFit) {
   broken(Errc::kCorrupt, {"not quantized"}, {R"({"quantized": false})", {}}, nothing);
   broken(Errc::kShape, {"[4, 128]", "[4, 64]"}, {facts.settings, {4, 64}}, nothing);
   broken(Errc::kShape, {"fit no width"}, {"{}", {4, 77}}, nothing);
-  broken(Errc::kConfig, {"expected a JSON object"}, {"[]", {}}, nothing);
+  broken(Errc::kCorrupt, {"not a JSON object"}, {"[]", {}}, nothing);
   broken(Errc::kCorrupt, {"bytes"}, facts, [](TensorMap& m) { m.at("weight").bytes.pop_back(); });
 }
 

@@ -26,8 +26,4 @@ SideFiles side_files(const FileLayout& layout, std::span<const LayerEntry> layer
 /// Of a layer only `llm_int8_threshold` matters; everything else is in its tensors.
 std::map<std::string, std::string> read_settings(const SideTexts& texts);
 
-std::string hf_quantization_config(const QuantizeOptions& options,
-                                   std::span<const std::string> skip_modules);
-bool parse_hf_quantization_config(const std::string& json, QuantizeOptions& options);
-
 }  // namespace quantal::bnb

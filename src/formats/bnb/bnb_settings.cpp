@@ -7,8 +7,8 @@
 //   single        nothing
 #include <algorithm>
 #include <cmath>
-#include <nlohmann/json.hpp>
 
+#include "core/json_text.h"
 #include "formats/bnb/bnb_checkpoint.h"
 #include "formats/bnb/bnb_params.h"
 
@@ -81,12 +81,6 @@ Json guide_config(const Settings& s) {
   fail(Errc::kCorrupt, "bnb: " + text, {.path = file, .tensor = {}});
 }
 
-nlohmann::json parse_object(const std::string& file, const std::string& text) {
-  auto json = nlohmann::json::parse(text, nullptr, false);
-  if (!json.is_object()) corrupt(file, file + " is not a JSON object");
-  return json;
-}
-
 /// The members that import_layer reads, checked; "{}" if there is none.
 std::string layer_settings(const nlohmann::json& config, const std::string& file) {
   const auto it = config.find("llm_int8_threshold");
@@ -136,7 +130,7 @@ std::map<std::string, std::string> read_settings(const SideTexts& texts) {
   constexpr const char* kGuide = "quantization_config.json";
   constexpr const char* kConfig = "config.json";
   if (const auto it = texts.find(kConfig); it != texts.end()) {
-    const nlohmann::json config = parse_object(kConfig, it->second);
+    const nlohmann::json config = parse_json_object(it->second, kConfig);
     const auto quantization = config.find("quantization_config");
     if (quantization != config.end() && quantization->is_object() &&
         quantization->value("quant_method", nlohmann::json()) == "bitsandbytes") {
@@ -144,7 +138,7 @@ std::map<std::string, std::string> read_settings(const SideTexts& texts) {
     }
   }
   if (const auto it = texts.find(kGuide); it != texts.end()) {
-    const nlohmann::json config = parse_object(kGuide, it->second);
+    const nlohmann::json config = parse_json_object(it->second, kGuide);
     const auto bits = config.value("bits", nlohmann::json());
     if (bits != 4 && bits != 8) {
       corrupt(kGuide, "bits is " + bits.dump(-1, ' ', true) + ", expected one of 4, 8");
@@ -152,36 +146,6 @@ std::map<std::string, std::string> read_settings(const SideTexts& texts) {
     return {{"", layer_settings(config, kGuide)}};
   }
   return {};
-}
-
-std::string hf_quantization_config(const QuantizeOptions& options,
-                                   std::span<const std::string> skip_modules) {
-  Settings s;
-  s.four_bit = options.method != QuantizationMethod::BNB_INT8;
-  if (s.four_bit) {
-    s.compute_dtype = dtype_torch_name(options.value_dtype);
-    s.quant_type = options.quant_type;
-    s.double_quant = options.double_quant;
-  }
-  return transformers_config(s, skip_modules).dump();
-}
-
-bool parse_hf_quantization_config(const std::string& text, QuantizeOptions& options) {
-  const auto json = nlohmann::json::parse(text, nullptr, false);
-  if (!json.is_object() || json.value("quant_method", nlohmann::json()) != "bitsandbytes" ||
-      json.value("load_in_4bit", nlohmann::json()) != true) {
-    return false;
-  }
-  const auto text_member = [&](const char* key, const char* fallback) {
-    const auto it = json.find(key);
-    return it != json.end() && it->is_string() ? it->get<std::string>() : std::string(fallback);
-  };
-  options.method = QuantizationMethod::BNB_NF4;
-  options.bits = 4;
-  options.quant_type = text_member("bnb_4bit_quant_type", "fp4");
-  options.double_quant = json.value("bnb_4bit_use_double_quant", nlohmann::json()) == true;
-  options.value_dtype = parse_dtype(text_member("bnb_4bit_compute_dtype", "float32"));
-  return true;
 }
 
 }  // namespace quantal::bnb

@@ -4,8 +4,8 @@
 #include <array>
 #include <cmath>
 #include <cstring>
-#include <nlohmann/json.hpp>
 
+#include "core/json_text.h"
 #include "formats/tensors.h"
 
 namespace quantal::bnb {
@@ -140,6 +140,14 @@ bool has_state(const std::function<bool(const std::string& suffix)>& has) {
          (has("weight.quant_type") && has("weight.absmax"));
 }
 
+Json parse_state(const TensorView& tensor, const std::string& name) {
+  try {
+    return parse_json_object(text_of(tensor), "");
+  } catch (const Error& e) {
+    corrupt(name, std::string("quant_state: ") + e.what());
+  }
+}
+
 State read_state(const std::string& prefix, const TensorLookup& lookup) {
   State state;
   const std::string nf4 = prefix + state_key(false), fp4 = prefix + state_key(true);
@@ -152,8 +160,7 @@ State read_state(const std::string& prefix, const TensorLookup& lookup) {
   const TensorView& tensor = require_tensor(lookup, state.name, kWhere);
   constexpr std::array<DType, 1> kBytes = {DType::kU8};
   require_dtype(tensor, state.name, kWhere, kBytes);
-  const auto json = Json::parse(text_of(tensor), nullptr, false);
-  if (!json.is_object()) corrupt(state.name, "quant_state is not a JSON object");
+  const Json json = parse_state(tensor, state.name);
   if (json_text(json, "quant_type", state.name) != (state.fp4 ? "fp4" : "nf4")) {
     corrupt(state.name, shown(json, "quant_type") + ", expected the ending of the tensor's name");
   }

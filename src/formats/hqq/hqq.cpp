@@ -40,8 +40,6 @@ constinit const Dialect kDialect = {
     .layouts = kLayouts,
     .side_files = side_files,
     .read_settings = read_settings,
-    .hf_quantization_config = hf_quantization_config,
-    .parse_hf_quantization_config = parse_hf_quantization_config,
 };
 
 }  // namespace quantal::hqq

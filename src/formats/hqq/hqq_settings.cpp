@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <cctype>
-#include <nlohmann/json.hpp>
 
+#include "core/json_text.h"
 #include "formats/hqq/hqq_meta.h"
 #include "formats/hqq/hqq_params.h"
 
@@ -117,12 +117,6 @@ Json guide_config(std::span<const LayerEntry> layers) {
   fail(Errc::kCorrupt, "hqq: " + text, {.path = file, .tensor = {}});
 }
 
-nlohmann::json parse_object(const std::string& file, const std::string& text) {
-  auto json = nlohmann::json::parse(text, nullptr, false);
-  if (!json.is_object()) corrupt(file, file + " is not a JSON object");
-  return json;
-}
-
 /// weight_quant_params of one set of parameters, checked.
 std::string checked_params(const nlohmann::json& config, const std::string& key,
                            const std::string& file) {
@@ -194,7 +188,7 @@ SideFiles side_files(const FileLayout& layout, std::span<const LayerEntry> layer
 
 std::map<std::string, std::string> read_settings(const SideTexts& texts) {
   if (const auto it = texts.find(kConfigFile); it != texts.end()) {
-    const nlohmann::json config = parse_object(kConfigFile, it->second);
+    const nlohmann::json config = parse_json_object(it->second, kConfigFile);
     const auto quantization = config.find("quantization_config");
     if (quantization != config.end() && quantization->is_object() &&
         quantization->value("quant_method", nlohmann::json()) == "hqq") {
@@ -202,48 +196,10 @@ std::map<std::string, std::string> read_settings(const SideTexts& texts) {
     }
   }
   if (const auto it = texts.find(kGuideFile); it != texts.end()) {
-    const nlohmann::json config = parse_object(kGuideFile, it->second);
+    const nlohmann::json config = parse_json_object(it->second, kGuideFile);
     return {{"", checked_params(config, kGuideFile, kGuideFile)}};
   }
   return {};
-}
-
-std::string hf_quantization_config(const QuantizeOptions& options,
-                                   std::span<const std::string> skip_modules) {
-  PackedSpec spec;
-  spec.bits = options.bits;
-  spec.group_size = options.group_size;
-  spec.group_map = options.axis == 1 ? GroupMap::kRowRuns : GroupMap::kColumnRuns;
-  spec.dialect_flags = Flags{.optimize = options.optimize,
-                             .round_zero = options.round_zero.value_or(options.bits == 4),
-                             .no_group_size = options.group_size == 0}
-                           .to_int();
-  return transformers_config(layer_config(weight_params(spec), false), skip_modules).dump();
-}
-
-bool parse_hf_quantization_config(const std::string& text, QuantizeOptions& options) {
-  const auto json = nlohmann::json::parse(text, nullptr, false);
-  if (!json.is_object() || json.value("quant_method", nlohmann::json()) != "hqq") return false;
-  options.method = QuantizationMethod::HQQ;
-  // Settings by layer have no weight_quant_params at this level: the layers' own tensors decide.
-  const auto config = json.value("quant_config", nlohmann::json::object());
-  const auto found = config.is_object() ? config.find("weight_quant_params") : config.end();
-  if (found == config.end() || !found->is_object()) return true;
-  const nlohmann::json& weight = *found;
-  const auto integer = [&](const char* key, std::int64_t fallback) {
-    const auto it = weight.find(key);
-    return it != weight.end() && it->is_number_integer() ? it->get<std::int64_t>() : fallback;
-  };
-  const auto flag = [&](const char* key, bool fallback) {
-    const auto it = weight.find(key);
-    return it != weight.end() && it->is_boolean() ? it->get<bool>() : fallback;
-  };
-  options.bits = static_cast<int>(integer("nbits", 4));
-  options.group_size = integer("group_size", 0);
-  options.axis = static_cast<int>(integer("axis", 1));
-  options.optimize = flag("optimize", true);
-  options.round_zero = flag("round_zero", options.bits == 4);
-  return true;
 }
 
 }  // namespace quantal::hqq

@@ -23,8 +23,4 @@ SideFiles side_files(const FileLayout& layout, std::span<const LayerEntry> layer
                      std::span<const std::string> dense);
 std::map<std::string, std::string> read_settings(const SideTexts& texts);
 
-std::string hf_quantization_config(const QuantizeOptions& options,
-                                   std::span<const std::string> skip_modules);
-bool parse_hf_quantization_config(const std::string& json, QuantizeOptions& options);
-
 }  // namespace quantal::hqq

@@ -6,8 +6,8 @@
 //                the default of its own mode (mlx_lm.utils.load_model of mlx-lm 0.29.1).
 //   guide        mlx_config.json: the same object without the outer name
 #include <algorithm>
-#include <nlohmann/json.hpp>
 
+#include "core/json_text.h"
 #include "formats/mlx/mlx_checkpoint.h"
 
 namespace quantal::mlx {
@@ -26,22 +26,6 @@ std::string shown(const Json& value) {
 [[noreturn]] void corrupt(const std::string& file, const std::string& key,
                           const std::string& text) {
   fail(Errc::kCorrupt, "mlx: " + file + ": " + key + text, {.path = file, .tensor = {}});
-}
-
-Json parse_object(const std::string& file, const std::string& text) {
-  constexpr int kMaxDepth = 100;
-  bool too_deep = false;
-  const Json json = Json::parse(
-      text,
-      [&too_deep](int depth, Json::parse_event_t, Json&) {
-        too_deep = too_deep || depth > kMaxDepth;
-        return !too_deep;
-      },
-      false);
-  if (too_deep || !json.is_object()) {
-    corrupt(file, "the text", " is not a JSON object of at most 100 levels");
-  }
-  return json;
 }
 
 /// A whole number of an object; `fallback` if it is absent or null.
@@ -173,7 +157,7 @@ SideFiles side_files(const FileLayout& layout, std::span<const LayerEntry> layer
 std::map<std::string, std::string> read_settings(const SideTexts& texts) {
   std::string dtype;
   if (const auto it = texts.find(kConfig); it != texts.end()) {
-    const Json config = parse_object(kConfig, it->second);
+    const Json config = parse_json_object<Json>(it->second, kConfig);
     dtype = model_dtype(config);
     const auto block = config.find("quantization");
     if (block != config.end() && block->is_object()) {
@@ -186,17 +170,14 @@ std::map<std::string, std::string> read_settings(const SideTexts& texts) {
     }
   }
   if (const auto it = texts.find(kGuideConfig); it != texts.end()) {
-    return settings_of_block(parse_object(kGuideConfig, it->second), kGuideConfig, kGuideConfig,
-                             dtype);
+    return settings_of_block(parse_json_object<Json>(it->second, kGuideConfig), kGuideConfig,
+                             kGuideConfig, dtype);
   }
   return {};
 }
 
 LayerSettings parse_layer_settings(const std::string& text) {
-  const Json json = Json::parse(text, nullptr, false);
-  if (!json.is_object()) {
-    fail(Errc::kConfig, "mlx: settings of a layer are '" + text + "', expected a JSON object");
-  }
+  const Json json = parse_json_object<Json>(text, "settings of a layer");
   LayerSettings out;
   out.quantized = json.value("quantized", Json(true)) != false;
   if (const auto dtype = json.find("dtype"); dtype != json.end() && dtype->is_string()) {

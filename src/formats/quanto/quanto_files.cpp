@@ -2,8 +2,8 @@
 // keys are ours and ignored upstream: "weight_shape" where groups hide the shape of the weight (see
 // entry_of), and "optimizer" where it was not the default one.
 #include <array>
-#include <nlohmann/json.hpp>
 
+#include "core/json_text.h"
 #include "formats/quanto/quanto_checkpoint.h"
 
 namespace quantal::quanto {
@@ -19,13 +19,7 @@ constexpr std::int64_t kUpstreamGroup = 128;
   fail(Errc::kCorrupt, "quanto: " + where + " " + text);
 }
 
-Json parse(const std::string& text, const std::string& where) {
-  Json json = Json::parse(text, nullptr, false);
-  if (!json.is_object()) refuse(where, "is not a JSON object");
-  return json;
-}
-
-QType type_in(const Json& object, const char* key, const std::string& where) {
+QType type_in(const nlohmann::json& object, const char* key, const std::string& where) {
   const auto it = object.find(key);
   if (it == object.end() || it->is_null()) return QType::kNone;
   const auto type = it->is_string() ? find_qtype(it->get<std::string>()) : std::nullopt;
@@ -40,7 +34,7 @@ QType type_in(const Json& object, const char* key, const std::string& where) {
 /// Settings of the guide's files: {"bits": 4, "group_size": 128}. Their group_size is what was
 /// asked for, not what the tensors hold, and says nothing. 8 bits may be int8 or float8: left to
 /// the tensors.
-QType type_of_bits(const Json& object, const std::string& where) {
+QType type_of_bits(const nlohmann::json& object, const std::string& where) {
   const auto it = object.find("bits");
   if (it == object.end()) return QType::kNone;
   const std::int64_t bits = it->is_number_integer() ? it->get<std::int64_t>() : 0;
@@ -61,22 +55,25 @@ bool has_module_groups(const PackedSpec& spec) {
 enum class Shapes { kUnlessModule, kUnlessEvident };
 
 /// One entry of the map. Upstream's own map has no shapes: ours adds them only to layers that its
-/// modules could not hold; the settings of the guide's layouts, which are no upstream files, add
-/// them wherever the tensors hide them.
-Json entry_of(const PackedSpec& spec, Shapes shapes) {
+/// modules could not hold, or whose shape neither the tensors nor config.json tell; the settings of
+/// the guide's layouts, which are no upstream files, add them wherever the tensors hide them.
+Json entry_of(const LayerEntry& layer, Shapes shapes) {
+  const PackedSpec& spec = layer.spec;
   const Flags flags = Flags::from_int(spec.dialect_flags);
   Json entry = {{"weights", qtype_name(qtype_of(spec))},
                 {"activations", qtype_name(flags.activations)}};
   if (flags.optimize) entry["optimizer"] = "hqq";
-  const bool known =
-      shapes == Shapes::kUnlessModule ? has_module_groups(spec) : shape_is_evident(spec);
+  const bool evident = shape_is_evident(spec);
+  const bool known = shapes == Shapes::kUnlessModule
+                         ? has_module_groups(spec) && (evident || layer.shape_known)
+                         : evident;
   if (!known) entry[kShapeKey] = {spec.rows, spec.cols};
   return entry;
 }
 
 Json map_of(std::span<const LayerEntry> layers, Shapes shapes) {
   Json map = Json::object();
-  for (const LayerEntry& layer : layers) map[layer.name] = entry_of(layer.spec, shapes);
+  for (const LayerEntry& layer : layers) map[layer.name] = entry_of(layer, shapes);
   return map;
 }
 
@@ -95,7 +92,7 @@ Json guide_settings(std::span<const LayerEntry> layers) {
 bool needs_map(std::span<const LayerEntry> layers) {
   for (const LayerEntry& layer : layers) {
     const bool more = layer.spec.bits != layers.front().spec.bits;
-    if (more || entry_of(layer.spec, Shapes::kUnlessEvident).size() > 2 ||
+    if (more || entry_of(layer, Shapes::kUnlessEvident).size() > 2 ||
         Flags::from_int(layer.spec.dialect_flags).activations != QType::kNone) {
       return true;
     }
@@ -104,7 +101,7 @@ bool needs_map(std::span<const LayerEntry> layers) {
 }
 
 /// Settings of one layer in the form of import_layer.
-std::string layer_text(const Json& entry, const std::string& where) {
+std::string layer_text(const nlohmann::json& entry, const std::string& where) {
   Json out = {{"weights", qtype_name(type_in(entry, "weights", where))},
               {"activations", qtype_name(type_in(entry, "activations", where))}};
   if (entry.contains("optimizer")) out["optimizer"] = entry["optimizer"];
@@ -112,7 +109,8 @@ std::string layer_text(const Json& entry, const std::string& where) {
   return out.dump();
 }
 
-void read_map(const Json& map, const std::string& where, std::map<std::string, std::string>& out) {
+void read_map(const nlohmann::json& map, const std::string& where,
+              std::map<std::string, std::string>& out) {
   for (const auto& [name, entry] : map.items()) {
     const std::string at = where + ", module " + name;
     if (!entry.is_object()) refuse(at, "is not an object");
@@ -121,7 +119,7 @@ void read_map(const Json& map, const std::string& where, std::map<std::string, s
 }
 
 /// {"bits", "group_size", "modules"} or {"weights", "activations"}, for all layers.
-void read_common(const Json& settings, const std::string& where,
+void read_common(const nlohmann::json& settings, const std::string& where,
                  std::map<std::string, std::string>& out) {
   QType weights = type_in(settings, "weights", where);
   if (weights == QType::kNone) weights = type_of_bits(settings, where);
@@ -153,7 +151,7 @@ bool shape_is_evident(const PackedSpec& spec) {
 }
 
 LayerSettings parse_layer_settings(const std::string& text, const std::string& where) {
-  const Json json = parse(text, "settings of " + where);
+  const auto json = parse_json_object(text, "settings of " + where);
   LayerSettings out;
   out.weights = type_in(json, "weights", where);
   out.activations = type_in(json, "activations", where);
@@ -161,7 +159,7 @@ LayerSettings parse_layer_settings(const std::string& text, const std::string& w
   const auto shape = json.find(kShapeKey);
   if (shape == json.end()) return out;
   if (!shape->is_array()) refuse(where, "has weight_shape " + shape->dump() + ", expected a list");
-  for (const Json& size : *shape) {
+  for (const auto& size : *shape) {
     if (!size.is_number_integer()) {
       refuse(where, "has weight_shape " + shape->dump() + ", expected integers");
     }
@@ -201,22 +199,21 @@ SideFiles side_files(const FileLayout& layout, std::span<const LayerEntry> layer
 std::map<std::string, std::string> read_settings(const SideTexts& texts) {
   std::map<std::string, std::string> out;
   if (const auto config = texts.find("config.json"); config != texts.end()) {
-    const Json json = Json::parse(config->second, nullptr, false);
-    if (json.is_object() && json.contains("quantization_config")) {
-      const Json& settings = json["quantization_config"];
-      if (settings.is_object() && settings.value("quant_method", Json{}) == "quanto") {
-        read_common(settings, "config.json, quantization_config", out);
-      }
+    const auto json = parse_json_object(config->second, "config.json");
+    const auto settings = json.find("quantization_config");
+    if (settings != json.end() && settings->is_object() &&
+        settings->value("quant_method", nlohmann::json()) == "quanto") {
+      read_common(*settings, "config.json, quantization_config", out);
     }
   }
   if (const auto embedded = texts.find("embedded"); embedded != texts.end()) {
-    const Json json = Json::parse(embedded->second, nullptr, false);
-    if (json.is_object() && (json.contains("bits") || json.contains("weights"))) {
+    const auto json = parse_json_object(embedded->second, "embedded settings");
+    if (json.contains("bits") || json.contains("weights")) {
       read_common(json, "quanto_config", out);
     }
   }
   if (const auto map = texts.find(kMapName); map != texts.end()) {
-    read_map(parse(map->second, kMapName), kMapName, out);
+    read_map(parse_json_object(map->second, kMapName), kMapName, out);
   }
   return out;
 }

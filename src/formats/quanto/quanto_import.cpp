@@ -248,8 +248,9 @@ std::optional<Tensor> activation_scale(const Source& s, std::string_view field, 
 }
 
 Source source_of(const std::string& prefix, const TensorLookup& lookup, const LayerFacts& facts) {
-  Source s{prefix, lookup, parse_layer_settings(facts.settings, prefix), facts.weight_shape};
-  if (s.shape.empty()) s.shape = s.settings.weight_shape;
+  Source s{prefix, lookup, parse_layer_settings(facts.settings, prefix), {}};
+  // What was written beside the tensors is about them; the caller may only have worked it out.
+  s.shape = s.settings.weight_shape.empty() ? facts.weight_shape : s.settings.weight_shape;
   if (s.shape.empty()) return s;
   if (s.shape.size() != 2 || s.shape[0] < 1 || s.shape[1] < 1) {
     fail(Errc::kUnsupported, std::string(kWhere) + ": weight of " + prefix + " has shape " +
