@@ -65,6 +65,8 @@ function(quantal_room name)
   endif()
   if(name STREQUAL "io")
     target_link_libraries(${target} PRIVATE ZLIB::ZLIB)
+  elseif(name STREQUAL "policy")
+    target_link_libraries(${target} PRIVATE ${CMAKE_DL_LIBS})  # drivers are looked up at run time
   endif()
   set_property(GLOBAL APPEND PROPERTY QUANTAL_ROOMS ${target})
 endfunction()

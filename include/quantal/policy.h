@@ -44,6 +44,7 @@ struct QuantizationConfig {
   std::optional<DType> compute_dtype;
   std::optional<DType> storage_dtype;
   bool double_quant = true;
+  bool double_quant_set = false;  ///< false while `double_quant` is only the default
   std::string quant_type = "nf4";
   std::vector<std::string> skip_modules = {"lm_head"};
   std::vector<std::pair<std::string, LayerOverride>> layer_configs;  ///< in order given
@@ -60,11 +61,12 @@ void check_config(const QuantizationConfig& config);
 
 /// From a JSON object with the members of the Python dataclass; absent members keep their defaults.
 ///
-/// "bits": null means unset, and an extra member "bits_set" may say so beside a number;
-/// "group_size": null means 0. Dtypes are names such as "float32". Values of backend_options may be
-/// of any type and are kept as text. Members of a layer_configs entry are those of LayerOverride,
-/// or null for "skip". Throws Error{kConfig} for text that is not such an object, naming the
-/// member, for unknown members the nearest known one; and what check_config throws.
+/// "bits": null means unset, and an extra member "bits_set" may say so beside a number; the same
+/// for "double_quant". "group_size": null means 0. Dtypes are names such as "float32". Values of
+/// backend_options may be of any type and are kept as text. Members of a layer_configs entry are
+/// those of LayerOverride, or null for "skip". Throws Error{kConfig} for text that is not such an
+/// object, naming the member, for unknown members the nearest known one; and what check_config
+/// throws.
 QuantizationConfig config_from_json(const std::string& json);
 /// Inverse of config_from_json: all members, one line.
 std::string config_to_json(const QuantizationConfig& config);
@@ -76,8 +78,21 @@ struct Issue {
   std::string message;
   std::string remedy;
 };
-/// All findings; empty = valid. Never throws for a config that check_config accepts.
-std::vector<Issue> validate_quantization_config(const QuantizationConfig& config, Backend backend);
+/// A linear layer of a model: its dotted name, empty where only shapes are known, and the shape of
+/// its weight.
+struct LayerShape {
+  std::string name;
+  std::int64_t out_features = 0, in_features = 0;
+};
+/// What validation may know besides the config.
+struct ValidationFacts {
+  std::optional<std::vector<LayerShape>> layers;  ///< linear layers of the model; unset = no model
+  bool cuda_has_bf16 = true;                      ///< of the device that the config is for
+};
+/// All findings; empty = valid. Never throws for a config that check_config accepts. With layers,
+/// group sizes are tried on every shape, and patterns on every name.
+std::vector<Issue> validate_quantization_config(const QuantizationConfig& config, Backend backend,
+                                                const ValidationFacts& facts = {});
 
 /// True if the documented matrix has the pair. NONE is supported everywhere.
 bool documented_support(Backend backend, QuantizationMethod method);
@@ -162,7 +177,8 @@ class LayerRules {
   explicit LayerRules(const QuantizationConfig& resolved);
   struct Choice {
     bool quantize = true;
-    std::string reason;  ///< why not, naming the pattern or what the dialect refused
+    bool refused = false;  ///< not quantized because the dialect cannot take the layer
+    std::string reason;    ///< why not, naming the pattern or what the dialect refused
     /// What to quantize with. value_dtype is the compute dtype, right for HQQ; a bitsandbytes layer
     /// dequantizes to the dtype of its own weight, which the caller sets.
     QuantizeOptions options;

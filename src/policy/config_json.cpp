@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <nlohmann/json.hpp>
 #include <string>
 
@@ -11,10 +12,10 @@ namespace {
 
 using Json = nlohmann::ordered_json;  // layer_configs keep the order in which they were given
 
-constexpr std::array<std::string_view, 14> kMembers = {
+constexpr std::array<std::string_view, 15> kMembers = {
     "method",          "bits",         "bits_set",   "group_size",   "compute_dtype",
     "storage_dtype",   "double_quant", "quant_type", "skip_modules", "layer_configs",
-    "backend_options", "block_size",   "quant_zero", "quant_scale"};
+    "backend_options", "block_size",   "quant_zero", "quant_scale",  "double_quant_set"};
 constexpr std::array<std::string_view, 8> kLayerMembers = {
     "method",       "bits",       "group_size", "compute_dtype",
     "double_quant", "quant_type", "skip",       "skip_reason"};
@@ -46,11 +47,16 @@ std::int64_t read_int(const std::string& where, const Json& value) {
   return value.get<std::int64_t>();
 }
 
+[[noreturn]] void bad_bits(const std::string& bits) {
+  fail(Errc::kConfig, "Unsupported bit width: " + bits + ". Supported: 2, 4, 8, 16");
+}
+
 int read_bits(const std::string& where, const Json& value) {
+  constexpr double kBeyondJson = 9.2e18;  // integers that the parser could only keep as a double
+  if (value.is_number_float() && std::abs(value.get<double>()) > kBeyondJson) bad_bits(dump(value));
   const std::int64_t bits = read_int(where, value);
-  // Any width beyond a machine word is equally unsupported; clamping keeps the message's number
-  // short.
-  return static_cast<int>(std::clamp<std::int64_t>(bits, -1'000'000, 1'000'000));
+  if (bits != static_cast<int>(bits)) bad_bits(std::to_string(bits));
+  return static_cast<int>(bits);
 }
 
 bool read_bool(const std::string& where, const Json& value) {
@@ -119,6 +125,14 @@ void read_collections(const Json& object, QuantizationConfig& config) {
   }
 }
 
+/// Whether the user gave a member: it is there, and "<member>_set" does not deny it.
+bool was_given(const Json& object, const std::string& member) {
+  const bool there = object.contains(member) && !object.at(member).is_null();
+  const std::string flag = member + "_set";
+  if (!object.contains(flag) || object.at(flag).is_null()) return there;
+  return read_bool("config." + flag, object.at(flag)) && there;
+}
+
 /// Scalars with null as "keep the default".
 void read_scalars(const Json& object, QuantizationConfig& config) {
   for (const auto& [key, value] : object.items()) {
@@ -136,11 +150,8 @@ void read_scalars(const Json& object, QuantizationConfig& config) {
     if (key == "quant_zero") config.quant_zero = read_bool(at, value);
     if (key == "quant_scale") config.quant_scale = read_bool(at, value);
   }
-  const bool has_bits = object.contains("bits") && !object.at("bits").is_null();
-  config.bits_set = has_bits;
-  if (object.contains("bits_set") && !object.at("bits_set").is_null()) {
-    config.bits_set = read_bool("config.bits_set", object.at("bits_set")) && has_bits;
-  }
+  config.bits_set = was_given(object, "bits");
+  config.double_quant_set = was_given(object, "double_quant");
 }
 
 Json override_json(const LayerOverride& layer) {
@@ -166,8 +177,7 @@ void check_config(const QuantizationConfig& config) {
   static constexpr std::array<int, 4> kAlways = {2, 4, 8, 16};
   if (!policy::has_width(kAlways, config.bits) &&
       !policy::has_width(policy::upstream_bits(config.method), config.bits)) {
-    fail(Errc::kConfig,
-         "Unsupported bit width: " + std::to_string(config.bits) + ". Supported: 2, 4, 8, 16");
+    bad_bits(std::to_string(config.bits));
   }
   if (config.group_size < 0) {
     fail(Errc::kConfig,
@@ -209,6 +219,7 @@ std::string config_to_json(const QuantizationConfig& config) {
   object["compute_dtype"] = dtype_json(config.compute_dtype);
   object["storage_dtype"] = dtype_json(config.storage_dtype);
   object["double_quant"] = config.double_quant;
+  object["double_quant_set"] = config.double_quant_set || !config.double_quant;
   object["quant_type"] = config.quant_type;
   object["skip_modules"] = config.skip_modules;
   object["layer_configs"] = Json::object();

@@ -176,17 +176,6 @@ class Factory {
     }
   }
 
-  /// Another method of the same dialect whose name has these bits (bnb_nf4 and 8 bits: bnb_int8).
-  static M sibling_with_bits(M method, int bits) {
-    if (method_bits(method).value_or(bits) == bits) return method;
-    for (const MethodInfo& candidate : methods()) {
-      if (candidate.dialect == policy::family_of(method).dialect && candidate.bits == bits) {
-        return candidate.method;
-      }
-    }
-    return method;
-  }
-
   void resolve_layer(const std::string& pattern, LayerOverride& layer) {
     M method = layer.method.value_or(config().method);
     const int bits = layer.bits.value_or(policy::effective_bits(method, config().bits));
@@ -194,11 +183,12 @@ class Factory {
       layer.skip = true;
       return;
     }
-    method = sibling_with_bits(method, bits);
-    std::string reason = refusal(method, bits);
-    if (reason.empty() && method_bits(method).value_or(bits) != bits) {
-      reason = std::string(method_name(method)) + " has no " + std::to_string(bits) + "-bit form";
-    }
+    method = policy::sibling_with_bits(method, bits);
+    std::string reason;
+    if (support_ == Support::kDocumented) reason = policy::matrix_refusal(backend_, method);
+    const std::string width = policy::width_refusal(method, bits);
+    if (!reason.empty() && !width.empty()) reason += "; ";
+    reason += width;
     layer.method = method;
     layer.bits = bits;
     if (!reason.empty()) substitute_layer(pattern, layer, reason);

@@ -7,8 +7,16 @@
 namespace quantal {
 namespace {
 
-/// The config as this layer sees it.
-QuantizationConfig apply(const QuantizationConfig& config, const LayerOverride& layer) {
+LayerRules::Choice dense(LayerRules::Choice choice, std::string reason) {
+  choice.quantize = false;
+  choice.reason = std::move(reason);
+  return choice;
+}
+
+}  // namespace
+
+QuantizationConfig policy::apply_override(const QuantizationConfig& config,
+                                          const LayerOverride& layer) {
   QuantizationConfig out = config;
   if (layer.method) out.method = *layer.method;
   if (layer.bits) out.bits = *layer.bits;
@@ -21,14 +29,6 @@ QuantizationConfig apply(const QuantizationConfig& config, const LayerOverride& 
   if (layer.quant_type) out.quant_type = *layer.quant_type;
   return out;
 }
-
-LayerRules::Choice dense(LayerRules::Choice choice, std::string reason) {
-  choice.quantize = false;
-  choice.reason = std::move(reason);
-  return choice;
-}
-
-}  // namespace
 
 LayerRules::LayerRules(const QuantizationConfig& resolved) : config_(resolved) {
   for (const std::string& pattern : resolved.skip_modules) {
@@ -60,7 +60,7 @@ LayerRules::Choice LayerRules::choose(const std::string& name, std::int64_t out_
   const Rule* override_rule = best_override(name);
   const LayerOverride no_override;
   const LayerOverride& settings = override_rule ? override_rule->settings : no_override;
-  const QuantizationConfig layer = apply(config_, settings);
+  const QuantizationConfig layer = policy::apply_override(config_, settings);
 
   Choice choice;
   choice.options = policy::base_options(layer);
@@ -81,12 +81,14 @@ LayerRules::Choice LayerRules::choose(const std::string& name, std::int64_t out_
   const std::string unbuilt = policy::build_refusal(layer.method, choice.options.bits);
   if (!unbuilt.empty()) {
     if (strict) fail(Errc::kUnsupported, where + unbuilt);
+    choice.refused = true;
     return dense(std::move(choice), unbuilt);
   }
   try {
     dialect_of(layer.method).make_spec(out_features, in_features, choice.options);
   } catch (const Error& error) {
     if (strict) fail(error.code(), where + error.what(), error.site());
+    choice.refused = true;
     return dense(std::move(choice), error.what());
   }
   return choice;

@@ -82,6 +82,25 @@ bool has_width(std::span<const int> widths, int bits) {
   return std::find(widths.begin(), widths.end(), bits) != widths.end();
 }
 
+QuantizationMethod sibling_with_bits(QuantizationMethod method, int bits) {
+  if (method_bits(method).value_or(bits) == bits) return method;
+  for (const MethodInfo& candidate : methods()) {
+    if (candidate.dialect == family_of(method).dialect && candidate.bits == bits) {
+      return candidate.method;
+    }
+  }
+  return method;
+}
+
+std::string width_refusal(QuantizationMethod method, int bits) {
+  const QuantizationMethod sibling = sibling_with_bits(method, bits);
+  std::string reason = build_refusal(sibling, bits);
+  if (reason.empty() && method_bits(sibling).value_or(bits) != bits) {
+    reason = std::string(method_name(sibling)) + " has no " + std::to_string(bits) + "-bit form";
+  }
+  return reason;
+}
+
 int effective_bits(QuantizationMethod method, int bits) {
   return method_bits(method).value_or(bits);
 }

@@ -32,6 +32,12 @@ std::vector<int> upstream_bits(QuantizationMethod method);
 std::span<const int> built_bits(QuantizationMethod method);
 bool has_width(std::span<const int> widths, int bits);
 
+/// Another method of the same dialect whose name has these bits (bnb_nf4 and 8 bits: bnb_int8),
+/// else `method` itself.
+QuantizationMethod sibling_with_bits(QuantizationMethod method, int bits);
+/// Why a layer cannot have this width with a method or its sibling; empty if it can.
+std::string width_refusal(QuantizationMethod method, int bits);
+
 /// Bits that a config means: those of the method where it names them, else those of the config.
 int effective_bits(QuantizationMethod method, int bits);
 /// True if the user gave `bits` (see QuantizationConfig::bits_set).
@@ -54,6 +60,9 @@ std::string_view fallback_name(Fallback fallback);
 /// Fills QuantizeOptions from a resolved config, without layer_configs. Throws Error{kConfig} for
 /// an illegal "axis", "optimize" or "round_zero" in backend_options.
 QuantizeOptions base_options(const QuantizationConfig& config);
+
+/// The config as a layer with these settings sees it.
+QuantizationConfig apply_override(const QuantizationConfig& config, const LayerOverride& layer);
 
 /// Names that backend_options may hold.
 std::span<const std::string_view> known_options();

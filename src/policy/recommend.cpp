@@ -2,29 +2,13 @@
 #include <cstdio>
 #include <string>
 
+#include "policy/probe.h"
 #include "quantal/policy.h"
-
-#if defined(__aarch64__) && defined(__linux__)
-#include <sys/auxv.h>
-#endif
 
 namespace quantal {
 namespace {
 
 using M = QuantizationMethod;
-
-/// True if this machine multiplies bf16 in hardware; without it every bf16 product is emulated.
-bool cpu_has_bf16() {
-#if defined(__x86_64__) || defined(__i386__)
-  // Every CPU with AMX-BF16 also has AVX512-BF16, so one question covers both.
-  return __builtin_cpu_supports("avx512bf16") != 0;
-#elif defined(__aarch64__) && defined(__linux__)
-  constexpr unsigned long kHwcap2Bf16 = 1ul << 14;  // HWCAP2_BF16 of the arm64 kernel interface
-  return (getauxval(AT_HWCAP2) & kHwcap2Bf16) != 0;
-#else
-  return false;
-#endif
-}
 
 void check_size_argument(const char* name, double value) {
   if (std::isfinite(value) && value >= 0) return;
@@ -78,7 +62,7 @@ DType default_compute_dtype(Backend backend, bool cuda_has_bf16) {
     case Backend::MLX:
       return DType::kF16;
     case Backend::CPU:
-      return cpu_has_bf16() ? DType::kBF16 : DType::kF32;
+      return policy::cpu_has_bf16() ? DType::kBF16 : DType::kF32;
   }
   return DType::kF32;
 }

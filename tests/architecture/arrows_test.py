@@ -36,7 +36,13 @@ ARROWS["torch"] = set(ARROWS["checkpoint"]) | {"checkpoint"}
 ARROWS["tools"] = set(ARROWS["torch"])
 ARROWS["python"] = set(ARROWS["torch"]) | {"torch"}
 # Public headers that are not called as their room.
-PUBLIC_ROOMS = {"archive": "io", "ggml": "formats", "safetensors": "io", "transcode": "formats"}
+PUBLIC_ROOMS = {
+    "archive": "io",
+    "backend": "policy",
+    "ggml": "formats",
+    "safetensors": "io",
+    "transcode": "formats",
+}
 TORCH_FREE = ("core", "kernels", "formats", "policy", "io", "checkpoint")
 TORCH_HEADERS = re.compile(r"^(torch|ATen|c10|caffe2|pybind11)/|^Python\.h$")
 TORCH_SYMBOL = re.compile(r"(?<![\w:])(torch|at|c10|pybind11)::|\bPy_[A-Z]")

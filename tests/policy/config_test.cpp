@@ -65,6 +65,16 @@ TEST(ConfigJson, BitsCanBeUnset) {
   EXPECT_FALSE(config_from_json(config_to_json(QuantizationConfig{})).bits_set);
 }
 
+TEST(ConfigJson, DoubleQuantRemembersWhetherItWasGiven) {
+  EXPECT_FALSE(config_from_json("{}").double_quant_set);
+  EXPECT_FALSE(config_from_json(R"({"double_quant": null})").double_quant_set);
+  EXPECT_TRUE(config_from_json(R"({"double_quant": null})").double_quant);
+  EXPECT_TRUE(config_from_json(R"({"double_quant": true})").double_quant_set);
+  EXPECT_FALSE(
+      config_from_json(R"({"double_quant": true, "double_quant_set": false})").double_quant_set);
+  EXPECT_FALSE(config_from_json(config_to_json(QuantizationConfig{})).double_quant_set);
+}
+
 TEST(ConfigJson, GroupSizeNullMeansOneGroupPerRow) {
   EXPECT_EQ(config_from_json(R"({"group_size": null})").group_size, 0);
 }
@@ -99,6 +109,12 @@ TEST(ConfigJson, BitWidths) {
   EXPECT_EQ(error_of(R"({"method": "hqq", "bits": 7})"),
             "Unsupported bit width: 7. Supported: 2, 4, 8, 16");
   EXPECT_EQ(config_from_json(R"({"method": "hqq", "bits": 3})").bits, 3) << "HQQ has 3 bits";
+  EXPECT_EQ(error_of(R"({"bits": 5000000000})"),
+            "Unsupported bit width: 5000000000. Supported: 2, 4, 8, 16");
+  EXPECT_EQ(error_of(R"({"bits": -4})"), "Unsupported bit width: -4. Supported: 2, 4, 8, 16");
+  EXPECT_NE(error_of(R"({"bits": 1)" + std::string(40, '0') + "}").find("Unsupported bit width: 1"),
+            std::string::npos);
+  EXPECT_EQ(error_of(R"({"bits": 4.5})"), "config.bits is 4.5, expected an integer");
 }
 
 TEST(ConfigJson, SizesMustNotBeNegative) {

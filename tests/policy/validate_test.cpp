@@ -125,6 +125,134 @@ TEST(Validate, SettingsOfTheDialect) {
   expect_issue(hqq, Backend::CPU, "compute_dtype.kind");
 }
 
+TEST(Validate, CudaDeviceWithoutBfloat16) {
+  QuantizationConfig config = make(M::BNB_NF4, 4);
+  config.compute_dtype = DType::kBF16;
+  EXPECT_TRUE(validate_quantization_config(config, Backend::CUDA).empty());
+  ValidationFacts old_device;
+  old_device.cuda_has_bf16 = false;
+  EXPECT_NE(find(validate_quantization_config(config, Backend::CUDA, old_device), "cuda.bfloat16"),
+            nullptr);
+  config.compute_dtype = DType::kF16;
+  EXPECT_TRUE(validate_quantization_config(config, Backend::CUDA, old_device).empty());
+}
+
+TEST(Validate, StorageDtype) {
+  QuantizationConfig config = make(M::BNB_NF4, 4);
+  config.compute_dtype = DType::kBF16;
+  for (const DType good : {DType::kU8, DType::kBF16}) {
+    config.storage_dtype = good;
+    EXPECT_TRUE(validate_quantization_config(config, Backend::CUDA).empty());
+  }
+  config.storage_dtype = DType::kF32;
+  const Issue fsdp = expect_issue(config, Backend::CUDA, "storage_dtype.fsdp");
+  EXPECT_EQ(fsdp.severity, "warning");
+  EXPECT_NE(fsdp.remedy.find("bfloat16"), std::string::npos);
+  config.storage_dtype = DType::kI64;
+  EXPECT_EQ(expect_issue(config, Backend::CUDA, "storage_dtype.kind").severity, "error");
+  config.compute_dtype.reset();  // CUDA computes in bf16 where it can
+  config.storage_dtype = DType::kBF16;
+  EXPECT_TRUE(validate_quantization_config(config, Backend::CUDA).empty());
+}
+
+TEST(Validate, SettingsWithoutEffectOnlyWhereTheyWereGiven) {
+  EXPECT_TRUE(validate_quantization_config(make(M::HQQ, 4), Backend::CUDA).empty())
+      << "the default of double_quant is no finding";
+  QuantizationConfig config = make(M::HQQ, 4);
+  config.double_quant_set = true;
+  expect_issue(config, Backend::CUDA, "double_quant.no_effect");
+  config.double_quant = false;
+  expect_no_issue(config, Backend::CUDA, "double_quant.no_effect");
+  config.quant_type = "fp4";
+  expect_issue(config, Backend::CUDA, "quant_type.no_effect");
+  config.block_size = 64;
+  expect_issue(config, Backend::CUDA, "block_size.no_effect");
+  config.method = M::NONE;
+  EXPECT_TRUE(validate_quantization_config(config, Backend::CUDA).empty());
+
+  config = make(M::BNB_NF4, 4);
+  config.double_quant_set = true;
+  config.quant_type = "fp4";
+  config.block_size = 128;
+  EXPECT_TRUE(validate_quantization_config(config, Backend::CUDA).empty());
+}
+
+// ------------------------------------------------------------------ with a model
+
+std::vector<Issue> with_layers(const QuantizationConfig& config, std::vector<LayerShape> layers,
+                               Backend backend = Backend::CPU) {
+  ValidationFacts facts;
+  facts.layers = std::move(layers);
+  return validate_quantization_config(config, backend, facts);
+}
+
+TEST(ValidateModel, GroupSizesAgainstShapes) {
+  const QuantizationConfig config = make(M::MLX_INT4, 4);
+  const std::vector<LayerShape> layers = {{"a.good", 64, 128}, {"a.odd", 64, 96}};
+  const auto issues = with_layers(config, layers, Backend::MPS);
+  const Issue* issue = find(issues, "group_size.shape");
+  ASSERT_NE(issue, nullptr);
+  EXPECT_EQ(issue->severity, "warning");
+  EXPECT_NE(issue->message.find("1 of 2"), std::string::npos) << issue->message;
+  EXPECT_NE(issue->message.find("'a.odd' [64, 96]"), std::string::npos) << issue->message;
+  EXPECT_EQ(issue->message.find("a.good"), std::string::npos) << issue->message;
+  EXPECT_NE(issue->remedy.find("group_size 32"), std::string::npos) << issue->remedy;
+
+  QuantizationConfig smaller = config;
+  smaller.group_size = 32;
+  EXPECT_TRUE(with_layers(smaller, layers, Backend::MPS).empty());
+  QuantizationConfig skipping = config;
+  skipping.skip_modules = {"odd"};
+  EXPECT_TRUE(with_layers(skipping, layers, Backend::MPS).empty());
+}
+
+TEST(ValidateModel, ManyBadLayersAreOneFinding) {
+  std::vector<LayerShape> layers;
+  for (int i = 0; i < 100; ++i) layers.push_back({"l." + std::to_string(i), 64, 33});
+  const auto issues = with_layers(make(M::MLX_INT8, 8), layers, Backend::MLX);
+  const Issue* issue = find(issues, "group_size.shape");
+  ASSERT_NE(issue, nullptr);
+  EXPECT_NE(issue->message.find("100 of 100"), std::string::npos);
+  EXPECT_LT(issue->message.size(), 300u);
+}
+
+TEST(ValidateModel, Patterns) {
+  QuantizationConfig config = make(M::HQQ, 4);
+  config.skip_modules = {"lm_hed"};
+  config.layer_configs = {{"layers.2", {}}, {"layers.7", {}}};
+  const std::vector<LayerShape> layers = {{"layers.2.q_proj", 64, 64}, {"lm_head", 64, 64}};
+  const auto issues = with_layers(config, layers);
+  ASSERT_EQ(issues.size(), 2u);
+  EXPECT_EQ(issues[0].id, "pattern.unmatched");
+  EXPECT_NE(issues[0].message.find("lm_hed"), std::string::npos);
+  EXPECT_NE(issues[1].message.find("layers.7"), std::string::npos);
+  EXPECT_TRUE(with_layers(config, {{"", 64, 64}}).empty()) << "shapes alone have no names";
+}
+
+TEST(ValidateModel, NothingToQuantize) {
+  QuantizationConfig config = make(M::HQQ, 4);
+  EXPECT_NE(find(with_layers(config, {}), "model.no_linear"), nullptr);
+  config.skip_modules = {"*"};
+  EXPECT_NE(find(with_layers(config, {{"a", 64, 64}}), "model.nothing"), nullptr);
+  EXPECT_TRUE(with_layers(make(M::NONE, 4), {{"a", 64, 64}}).empty());
+}
+
+TEST(ValidateModel, AbsurdShapesAreFindingsNotExceptions) {
+  for (const auto& [rows, cols] : {std::pair<std::int64_t, std::int64_t>{0, 0},
+                                   {-1, 64},
+                                   {64, -64},
+                                   {INT64_MAX, INT64_MAX},
+                                   {INT64_MAX, 64}}) {
+    for (const MethodInfo& method : methods()) {
+      if (method.method == M::NONE) continue;
+      QuantizationConfig config = make(method.method, method.bits == 0 ? 4 : method.bits);
+      config.backend_options["support"] = "extended";
+      EXPECT_FALSE(with_layers(config, {{"a", rows, cols}}).empty())
+          << method.name << " " << rows << " " << cols;
+    }
+  }
+}
+
 TEST(Validate, BackendOptions) {
   QuantizationConfig config = make(M::HQQ, 8);
   config.backend_options["axis"] = "2";
@@ -146,6 +274,28 @@ TEST(Validate, Layers) {
   EXPECT_NE(expect_issue(config, Backend::CPU, "backend.bnb").message.find("'b'"),
             std::string::npos);
   expect_issue(config, Backend::CPU, "layer.pattern");
+
+  LayerOverride eight, group, nested;
+  eight.bits = 8;
+  group.group_size = 12;
+  nested.double_quant = true;
+  config = make(M::BNB_NF4, 4);
+  config.layer_configs = {{"a", eight}};  // the sibling bnb_int8
+  EXPECT_TRUE(validate_quantization_config(config, Backend::CUDA).empty());
+  eight.bits = 2;
+  config.layer_configs = {{"a", eight}};
+  expect_issue(config, Backend::CUDA, "layer.width");
+  config = make(M::MLX_INT4, 4);
+  config.layer_configs = {{"a", eight}};
+  EXPECT_NE(expect_issue(config, Backend::MPS, "layer.width").message.find("no 2-bit form"),
+            std::string::npos);
+  config = make(M::HQQ, 4);
+  config.layer_configs = {{"a", group}};
+  EXPECT_NE(expect_issue(config, Backend::CPU, "layer.settings").message.find("12"),
+            std::string::npos);
+  config.layer_configs = {{"a", nested}};
+  expect_issue(config, Backend::CPU, "layer.no_effect");
+  expect_no_issue(config, Backend::CPU, "double_quant.no_effect");
 }
 
 TEST(Matrix, MarkdownIsThatOfTheDocumentation) {

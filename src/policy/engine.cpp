@@ -1,0 +1,72 @@
+// Which code runs a dialect here: one answer for reports, the cli and Python.
+#include <array>
+#include <string>
+
+#include "policy/text.h"
+#include "quantal/backend.h"
+#include "quantal/kernels.h"
+#include "quantal/policy.h"
+
+namespace quantal {
+namespace {
+
+/// Backends whose kernels are part of this build; a device without them is reported as such.
+constexpr bool has_kernels(Backend backend) { return backend == Backend::CPU; }
+
+/// Never throws: a forced kernel set that this machine lacks is what a report should show.
+std::string cpu_engine() {
+  try {
+    return std::string(active_cpu_kernels()) + " kernels";
+  } catch (const Error& error) {
+    return error.what();
+  }
+}
+
+std::string engine_of(Backend backend, const Machine& machine) {
+  if (backend == Backend::CPU) return cpu_engine();
+  if (!backend_available(backend, machine)) return "no device";
+  return has_kernels(backend) ? "own kernels" : "device found, no kernels in this build";
+}
+
+constexpr std::array<Backend, kNumBackends> kAll = {Backend::CUDA, Backend::MPS, Backend::MLX,
+                                                    Backend::CPU};
+
+}  // namespace
+
+std::vector<EngineStatus> engine_status(const Machine& machine) {
+  std::vector<EngineStatus> out;
+  for (const Dialect* dialect : dialects()) {
+    EngineStatus status;
+    status.dialect = dialect->name;
+    status.title = dialect->title;
+    for (const QuantizationMethod method : dialect->methods) {
+      status.methods.emplace_back(method_name(method));
+    }
+    status.bits.assign(dialect->bits.begin(), dialect->bits.end());
+    for (const Backend backend : kAll) status.engines.push_back(engine_of(backend, machine));
+    out.push_back(std::move(status));
+  }
+  return out;
+}
+
+std::string engine_text(const Machine& machine) {
+  std::string text;
+  for (const EngineStatus& status : engine_status(machine)) {
+    std::string name = status.title;
+    name.resize(std::max<std::size_t>(name.size(), 14), ' ');
+    std::string methods;
+    for (const std::string& method : status.methods) {
+      methods += (methods.empty() ? "" : ", ") + method;
+    }
+    text += "  " + name + " bits " + policy::join(status.bits);
+    text += methods.empty() ? "; from and to GGUF files\n" : "; " + methods + "\n";
+  }
+  std::string engines;
+  for (const Backend backend : kAll) {
+    engines += (engines.empty() ? "  " : "; ") + std::string(backend_name(backend)) + ": " +
+               engine_of(backend, machine);
+  }
+  return text + engines + "\n";
+}
+
+}  // namespace quantal
