@@ -1,6 +1,8 @@
 // Conversion of whole models: statements, values, files beside the weights, failures.
+#include <algorithm>
 #include <cmath>
 
+#include "checkpoint/convert_plan.h"
 #include "checkpoint/support.h"
 
 namespace quantal {
@@ -112,7 +114,7 @@ TEST(Convert, DenseSources) {
 
 /// Every golden checkpoint decodes to upstream's own values.
 TEST(Convert, DecodedModelsHaveUpstreamsValues) {
-  for (const testing::GoldenModel& model : testing::kFolderModels) {
+  for (const testing::GoldenModel& model : testing::kGoldenModels) {
     if (!fs::is_directory(model_path(model.path))) continue;
     SCOPED_TRACE(model.path);
     const TempFolder temp;
@@ -178,6 +180,56 @@ TEST(Convert, PlanSaysWhatConvertDoes) {
     EXPECT_EQ(plan.layers[i].kept.statistics, done.layers[i].kept.statistics);
   }
   EXPECT_NE(plan.text().find("gguf Q4_1"), std::string::npos) << plan.text();
+}
+
+std::size_t lines(const std::string& text) {
+  return static_cast<std::size_t>(std::count(text.begin(), text.end(), '\n'));
+}
+
+/// Layers differ in their measured bounds, not in what is said of them: one row, one sentence.
+TEST(Convert, ReportsShareRows) {
+  const TempFolder temp;
+  convert(model_path("gguf/tiny-q4_1.gguf"), temp.path("hqq"), {.to = "hqq"});
+  const ConvertReport back = convert(temp.path("hqq"), temp.path("back.gguf"), {.to = "gguf"});
+  EXPECT_GT(back.layers.size(), 10u);
+  // Layout, heading, one form, the dense tensors, an empty line, the rule.
+  EXPECT_EQ(lines(back.text()), 6u) << back.text();
+}
+
+/// A plan looks at no values, so it promises nothing that depends on them.
+TEST(Convert, PlansPromiseNothingThatDependsOnValues) {
+  const std::string source = model_path("gguf/tiny-q8_0.gguf");
+  ConvertOptions options{.to = "quanto"};
+  options.dense_dtype = DType::kF32;
+  const ConvertReport plan = plan_convert(source, options);
+  EXPECT_TRUE(plan.layers.back().kept.values);
+  EXPECT_FALSE(plan.lossless());
+  EXPECT_NE(plan.text().find("copied if"), std::string::npos) << plan.text();
+  EXPECT_NE(plan.text().find("decoded"), std::string::npos) << plan.text();
+  const TempFolder temp;
+  const ConvertReport done = convert(source, temp.path("m"), options);
+  EXPECT_FALSE(done.lossless());
+  EXPECT_EQ(done.text().find("copied"), done.text().find("copied as they are")) << done.text();
+}
+
+TEST(Convert, PlansKnowTheLayoutOfTheTarget) {
+  const std::string source = model_path("hqq-pt-4bit");
+  EXPECT_EQ(plan_convert(source, {.to = "dense"}).layout, "dense transformers");
+  EXPECT_EQ(plan_convert(source, {.to = "dense"}, "x.pt").layout, "dense single-torch");
+  EXPECT_EQ(error_of([&] { plan_convert(source, {.to = "mlx"}, "x.gguf"); }).code(), Errc::kConfig);
+}
+
+/// Words around an error do not repeat file and tensor.
+TEST(Convert, ErrorsNameTheirPlaceOnce) {
+  const TempFolder temp;
+  ConvertOptions options{.to = "mlx"};
+  options.quantize.bits = 7;
+  const Error error = error_of([&] { plan_convert(model_path("hqq-pt-4bit"), options); });
+  const std::string text = error.what();
+  EXPECT_NE(text.find("model.layers.0.mlp.down_proj"), std::string::npos) << text;
+  const Error inner(Errc::kIo, "disk is full", {.path = "a"});
+  EXPECT_STREQ(checkpoint::with_context("layer: ", inner).what(), "layer: disk is full (file=a)");
+  EXPECT_EQ(checkpoint::with_context("layer: ", inner).site().path, "a");
 }
 
 TEST(Convert, LosslessOnlyRefusesBeforeWriting) {

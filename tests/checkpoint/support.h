@@ -58,7 +58,7 @@ inline const nlohmann::json& expected_values() {
   return kAll;
 }
 
-/// Every golden checkpoint: path below checkpoints/ and its key in expected_values().
+/// Every golden checkpoint of a model: path below checkpoints/ and its key in expected_values().
 struct GoldenModel {
   const char* path;
   const char* expected;
@@ -67,7 +67,7 @@ struct GoldenModel {
 inline std::ostream& operator<<(std::ostream& out, const GoldenModel& model) {
   return out << model.path;
 }
-inline constexpr GoldenModel kFolderModels[] = {
+inline constexpr GoldenModel kGoldenModels[] = {
     {"dense-bf16", "dense-bf16", "dense transformers"},
     {"dense-bf16-sharded", "dense-bf16-sharded", "dense transformers"},
     {"dense-f16-bin", "dense-f16-bin", "dense torch"},
@@ -95,6 +95,12 @@ inline constexpr GoldenModel kFolderModels[] = {
     {"layout-mlx-dir", "layout-mlx-dir", "mlx guide"},
     {"layout-quanto-dir", "layout-quanto-dir", "quanto guide"},
     {"layout-quanto-single/quanto_model.pth", "layout-quanto-dir", "quanto single"},
+    {"gguf/tiny-f16.gguf", "gguf/tiny-f16.gguf", "dense gguf"},
+    {"gguf/tiny-q4_0.gguf", "gguf/tiny-q4_0.gguf", "gguf gguf"},
+    {"gguf/tiny-q4_1.gguf", "gguf/tiny-q4_1.gguf", "gguf gguf"},
+    {"gguf/tiny-q5_0.gguf", "gguf/tiny-q5_0.gguf", "gguf gguf"},
+    {"gguf/tiny-q5_1.gguf", "gguf/tiny-q5_1.gguf", "gguf gguf"},
+    {"gguf/tiny-q8_0.gguf", "gguf/tiny-q8_0.gguf", "gguf gguf"},
 };
 
 /// Code of the Error that `body` throws; the test fails if it throws none.
