@@ -143,6 +143,9 @@ struct FileLayout {
   std::string_view weights;  ///< file name in a folder: "model.safetensors"; empty: single file
   StateTree tree = StateTree::kFlat;
   bool always_index = false;  ///< safetensors: an index also where there is one file (mlx-lm)
+  /// The reader asks for the output layer's tensor also where it is the embedding's (hqq): torch
+  /// files name the same bytes twice.
+  bool names_tied_head = false;
 };
 
 /// Files that a layout has beside the weights.

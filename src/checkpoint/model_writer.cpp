@@ -41,6 +41,20 @@ void check_single_target(const std::string& path, bool overwrite) {
   }
 }
 
+/// A language model whose output layer is its embedding; transformers' default is that it is.
+bool ties_head(const Json& config) {
+  if (const auto tied = config.find("tie_word_embeddings"); tied != config.end()) {
+    if (tied->is_boolean() && !tied->get<bool>()) return false;
+  }
+  const auto classes = config.find("architectures");
+  if (classes == config.end() || !classes->is_array() || classes->empty()) return true;
+  return std::any_of(classes->begin(), classes->end(), [](const Json& name) {
+    if (!name.is_string()) return false;
+    const auto text = name.get<std::string>();
+    return text.find("CausalLM") != std::string::npos || text.find("LMHead") != std::string::npos;
+  });
+}
+
 /// Field of a dense tensor inside its module.
 std::size_t split_at(const std::string& name) {
   const std::size_t dot = name.rfind('.');
@@ -136,6 +150,19 @@ void ModelWriter::add_companion(const std::string& from, const std::string& name
   if (error) fail(Errc::kIo, "save: copy of " + name + ": " + error.message(), {.path = from});
 }
 
+bool ModelWriter::has_head() const {
+  return names_.count("lm_head") != 0 || names_.count("lm_head.weight") != 0;
+}
+
+void ModelWriter::name_tied_head(const std::string& config_json) {
+  if (has_head() || !ties_head(parse_json_object(config_json, "config.json"))) return;
+  for (const char* embedding : {"model.embed_tokens.weight", "transformer.wte.weight"}) {
+    if (names_.count(embedding) == 0) continue;
+    sink_->put_alias({.module = "lm_head", .field = "weight", .view = {}}, embedding);
+    return;
+  }
+}
+
 void ModelWriter::write_texts(const SideFiles& side, const std::string& config,
                               const SideTexts& texts) {
   for (const auto& [name, text] : carried_texts(texts)) {
@@ -158,9 +185,9 @@ void ModelWriter::commit(const std::string& config_json, std::vector<std::string
   if (dense.empty()) {
     dense = linears_;
     // A tied head has no tensor of its own, but programs must not take it for quantized.
-    const bool head = names_.count("lm_head") != 0 || names_.count("lm_head.weight") != 0;
-    if (!head && !layers_.empty()) dense.push_back("lm_head");
+    if (!has_head() && !layers_.empty()) dense.push_back("lm_head");
   }
+  if (layout_.names_tied_head) name_tied_head(config_json);
   const WeightShapes shapes(config_json);
   for (LayerEntry& layer : layers_) {
     layer.shape_known =

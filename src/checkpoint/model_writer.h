@@ -42,6 +42,8 @@ class ModelWriter {
 
  private:
   void add_name(const std::string& name);
+  bool has_head() const;
+  void name_tied_head(const std::string& config_json);
   void write_texts(const SideFiles& side, const std::string& config, const SideTexts& texts);
 
   std::string path_;

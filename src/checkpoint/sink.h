@@ -32,6 +32,8 @@ class TensorSink {
  public:
   virtual ~TensorSink() = default;
   virtual void put(const Piece& piece) = 0;
+  /// A second name for the tensor `of` of layouts with names_tied_head; others have none.
+  virtual void put_alias(const Piece& /*name*/, const std::string& /*of*/) {}
   virtual void finish(const SinkEnd& end) = 0;
 };
 

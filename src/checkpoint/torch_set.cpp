@@ -2,6 +2,8 @@
 // module or per `meta`, and several tools wrap everything once more; all become dotted names.
 #include <algorithm>
 #include <limits>
+#include <map>
+#include <utility>
 
 #include "checkpoint/folder.h"
 #include "checkpoint/json.h"
@@ -91,6 +93,7 @@ class Flattener {
       }
     }
     flatten("", root);
+    drop_tied_head();
     if (!ignored_.empty()) set_.notes.push_back("ignored values of the file: " + ignored_);
   }
 
@@ -141,10 +144,25 @@ class Flattener {
     }
   }
 
+  /// The output layer of a tied model is the embedding under a second name: one tensor.
+  void drop_tied_head() {
+    const auto head = storages_.find("lm_head.weight");
+    if (head == storages_.end()) return;
+    const StoredTensor& tensor = set_.tensors.at(head->first);
+    const bool tied = std::any_of(storages_.begin(), storages_.end(), [&](const auto& one) {
+      return one.first != head->first && one.second == head->second &&
+             set_.tensors.at(one.first).shape == tensor.shape &&
+             set_.tensors.at(one.first).dtype == tensor.dtype;
+    });
+    if (tied) set_.tensors.erase(head->first);
+  }
+
   void add(const std::string& name, const TorchValue& key, const TorchValue& value) {
     switch (value.kind()) {
       case Kind::kTensor:
-        return insert(name, tensor(value.as_tensor()));
+        insert(name, tensor(value.as_tensor()));
+        storages_[name] = {value.as_tensor().storage, value.as_tensor().offset};
+        return;
       case Kind::kNone:
         return;
       case Kind::kBool: {
@@ -190,6 +208,7 @@ class Flattener {
 
   TensorSet& set_;
   std::shared_ptr<TorchFile> file_;
+  std::map<std::string, std::pair<std::string, std::int64_t>> storages_;  ///< key and offset
   std::string ignored_;
 };
 

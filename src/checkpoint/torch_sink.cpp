@@ -130,17 +130,11 @@ class TorchSink final : public TensorSink {
     TorchValue value = piece.kind == StateKind::kTensor
                            ? TorchValue::tensor(writer_->add(piece.view))
                            : decoded(piece);
-    switch (layout_.tree) {
-      case StateTree::kFlat:
-        return tree_.put(piece.name(), "", std::move(value));
-      case StateTree::kByModule:
-        return tree_.put(piece.module, piece.field, std::move(value));
-      case StateTree::kMetaDict:
-        if (!piece.layer || piece.codes) return tree_.put(piece.name(), "", std::move(value));
-        return tree_.put(piece.module.empty() ? "meta" : piece.module + ".meta", piece.field,
-                         std::move(value));
-    }
+    if (layout_.names_tied_head && !piece.layer) dense_.emplace(piece.name(), value);
+    place(piece, std::move(value));
   }
+
+  void put_alias(const Piece& name, const std::string& of) override { place(name, dense_.at(of)); }
 
   void finish(const SinkEnd& end) override {
     embedded_key_ = end.side.embedded_key;
@@ -156,6 +150,20 @@ class TorchSink final : public TensorSink {
   }
 
  private:
+  /// Where the layout wants it.
+  void place(const Piece& piece, TorchValue value) {
+    switch (layout_.tree) {
+      case StateTree::kFlat:
+        return tree_.put(piece.name(), "", std::move(value));
+      case StateTree::kByModule:
+        return tree_.put(piece.module, piece.field, std::move(value));
+      case StateTree::kMetaDict:
+        if (!piece.layer || piece.codes) return tree_.put(piece.name(), "", std::move(value));
+        return tree_.put(piece.module.empty() ? "meta" : piece.module + ".meta", piece.field,
+                         std::move(value));
+    }
+  }
+
   struct Shard {
     std::string path;
     std::vector<std::string> names;
@@ -214,6 +222,7 @@ class TorchSink final : public TensorSink {
   SinkTarget target_;
   std::unique_ptr<TorchWriter> writer_;
   Tree tree_;
+  std::map<std::string, TorchValue> dense_;  ///< where a tensor may get a second name
   std::vector<std::string> names_;
   std::int64_t shard_bytes_ = 0;
   std::vector<Shard> shards_;

@@ -1,5 +1,6 @@
 // Saving, damaged input, single files.
 #include "checkpoint/support.h"
+#include "quantal/archive.h"
 
 namespace quantal {
 namespace {
@@ -89,6 +90,31 @@ TEST_F(CheckpointFolder, LayersOfTwoDialectsAreRefused) {
   view_.layers.emplace_back("other", hqq.layers.begin()->second.view());
   EXPECT_EQ(code_of_save(temp_.path("m")), Errc::kConfig);
   EXPECT_EQ(entries(temp_.path()), 0u);
+}
+
+/// hqq asks for the tied output layer by name; here it is one tensor with the embedding.
+TEST_F(CheckpointFolder, TiedHeadsOfHqqShareTheBytesOfTheEmbedding) {
+  const Checkpoint golden = load_checkpoint(golden_path("checkpoints/hqq-pt-4bit"));
+  view_ = view_of(golden);
+  std::erase_if(view_.tensors, [](const auto& one) { return one.first == "lm_head.weight"; });
+  json config = json::parse(golden.config_json);
+  for (const bool tied : {true, false}) {
+    SCOPED_TRACE(tied);
+    config["tie_word_embeddings"] = tied;
+    view_.config_json = config.dump();
+    save_checkpoint(temp_.path("m"), view_, {.layout = "qmodel"});
+    const TorchFile file(temp_.path("m/qmodel.pt"));
+    const TorchValue* head = file.root().find("lm_head");
+    ASSERT_EQ(head != nullptr, tied);
+    if (tied) {
+      const TorchValue* embedding = file.root().find("model.embed_tokens");
+      EXPECT_EQ(head->find("weight")->as_tensor().storage,
+                embedding->find("weight")->as_tensor().storage);
+    }
+    const Checkpoint again = load_checkpoint(temp_.path("m"), {.verify_digest = true});
+    EXPECT_FALSE(again.tensors.contains("lm_head.weight"));
+    EXPECT_EQ(again.tensors.size(), view_.tensors.size());
+  }
 }
 
 TEST_F(CheckpointFolder, DigestSeesNamesSpecsAndBytes) {
