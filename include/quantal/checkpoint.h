@@ -55,7 +55,7 @@ class ModelSource {
 struct Checkpoint {
   std::string config_json = "{}";  ///< config.json as it stands, quantization settings included
   std::string layout;              ///< "bnb transformers", "hqq guide", "gguf", "dense" ...
-  SideTexts texts;                 ///< small JSON files beside the weights
+  SideTexts texts;                 ///< small JSON files beside the weights, the tokenizer's files
   std::map<std::string, PackedMatrix> layers;
   std::map<std::string, TensorView> tensors;  ///< by full tensor name; borrowed from `owners`
   std::vector<std::shared_ptr<void>> owners;  ///< keeps mappings and buffers alive
@@ -102,6 +102,11 @@ class CheckpointReader {
   virtual TensorView describe_tensor(const std::string& name) const = 0;
   virtual Tensor read_tensor(const std::string& name) const = 0;
 };
+
+/// The tokenizer of a folder (tokenizer.json, vocab.json, chat_template.jinja ..., by file name; may
+/// hold any bytes) or of a GGUF file ("tokenizer.gguf"), for CheckpointView::texts; empty if there is
+/// none. Throws Error{kIo}.
+SideTexts read_tokenizer(const std::string& path);
 
 // ------------------------------------------------------------------ saving
 

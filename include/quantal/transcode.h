@@ -48,6 +48,9 @@ PackedSpec transcoded_spec(const PackedSpec& from, const TranscodeTarget& to);
 /// Short name of a form: "gguf Q4_1", "mlx 4-bit, group 32, f32", "bnb nf4, block 64, nested,
 /// bf16".
 std::string describe_form(const PackedSpec& spec);
+/// Options with which the dialect quantizes to this form; method NONE where no method of the public
+/// API has it (GGUF, MLX in 3 bits). What only a solver knows (HQQ's `optimize`) has its default.
+QuantizeOptions options_of(const PackedSpec& spec);
 
 struct Transcoded {
   PackedMatrix matrix;

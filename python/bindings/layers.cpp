@@ -3,6 +3,7 @@
 
 #include "bindings/bindings.h"
 #include "quantal/formats.h"
+#include "quantal/transcode.h"
 
 namespace quantal::python {
 namespace {
@@ -45,10 +46,15 @@ py::dict layout(const Spec& ints) {
 
 py::dict describe(const Spec& ints) {
   const PackedSpec spec = spec_from_ints(ints);
+  const QuantizeOptions options = options_of(spec);
   return py::dict(py::arg("rows") = spec.rows, py::arg("cols") = spec.cols,
                   py::arg("bits") = spec.bits, py::arg("group_size") = spec.group_size,
                   py::arg("value_dtype") = std::string(dtype_name(spec.value_dtype)),
-                  py::arg("dialect") = std::string(dialect_by_id(spec.dialect).name));
+                  py::arg("dialect") = std::string(dialect_by_id(spec.dialect).name),
+                  py::arg("method") = std::string(method_name(options.method)),
+                  py::arg("quant_type") = options.quant_type,
+                  py::arg("double_quant") = options.double_quant,
+                  py::arg("form") = describe_form(spec));
 }
 
 py::dict export_layer(const Spec& ints, const py::buffer& codes, const py::buffer& stats,

@@ -5,6 +5,7 @@
 #include "bindings/bindings.h"
 #include "quantal/checkpoint.h"
 #include "quantal/io.h"
+#include "quantal/model_fit.h"
 
 namespace quantal::python {
 namespace {
@@ -92,6 +93,23 @@ HeldView hold(const std::string& config_json, const Layers& layers, const Layers
 }
 
 using Shapes = std::map<std::string, std::vector<std::int64_t>>;
+using Specs = std::map<std::string, std::vector<std::int64_t>>;
+
+/// Texts may hold any bytes.
+py::dict to_python(const SideTexts& texts) {
+  py::dict out;
+  for (const auto& [name, text] : texts) out[py::str(name)] = py::bytes(text);
+  return out;
+}
+
+py::list to_python(const std::vector<Substitution>& settings) {
+  py::list out;
+  for (const Substitution& s : settings) {
+    out.append(py::dict(py::arg("what") = s.what, py::arg("asked") = s.asked,
+                        py::arg("used") = s.used, py::arg("reason") = s.reason));
+  }
+  return out;
+}
 
 LoadOptions load_options(const Shapes& weight_shapes, bool verify_digest) {
   LoadOptions options;
@@ -124,7 +142,51 @@ py::dict load(const std::string& path, const Shapes& weight_shapes, bool verify_
   }
   return py::dict(py::arg("config_json") = checkpoint->config_json,
                   py::arg("layout") = checkpoint->layout, py::arg("notes") = checkpoint->notes,
-                  py::arg("layers") = layers, py::arg("tensors") = tensors);
+                  py::arg("texts") = to_python(checkpoint->texts), py::arg("layers") = layers,
+                  py::arg("tensors") = tensors);
+}
+
+void bind_fit(py::module_& m) {
+  using R = LoadReport;
+  py::class_<R>(m, "LoadReport")
+      .def(py::init<>())
+      .def_readwrite("layout", &R::layout)
+      .def_readwrite("notes", &R::notes)
+      .def_readonly("missing", &R::missing)
+      .def_readonly("unexpected", &R::unexpected)
+      .def_readonly("decoded", &R::decoded)
+      .def_property_readonly("misshapen",
+                             [](const R& r) {
+                               py::list out;
+                               for (const R::Misshapen& one : r.misshapen) {
+                                 out.append(py::make_tuple(one.name, one.in_file, one.in_model));
+                               }
+                               return out;
+                             })
+      .def_property_readonly("settings", [](const R& r) { return to_python(r.settings); })
+      .def_property_readonly("settings_text", &R::settings_text)
+      .def("fits", &R::fits)
+      .def("require_fit", &require_fit, py::arg("path"))
+      .def("summary", &R::summary, py::arg("shown") = 32)
+      .def("text", &R::text);
+  m.def(
+      "compare_model",
+      [](const Specs& layers, const Shapes& tensors, const ModelParts& model,
+         const std::optional<std::string>& config_json) {
+        FileParts file{{}, tensors};
+        for (const auto& [name, ints] : layers) file.layers[name] = spec_from_ints(ints);
+        if (!config_json) return compare_model(file, model, nullptr);
+        const QuantizationConfig config = config_from_json(*config_json);
+        return compare_model(file, model, &config);
+      },
+      py::arg("layers"), py::arg("tensors"), py::arg("model"), py::arg("config_json"));
+  using P = ModelParts;
+  py::class_<P>(m, "ModelParts")
+      .def(py::init<>())
+      .def_readwrite("tensors", &P::tensors)
+      .def_readwrite("linears", &P::linears)
+      .def_readwrite("embeddings", &P::embeddings)
+      .def_readwrite("tied", &P::tied);
 }
 
 std::vector<py::tuple> layouts(const std::string& dialect) {
@@ -139,7 +201,10 @@ std::vector<py::tuple> layouts(const std::string& dialect) {
 void bind_checkpoint(py::module_& m) {
   m.def("load_checkpoint", &load, py::arg("path"), py::arg("weight_shapes") = Shapes{},
         py::arg("verify_digest") = false,
-        "config_json, layout, notes, layers {name: (spec, codes, stats, shared)}, tensors.");
+        "config_json, layout, notes, texts, layers {name: (spec, codes, stats, shared)}, tensors.");
+  m.def(
+      "read_tokenizer", [](const std::string& path) { return to_python(read_tokenizer(path)); },
+      py::arg("path"));
   m.def(
       "read_config",
       [](const std::string& path) {
@@ -152,18 +217,19 @@ void bind_checkpoint(py::module_& m) {
   m.def(
       "save_checkpoint",
       [](const std::string& path, const std::string& config_json, const Layers& layers,
-         const Layers& tensors, const std::vector<std::string>& dense, const std::string& layout,
-         std::int64_t max_shard_bytes, bool overwrite) {
+         const Layers& tensors, const std::vector<std::string>& dense, const SideTexts& texts,
+         const std::string& layout, std::int64_t max_shard_bytes, bool overwrite) {
         HeldView held = hold(config_json, layers, tensors);
         held.view.dense = dense;
+        held.view.texts = texts;
         py::gil_scoped_release released;
         save_checkpoint(
             path, held.view,
             {.layout = layout, .max_shard_bytes = max_shard_bytes, .overwrite = overwrite});
       },
       py::arg("path"), py::arg("config_json"), py::arg("layers"), py::arg("tensors"),
-      py::arg("dense") = std::vector<std::string>{}, py::arg("layout") = "",
-      py::arg("max_shard_bytes") = 0, py::arg("overwrite") = false);
+      py::arg("dense") = std::vector<std::string>{}, py::arg("texts") = SideTexts{},
+      py::arg("layout") = "", py::arg("max_shard_bytes") = 0, py::arg("overwrite") = false);
   m.def(
       "checkpoint_digest",
       [](const Layers& layers, const Layers& tensors) {
@@ -207,6 +273,7 @@ void bind_models(py::module_& m) {
         return out;
       });
   bind_source(m);
+  bind_fit(m);
   bind_checkpoint(m);
 }
 

@@ -35,7 +35,14 @@ from .backend import (
     get_backend_manager,
     get_device,
 )
-from .checkpoint import file_layouts, inspect, load_model, model_digest, save_model
+from .checkpoint import (
+    LoadReport,
+    file_layouts,
+    inspect,
+    load_model,
+    model_digest,
+    save_model,
+)
 from .config import (
     QuantizationConfig,
     QuantizationMethod,
@@ -45,7 +52,7 @@ from .config import (
 from .embedding import QuantizedEmbedding
 from .gguf import load_gguf
 from .imports import report_import_status
-from .linear import QuantizedLinear
+from .linear import PackedLinear, QuantizedLinear
 from .replace import replace_linear_with_quantized
 from .report import Report
 from .training import prepare_model_for_training
@@ -66,7 +73,9 @@ __all__ = [
     "HQQAdapter",
     "InternalError",
     "IoError",
+    "LoadReport",
     "MLXAdapter",
+    "PackedLinear",
     "QuantalError",
     "QuantizationAdapter",
     "QuantizationConfig",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from abc import ABC, abstractmethod
@@ -12,10 +13,11 @@ from torch import nn
 from . import _core
 from ._dtypes import parse_dtype
 from ._errors import ConfigError, UnsupportedError
+from ._loading import LoadReport, MakeLinear, load
 from .backend import Backend
-from .checkpoint import load_model, parse_size, save_model
+from .checkpoint import parse_size, save_model
 from .config import QuantizationConfig, QuantizationMethod
-from .linear import QuantizedLinear
+from .linear import PackedLinear, QuantizedLinear
 from .replace import replace_linear_with_quantized
 from .report import Report
 from .training import prepare_model_for_training
@@ -26,13 +28,18 @@ class QuantizationAdapter(ABC):
 
     A custom adapter implements ``create_quantized_linear`` and ``quantize_model`` and, where the
     defaults do not fit, ``_validate_backend_support`` (called on construction; raises to refuse)
-    and ``prepare_model_for_training``. ``report`` tells what was done, and what policy changed.
+    and ``prepare_model_for_training``. ``report`` tells what was done, and what policy changed;
+    ``load_report`` what the last ``load_quantized_model`` found.
     """
+
+    #: Of the last load; None before the first.
+    load_report: LoadReport | None = None
 
     def __init__(self, backend: Backend | str, config: QuantizationConfig | None = None) -> None:
         self.backend = Backend(backend)
         self.config = config if config is not None else QuantizationConfig()
         self.report = Report({"adapter": type(self).__name__})
+        self._file_settings: list[dict[str, str]] = []
         self._validate_backend_support()
 
     def _validate_backend_support(self) -> None:  # noqa: B027 (a hook, empty by default)
@@ -68,11 +75,18 @@ class QuantizationAdapter(ABC):
             layer.bias = linear.bias
         return layer.train(linear.training)
 
+    def rules_config(self) -> QuantizationConfig:
+        """The config that decides which layers are quantized. An adapter of one's own quantizes all
+        that ``skip_modules`` and ``layer_configs`` leave, whatever method the config names."""
+        return dataclasses.replace(
+            self.config, method=QuantizationMethod.HQQ, bits=8, group_size=0, block_size=None
+        )
+
     def tie_quantized_linear(self, layer: nn.Module, linear: nn.Linear) -> nn.Module:
         """A layer for `linear`, whose weight `layer` was quantized from: they share the bytes."""
-        if not isinstance(layer, QuantizedLinear):
+        if not isinstance(layer, PackedLinear):
             return layer
-        return QuantizedLinear.from_packed(
+        return PackedLinear.from_packed(
             layer._spec,
             layer.codes,
             layer.stats,
@@ -90,14 +104,18 @@ class QuantizationAdapter(ABC):
         layout: str = "",
         max_shard_size: int | str | None = None,
         overwrite: bool = False,
+        tokenizer: Any = None,
     ) -> None:
         """Writes a folder, or a single file where `save_path` has the suffix of one.
 
         layout          one of ``quantal.file_layouts(model)``; default: upstream's own
         max_shard_size  bytes, or text such as "2GB": larger models are written in several files
         overwrite       replace a folder that quantal did not write
+        tokenizer       a transformers tokenizer, or a folder or GGUF file that has one; None: the
+                        one that lay beside the model that was loaded
 
-        The model appears whole or not at all.
+        The model appears whole or not at all. Packed layers are written from their packed form,
+        wherever they came from.
         """
         save_model(
             model,
@@ -105,21 +123,48 @@ class QuantizationAdapter(ABC):
             layout=layout,
             max_shard_bytes=parse_size(max_shard_size),
             overwrite=overwrite,
+            tokenizer=tokenizer,
         )
 
     def load_quantized_model(
-        self, model_path: str | os.PathLike, model_config: Any = None, **kwargs: Any
+        self,
+        model_path: str | os.PathLike,
+        model_config: Any = None,
+        *,
+        model: nn.Module | None = None,
+        strict: bool = True,
     ) -> nn.Module:
         """A model from a folder or file that quantal or an upstream package wrote.
 
         model_config  a transformers config, its dictionary, a path to one, or None for what the
                       folder or file says
-        kwargs        ``model``: a module to load into instead of building one from the config
+        model         a module to load into instead of building one from the config
+        strict        False: missing, unexpected and misshapen tensors are a warning, no error
 
-        Format, method and settings are those of the file, whatever this adapter's config says.
-        Loading is strict: missing, extra and misshapen tensors are named.
+        Format, method and settings are those of the file, found from its content. Where this
+        adapter's config says something else a warning names the differences; ``load_report`` and
+        ``report.substitutions`` keep them. ``compute_dtype`` is the adapter's.
         """
-        return load_model(model_path, model_config, self.config, **kwargs)
+        loaded, self.load_report = load(
+            model_path,
+            model_config,
+            self.config,
+            model=model,
+            strict=strict,
+            make_linear=self._make_linear(),
+        )
+        differences = self.load_report.settings
+        earlier = self._file_settings
+        self.report.substitutions = [s for s in self.report.substitutions if s not in earlier]
+        self.report.substitutions += differences
+        self._file_settings = differences
+        if differences:
+            warnings.warn(self.load_report.settings_text, stacklevel=2)
+        return loaded
+
+    def _make_linear(self) -> MakeLinear | None:
+        """Makes layers that only this adapter can read."""
+        return self.create_quantized_linear
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(backend={self.backend}, config={self.config!r})"
@@ -127,6 +172,12 @@ class QuantizationAdapter(ABC):
 
 class _DialectAdapter(QuantizationAdapter):
     """What the adapters over quantal's own dialects share."""
+
+    def rules_config(self) -> QuantizationConfig:
+        return self.config
+
+    def _make_linear(self) -> None:
+        return None
 
     def _validate_backend_support(self) -> None:
         refusal = _core.adapter_refusal(
@@ -138,10 +189,10 @@ class _DialectAdapter(QuantizationAdapter):
     def create_quantized_linear(
         self, in_features: int, out_features: int, bias: bool = True
     ) -> QuantizedLinear:
-        return QuantizedLinear(in_features, out_features, bias, self.config)
+        return PackedLinear(in_features, out_features, bias, self.config)
 
     def quantize_linear(self, linear: nn.Linear, choice: _core.Choice) -> QuantizedLinear:
-        return QuantizedLinear.from_linear(
+        return PackedLinear.from_linear(
             linear,
             choice.options,
             config=self.config,
@@ -196,6 +247,9 @@ class FallbackAdapter(QuantizationAdapter):
 
     def prepare_model_for_training(self, model: nn.Module) -> nn.Module:
         return model
+
+    def _make_linear(self) -> None:
+        return None
 
 
 _ADAPTERS: dict[str, type[QuantizationAdapter]] = {

@@ -12,7 +12,7 @@ from ._errors import UnsupportedError
 from ._packed import PackedWeight
 
 
-class QuantizedEmbedding(PackedWeight, nn.Embedding):
+class QuantizedEmbedding(PackedWeight, nn.Embedding):  # type: ignore[override]
     """``y = W[ids]`` with W kept as packed codes and statistics; decodes the rows it needs.
 
     A layer is made from existing buffers (``from_packed``, ``from_upstream``); ``forward`` returns

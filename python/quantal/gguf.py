@@ -13,7 +13,7 @@ from torch import nn
 from . import _core
 from ._dtypes import bytes_of, dtype_name, parse_dtype
 from ._errors import CorruptError, UnsupportedError
-from .checkpoint import assign_tensor, parameters_on_meta
+from ._loading import assign_tensor, parameters_on_meta
 
 #: Values of tokenizer.ggml.token_type.
 _CONTROL, _USER = 3, 4

@@ -1,6 +1,9 @@
-"""The quantized linear layer."""
+"""Quantized linear layers: the interface, and quantal's own layer."""
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,7 +30,111 @@ def plan_layer(
     return _core.LayerRules(config.to_json()).choose(name, out_features, in_features)
 
 
-class QuantizedLinear(PackedWeight, nn.Linear):
+class QuantizedLinear(nn.Module, ABC):
+    """The interface of quantized linear layers, ``y = x @ W.T + bias``.
+
+    A layer of one's own derives from it, calls ``super().__init__`` (which makes a bias of zeros)
+    and implements the three methods below; an adapter's ``create_quantized_linear`` returns it.
+    ``QuantizedLinear(...)`` itself and the functions ``from_...`` make quantal's own PackedLinear.
+    """
+
+    in_features: int
+    out_features: int
+    bias: Any  # a Parameter or None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> QuantizedLinear:
+        return super().__new__(PackedLinear if cls is QuantizedLinear else cls)
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        config: QuantizationConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.config = config if config is not None else default_config()
+        zeros = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self.register_parameter("bias", zeros)
+
+    @abstractmethod
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x @ W.T + bias``."""
+
+    @abstractmethod
+    def quantize_weights(self, weights: torch.Tensor) -> None:
+        """Takes the values of a dense [out_features, in_features] over."""
+
+    @abstractmethod
+    def dequantize_weights(self) -> torch.Tensor:
+        """The values [out_features, in_features] that the layer multiplies with."""
+
+    # ------------------------------------------------------------------ construction
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        options: _core.QuantizeOptions | QuantizationConfig,
+        *,
+        config: QuantizationConfig | None = None,
+        compute_dtype: torch.dtype | None = None,
+    ) -> PackedLinear:
+        """A quantized copy of `linear`, on its device; the bias is kept as it is."""
+        weight = linear.weight.detach()
+        if isinstance(options, QuantizationConfig):
+            config = options
+            choice = plan_layer(options, "", *weight.shape)
+            if not choice.quantize:
+                raise ConfigError(f"QuantizedLinear: layer cannot be quantized: {choice.reason}")
+            options = choice.options
+            compute_dtype = compute_dtype or parse_dtype(choice.compute_dtype)
+        options = follow_weight_dtype(options, weight.dtype)
+        spec = _core.make_spec(weight.shape[0], weight.shape[1], options)
+        buffers = _ops.quantize(weight, spec)
+        layer = cls.from_packed(spec, *buffers, config=config, compute_dtype=compute_dtype)
+        layer.bias = linear.bias
+        return layer.train(linear.training)
+
+    @classmethod
+    def from_packed(
+        cls,
+        spec: list[int],
+        codes: torch.Tensor,
+        stats: torch.Tensor,
+        shared: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        config: QuantizationConfig | None = None,
+        compute_dtype: torch.dtype | None = None,
+    ) -> PackedLinear:
+        """A layer around existing buffers, which it takes over without a copy."""
+        facts = _core.describe(list(spec))
+        layer = PackedLinear(
+            facts["cols"],
+            facts["rows"],
+            False,
+            config,
+            spec=list(spec),
+            compute_dtype=compute_dtype,
+            device="meta",
+        )
+        layer._set_buffers(codes, stats, shared)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias, requires_grad=False)
+        return layer
+
+    @classmethod
+    def from_upstream(
+        cls, tensors: dict[str, torch.Tensor], *args: Any, **kwargs: Any
+    ) -> PackedLinear:
+        """A layer from the tensors of an upstream package; see PackedWeight.from_upstream."""
+        return PackedLinear.from_upstream(tensors, *args, **kwargs)
+
+
+class PackedLinear(PackedWeight, QuantizedLinear, nn.Linear):  # type: ignore[override]
     """``y = x @ W.T + bias`` with W kept as packed codes and statistics.
 
     ``weight``, ``codes``, ``stats``, ``shared`` and ``spec`` are those of PackedWeight. ``forward``
@@ -65,65 +172,10 @@ class QuantizedLinear(PackedWeight, nn.Linear):
         self.compute_dtype = compute_dtype or config.compute_dtype or self.value_dtype
         threshold = config.backend_options.get("int8_threshold")
         is_int8 = self.dialect == "bnb" and self.bits == 8
-        #: Outlier threshold of the product of LLM.int8 (no gradients); None: exact weights.
+        #: Outlier threshold of the product of LLM.int8; None: exact weights.
         self.int8_threshold = float(threshold) if threshold is not None and is_int8 else None
         data = torch.zeros(out_features, dtype=bias_dtype or self.compute_dtype, device=device)
         self.register_parameter("bias", nn.Parameter(data) if bias else None)
-
-    # ------------------------------------------------------------------ construction
-
-    @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Linear,
-        options: _core.QuantizeOptions | QuantizationConfig,
-        *,
-        config: QuantizationConfig | None = None,
-        compute_dtype: torch.dtype | None = None,
-    ) -> QuantizedLinear:
-        """A quantized copy of `linear`, on its device; the bias is kept as it is."""
-        weight = linear.weight.detach()
-        if isinstance(options, QuantizationConfig):
-            config = options
-            choice = plan_layer(options, "", *weight.shape)
-            if not choice.quantize:
-                raise ConfigError(f"QuantizedLinear: layer cannot be quantized: {choice.reason}")
-            options = choice.options
-            compute_dtype = compute_dtype or parse_dtype(choice.compute_dtype)
-        options = follow_weight_dtype(options, weight.dtype)
-        spec = _core.make_spec(weight.shape[0], weight.shape[1], options)
-        buffers = _ops.quantize(weight, spec)
-        layer = cls.from_packed(spec, *buffers, config=config, compute_dtype=compute_dtype)
-        layer.bias = linear.bias
-        return layer.train(linear.training)
-
-    @classmethod
-    def from_packed(
-        cls,
-        spec: list[int],
-        codes: torch.Tensor,
-        stats: torch.Tensor,
-        shared: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        *,
-        config: QuantizationConfig | None = None,
-        compute_dtype: torch.dtype | None = None,
-    ) -> QuantizedLinear:
-        """A layer around existing buffers, which it takes over without a copy."""
-        facts = _core.describe(list(spec))
-        layer = cls(
-            facts["cols"],
-            facts["rows"],
-            False,
-            config,
-            spec=list(spec),
-            compute_dtype=compute_dtype,
-            device="meta",
-        )
-        layer._set_buffers(codes, stats, shared)
-        if bias is not None:
-            layer.bias = nn.Parameter(bias, requires_grad=False)
-        return layer
 
     # ------------------------------------------------------------------ use
 
@@ -151,11 +203,13 @@ class QuantizedLinear(PackedWeight, nn.Linear):
             return nn.functional.linear(x.to(dense.dtype), dense, self.bias).to(x.dtype)
         wide = x.to(self.compute_dtype)
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)
-        if self.int8_threshold is not None and not (torch.is_grad_enabled() and x.requires_grad):
-            packed = self._buffers_packed
+        packed = self.codes, self.stats, self.shared
+        if self.int8_threshold is None:
+            y = _ops.linear(wide, *packed, bias, self._spec)
+        else:
             y = _ops.linear_int8(wide, *packed, bias, self._spec, self.int8_threshold)
-            return y.to(x.dtype)
-        y = _ops.linear(wide, self.codes, self.stats, self.shared, bias, self._spec)
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            return y.to(torch.get_autocast_dtype(x.device.type))
         return y.to(x.dtype)
 
     def extra_repr(self) -> str:

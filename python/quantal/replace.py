@@ -13,7 +13,7 @@ from torch import nn
 
 from . import _core
 from ._dtypes import tensor_bytes
-from .linear import QuantizedLinear
+from .linear import PackedLinear, QuantizedLinear
 from .report import Report
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def _linear_names(model: nn.Module) -> list[list[str]]:
 
 
 def _rules(adapter: QuantizationAdapter, skip_modules: Iterable[str] | None) -> _core.LayerRules:
-    config = adapter.config
+    config = adapter.rules_config()
     if skip_modules is not None:
         config = dataclasses.replace(config, skip_modules=list(skip_modules))
     return _core.LayerRules(config.to_json())
@@ -78,7 +78,7 @@ class _Walk:
         layer = self._quantize(linear, choice)
         self.report.add(
             names[0],
-            choice.method,
+            choice.method if isinstance(layer, PackedLinear) else type(layer).__name__,
             parameters=sum(p.numel() for p in linear.parameters()),
             bytes_before=_module_bytes(linear),
             bytes_after=_module_bytes(layer),
@@ -140,7 +140,7 @@ def _return_free_memory() -> int:
 
 
 def _relative_error(layer: nn.Module, weight: torch.Tensor) -> float:
-    if not isinstance(layer, QuantizedLinear) or weight.device.type == "meta":
+    if not isinstance(layer, PackedLinear) or weight.device.type == "meta":
         return 0.0
     return layer.relative_error(weight)
 

@@ -9,7 +9,7 @@ import torch
 from . import _core, _ops
 from ._dtypes import dtype_name
 from ._errors import ConfigError
-from .linear import QuantizedLinear, follow_weight_dtype
+from .linear import PackedLinear, follow_weight_dtype
 
 _ALIASES = {"blocksize": "group_size", "compute_dtype": "value_dtype"}
 
@@ -63,7 +63,7 @@ def quantize_tensors(
     The arguments are those of `options`."""
     dialect = method if method in _core.dialects() else None
     packed = quantize_packed(weight, options(method, **settings), dialect)
-    return QuantizedLinear.from_packed(*packed).to_upstream(prefix)
+    return PackedLinear.from_packed(*packed).to_upstream(prefix)
 
 
 def dequantize_tensors(
@@ -80,7 +80,7 @@ def dequantize_tensors(
     dialect   "bnb", "hqq", "mlx" or "quanto"
     settings, weight_shape  what some dialects keep outside of the tensors (LayerFacts)
     """
-    layer = QuantizedLinear.from_upstream(
+    layer = PackedLinear.from_upstream(
         tensors, dialect, prefix, settings=settings, weight_shape=weight_shape
     )
     return layer.dequantize_weights(dtype)

@@ -7,12 +7,28 @@
 
 #include "checkpoint/gguf.h"
 #include "checkpoint/locate.h"
+#include "checkpoint/reader.h"
 #include "quantal/io.h"
 
 namespace quantal::checkpoint {
 namespace {
 
 namespace fs = std::filesystem;
+
+/// What tokenizers are kept in, by any tool.
+constexpr std::array<const char*, 13> kTokenizerFiles = {"tokenizer.json",
+                                                         "tokenizer_config.json",
+                                                         "special_tokens_map.json",
+                                                         "added_tokens.json",
+                                                         "chat_template.jinja",
+                                                         "chat_template.json",
+                                                         "vocab.json",
+                                                         "merges.txt",
+                                                         "vocab.txt",
+                                                         "tokenizer.model",
+                                                         "spiece.model",
+                                                         "sentencepiece.bpe.model",
+                                                         kTokenizerGguf};
 
 std::set<std::string> quantization_files() {
   std::set<std::string> names;
@@ -48,8 +64,7 @@ std::vector<std::pair<std::string, std::string>> companions_of(const std::string
 }
 
 void add_tokenizer_texts(const std::string& folder, SideTexts& texts) {
-  for (const char* name :
-       {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", kTokenizerGguf}) {
+  for (const char* name : kTokenizerFiles) {
     const std::string path = folder + "/" + name;
     std::error_code ignored;
     if (fs::exists(path, ignored)) texts[name] = read_text_file(path);
@@ -58,11 +73,30 @@ void add_tokenizer_texts(const std::string& folder, SideTexts& texts) {
 
 SideTexts carried_texts(const SideTexts& texts) {
   SideTexts out;
-  for (const char* name : {kTokenizerGguf, "generation_config.json"}) {
+  const auto carry = [&](const char* name) {
     const auto found = texts.find(name);
     if (found != texts.end()) out.insert(*found);
-  }
+  };
+  for (const char* name : kTokenizerFiles) carry(name);
+  carry("generation_config.json");
   return out;
 }
 
 }  // namespace quantal::checkpoint
+
+namespace quantal {
+
+SideTexts read_tokenizer(const std::string& path) {
+  std::error_code ignored;
+  SideTexts texts;
+  if (std::filesystem::is_directory(path, ignored)) checkpoint::add_tokenizer_texts(path, texts);
+  if (!texts.empty()) return texts;
+  if (checkpoint::locate(path).container == Container::kGguf) {
+    const auto reader = checkpoint::open_model(path, {});
+    const auto found = reader->texts().find(checkpoint::kTokenizerGguf);
+    if (found != reader->texts().end()) texts.insert(*found);
+  }
+  return texts;
+}
+
+}  // namespace quantal

@@ -20,7 +20,7 @@ std::vector<std::pair<std::string, std::string>> companions_of(const std::string
 /// Adds tokenizer files, as far as they are there.
 void add_tokenizer_texts(const std::string& folder, SideTexts& texts);
 
-/// The texts among `texts` that are written beside the weights: a tokenizer in GGUF's form and
+/// The texts among `texts` that are written beside the weights: the tokenizer, in whatever form, and
 /// generation settings.
 SideTexts carried_texts(const SideTexts& texts);
 

@@ -2,6 +2,7 @@
 #include <filesystem>
 #include <optional>
 
+#include "checkpoint/companions.h"
 #include "checkpoint/folder.h"
 #include "checkpoint/gguf.h"
 #include "checkpoint/json.h"
@@ -102,6 +103,7 @@ Checkpoint load_checkpoint(const std::string& path, const LoadOptions& options) 
   Checkpoint out;
   out.config_json = reader->config_json();
   out.texts = reader->texts();
+  if (!reader->folder().empty()) checkpoint::add_tokenizer_texts(reader->folder(), out.texts);
   out.notes = reader->notes();
   read_layers(*reader, options.executor != nullptr ? *options.executor : serial_executor(), path,
               out);

@@ -169,7 +169,7 @@ def test_direct_construction_agrees_with_the_factory():
     assert quantal.BitsAndBytesAdapter("cpu", nf4()).backend is Backend.CPU
 
 
-class MyQuantizedLinear(QuantizedLinear):
+class MyQuantizedLinear(quantal.PackedLinear):
     def __init__(self, in_features, out_features, bias, config):
         super().__init__(in_features, out_features, bias, config)
 
