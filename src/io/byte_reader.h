@@ -10,6 +10,9 @@
 
 namespace quantal::io {
 
+/// Dimensions that numpy and torch allow; no tensor of a model has as many.
+inline constexpr std::size_t kMostDimensions = 64;
+
 /// A cursor over the bytes of a file. All failures are Error{kCorrupt} with path and offset.
 class ByteReader {
  public:

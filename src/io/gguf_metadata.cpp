@@ -48,7 +48,9 @@ GgufValue read_plain(ByteReader& reader, std::uint32_t number) {
   }
 }
 
-GgufValue read_array(ByteReader& reader) {
+/// `room` elements are left to all arrays of the file: in memory an element takes more than its
+/// byte in the file.
+GgufValue read_array(ByteReader& reader, std::uint64_t& room) {
   auto array = std::make_shared<GgufArray>();
   const std::int64_t at = reader.offset();
   array->element_type = reader.u32("array element type");
@@ -59,15 +61,13 @@ GgufValue read_array(ByteReader& reader) {
   }
   const std::int64_t count_at = reader.offset();
   const std::uint64_t count = reader.u64("array count");
-  // The limit of ggml's reader, and no more elements than the file can hold.
-  constexpr std::uint64_t kMostElements = std::uint64_t{1} << 30;
-  const std::uint64_t most =
-      std::min(kMostElements, reader.remaining() / min_bytes(array->element_type));
+  const std::uint64_t most = std::min(room, reader.remaining() / min_bytes(array->element_type));
   if (count > most) {
     reader.bad(
         "array count is " + std::to_string(count) + ", expected at most " + std::to_string(most),
         count_at);
   }
+  room -= count;
   array->values.reserve(static_cast<std::size_t>(count));
   for (std::uint64_t i = 0; i < count; ++i) {
     array->values.push_back(read_plain(reader, array->element_type));
@@ -75,6 +75,8 @@ GgufValue read_array(ByteReader& reader) {
   return array;
 }
 
+/// Elements of all arrays of a file; the largest vocabularies have 10^6 tokens and merges.
+constexpr std::uint64_t kMostElements = std::uint64_t{1} << 24;
 constexpr std::uint32_t kOldest = 2;
 constexpr std::uint32_t kNewest = 3;
 constexpr std::uint64_t kMinPairBytes = 8 + 1 + 4 + 1;        // key length, key, type, value
@@ -121,6 +123,7 @@ GgufCounts read_gguf_counts(ByteReader& reader) {
 std::vector<GgufPair> read_gguf_metadata(ByteReader& reader, std::uint64_t count) {
   std::vector<GgufPair> out;
   std::set<std::string> keys;
+  std::uint64_t room = kMostElements;
   for (std::uint64_t i = 0; i < count; ++i) {
     reader.set_subject({});
     const std::int64_t key_at = reader.offset();
@@ -132,8 +135,9 @@ std::vector<GgufPair> read_gguf_metadata(ByteReader& reader, std::uint64_t count
     const std::uint32_t number = reader.u32("metadata type");
     check_type(reader, number, type_at);
     const auto type = static_cast<GgufType>(number);
-    out.push_back({std::move(key), type,
-                   type == GgufType::kArray ? read_array(reader) : read_plain(reader, number)});
+    out.push_back(
+        {std::move(key), type,
+         type == GgufType::kArray ? read_array(reader, room) : read_plain(reader, number)});
   }
   reader.set_subject({});
   return out;

@@ -3,6 +3,8 @@
 #include <limits>
 #include <set>
 
+#include "io/byte_reader.h"
+
 namespace quantal::io {
 namespace {
 
@@ -85,6 +87,9 @@ class Literal {
     expect('(');
     std::vector<std::int64_t> values;
     while (!take(')')) {
+      if (values.size() == kMostDimensions) {
+        bad("at most " + std::to_string(kMostDimensions) + " dimensions");
+      }
       values.push_back(integer());
       if (!take(',') && !peek(')')) bad("',' or ')'");
     }

@@ -4,6 +4,8 @@
 #include <nlohmann/json.hpp>
 #include <set>
 
+#include "io/byte_reader.h"
+
 namespace quantal::io {
 namespace {
 
@@ -31,6 +33,10 @@ class HeaderHandler : public nlohmann::json_sax<json> {
     if (level_ != 3) return scalar(std::to_string(v));
     if (v > static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max())) {
       bad("value is " + std::to_string(v) + ", expected at most 2^63 - 1");
+    }
+    if (numbers_.size() == kMostDimensions) {
+      bad("array has more than " + std::to_string(kMostDimensions) + " numbers, expected " +
+          (field_ == Field::kShape ? "at most as many dimensions" : "2"));
     }
     numbers_.push_back(static_cast<std::int64_t>(v));
     return true;

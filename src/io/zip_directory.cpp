@@ -382,8 +382,29 @@ std::string_view zip_name_fault(std::string_view name) {
   return {};
 }
 
+namespace {
+
+/// Weights shrink by a few times at most: an archive that grows far beyond its size is a bomb, even
+/// where its streams are what they say.
+void check_growth(const MappedFile& file, const std::vector<ZipMember>& members) {
+  constexpr std::uint64_t kMostGrowth = 100, kAlways = std::uint64_t{64} << 20;
+  const std::uint64_t most = kMostGrowth * file.bytes().size() + kAlways;
+  std::uint64_t bytes = 0;  // at most 1032 times the file: no overflow
+  for (const ZipMember& member : members) {
+    if (member.deflated) bytes += member.bytes;
+  }
+  if (bytes <= most) return;
+  fail(Errc::kUnsupported,
+       "zip: members unpack to " + std::to_string(bytes) + " bytes, expected at most " +
+           std::to_string(most) + ", 64 MiB and 100 times the file (zip bomb)",
+       {.path = file.path()});
+}
+
+}  // namespace
+
 ZipArchive::ZipArchive(std::shared_ptr<MappedFile> file)
     : file_(std::move(file)), members_(DirectoryReader(*file_).read()) {
+  check_growth(*file_, members_);
   for (std::size_t i = 0; i < members_.size(); ++i) {
     if (index_.emplace(members_[i].name, i).second) continue;
     fail(Errc::kCorrupt, "zip: member name stands twice, expected once",

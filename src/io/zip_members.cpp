@@ -114,12 +114,19 @@ std::vector<std::uint8_t> ZipArchive::unpack(const ZipMember& member) const {
     verify(member);
     return {in.begin(), in.end()};
   }
-  std::vector<std::uint8_t> out(static_cast<std::size_t>(member.bytes));
+  // Memory follows what comes out, not what the directory promises.
+  constexpr std::size_t kFirst = std::size_t{1} << 20;
+  const auto promised = static_cast<std::size_t>(member.bytes);
+  std::vector<std::uint8_t> out(std::min(promised, 4 * in.size() + kFirst));
   Inflater inflater(in);
   std::size_t done = inflater.read(out);
+  while (done == out.size() && done < promised) {
+    out.resize(std::min(promised, 2 * done));
+    done += inflater.read(std::span(out).subspan(done));
+  }
   std::uint8_t more = 0;  // the end of a stream may lie behind its last byte
   if (!inflater.complete()) done += inflater.read({&more, 1});
-  if (!inflater.complete() || done != out.size()) {
+  if (!inflater.complete() || done != promised) {
     fail(Errc::kCorrupt,
          "zip: deflated member is damaged or not of its size, expected " +
              std::to_string(member.bytes) + " bytes",

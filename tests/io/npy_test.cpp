@@ -116,6 +116,10 @@ TEST_F(Npy, RefusesBadInput) {
   EXPECT_EQ(code_of(npy(dict("'<f4'", "(1"), "abcd")), Errc::kCorrupt);
   EXPECT_EQ(code_of(npy(dict("'<f4'", "(9223372036854775808,)"), "abcd")), Errc::kCorrupt);
   EXPECT_EQ(code_of(npy(dict("'<f8'", "(4294967296, 4294967296)"), "abcd")), Errc::kCorrupt);
+  std::string ones = "(";
+  for (int i = 0; i < 64; ++i) ones += "1,";
+  EXPECT_EQ(read_npy(write(npy(dict("'<f4'", ones + ")"), "abcd"))).shape.size(), 64u);
+  EXPECT_EQ(code_of(npy(dict("'<f4'", ones + "1)"), "abcd")), Errc::kCorrupt);
   EXPECT_EQ(code_of(npy("{'descr': '<f4'}", "abcd")), Errc::kCorrupt);
   EXPECT_EQ(code_of(npy("{'descr': '<f4', 'descr': '<f4', 'shape': ()}", "abcd")), Errc::kCorrupt);
   EXPECT_EQ(code_of(npy("{'color': '<f4'}", "abcd")), Errc::kCorrupt);

@@ -104,6 +104,38 @@ TEST(Safetensors, RefusesWithTensorAndOffset) {
   }
 }
 
+TEST(Safetensors, SixtyFourDimensionsAreEnough) {
+  const TempFolder folder;
+  const std::string path = folder.path("dims.safetensors");
+  const auto write = [&](int dims) {
+    std::string shape = "1";
+    for (int i = 1; i < dims; ++i) shape += ",1";
+    std::ofstream(path, std::ios::binary)
+        << file_of(R"({"a":{"dtype":"U8","shape":[)" + shape + R"(],"data_offsets":[0,1]}})", "a");
+  };
+  write(64);
+  EXPECT_EQ(SafetensorsFile(path).find("a")->shape.size(), 64u);
+  write(65);
+  const Error e = error_of(path);
+  EXPECT_EQ(e.code(), Errc::kCorrupt);
+  EXPECT_EQ(e.site().tensor, "a");
+}
+
+TEST(Safetensors, UnknownTypesAreNamed) {
+  const TempFolder folder;
+  const std::string path = folder.path("type.safetensors");
+  for (const char* type : {"", "f32", "F31", "F32 ", "float32", "F32\\u0000", "Q4_0", "\\u00e9"}) {
+    SCOPED_TRACE(type);
+    std::ofstream(path, std::ios::binary) << file_of(
+        R"({"a":{"dtype":")" + std::string(type) + R"(","shape":[1],"data_offsets":[0,4]}})",
+        "abcd");
+    const Error e = error_of(path);
+    EXPECT_NE(e.code(), Errc::kInternal);
+    EXPECT_EQ(e.site().tensor, "a");
+    EXPECT_NE(std::string(e.what()).find("dtype"), std::string::npos) << e.what();
+  }
+}
+
 TEST(Safetensors, EveryTruncationIsRefused) {
   const std::string whole = read_text_file(golden_path("containers/good.safetensors"));
   const TempFolder folder;
