@@ -316,13 +316,27 @@ bool to_f16(const float* in, std::int64_t n, std::uint16_t* out) {
 
 // ------------------------------------------------------------------ searches
 
+/// Lane l of the result is lane l + kHalf of x, for the l that a reduction still needs.
+template <int kHalf>
+inline F upper(F x) {
+  I from;
+  for (int l = 0; l < kWidth; ++l) from[l] = (l + kHalf) % kWidth;
+  return __builtin_shuffle(x, from);
+}
+
+/// Sum of the 16 virtual lanes: lane l += lane l + 8, 4, 2, 1.
 inline float fold(const F* parts) {
-  alignas(64) float d[kVirtual];
-  std::memcpy(d, parts, sizeof(d));
-  for (int half = kVirtual / 2; half > 0; half /= 2) {
-    for (int l = 0; l < half; ++l) d[l] += d[l + half];
+  F half[kParts];
+  for (int p = 0; p < kParts; ++p) half[p] = parts[p];
+  for (int count = kParts / 2; count > 0; count /= 2) {
+    for (int p = 0; p < count; ++p) half[p] += half[p + count];
   }
-  return d[0];
+  F x = half[0];
+  if constexpr (kWidth > 8) x += upper<8>(x);
+  if constexpr (kWidth > 4) x += upper<4>(x);
+  x += upper<2>(x);
+  x += upper<1>(x);
+  return x[0];
 }
 
 /// How a pass turns weights to codes: q = rint(clamp((w + shift) * inv, low, high)).
@@ -371,18 +385,20 @@ class Sums {
     sums_.ww = fold(squares);
   }
 
+  /// The sum of codes is left at 0 without a shift: the error of such a fit does not depend on it.
+  template <bool kShifted>
   const FitSums& of(const Pass& pass) {
     F sq[kParts] = {}, sqq[kParts] = {}, swq[kParts] = {};
     for (std::int64_t i = 0; i < n_; i += kVirtual) {
       for (int p = 0; p < kParts; ++p) {
         const F x = load_as<F>(w_ + i + p * kWidth);
         const F q = nearest_code(x, pass);
-        sq[p] += q;
+        if (kShifted) sq[p] += q;
         sqq[p] += q * q;
         swq[p] += x * q;
       }
     }
-    sums_.q = fold(sq);
+    if (kShifted) sums_.q = fold(sq);
     sums_.qq = fold(sqq);
     sums_.wq = fold(swq);
     return sums_;
@@ -406,7 +422,7 @@ ShiftedFit fit_shifted(const float* w, std::int64_t n, int max_code) {
   ScoredFit best{0, 0, std::numeric_limits<double>::infinity()};
   Sums sums(w, n);
   const auto consider = [&](float shift, float inv) {
-    const ScoredFit fit = best_shifted(sums.of({shift, inv, 0.0F, top}));
+    const ScoredFit fit = best_shifted(sums.of<true>({shift, inv, 0.0F, top}));
     if (fit.error < best.error) best = fit;
   };
   for (int step = 0; step < kFitSteps; ++step) consider(-low, (top + fit_offset(step)) / range);
@@ -429,7 +445,7 @@ float fit_symmetric(const float* w, std::int64_t n, int centre) {
   ScoredFit best{0, 0, std::numeric_limits<double>::infinity()};
   Sums sums(w, n);
   const auto consider = [&](float inv) {
-    const ScoredFit fit = best_symmetric(sums.of({0.0F, inv, bottom, top}));
+    const ScoredFit fit = best_symmetric(sums.of<false>({0.0F, inv, bottom, top}));
     if (fit.error < best.error) best = fit;
   };
   for (int step = 0; step < kFitSteps; ++step) consider((bottom - fit_offset(step)) / extreme);
