@@ -11,6 +11,7 @@ import importlib.util
 import os
 import pathlib
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -51,23 +52,35 @@ def measure(
         return time.perf_counter() - start
 
     timed(ours), timed(rival)  # warm-up
-    a: list[float] = []
-    b: list[float] = []
+    taken: list[tuple[float, float]] = []
+    calm: list[tuple[float, float]] = []
     end = time.perf_counter() + seconds
-    while len(a) < min_pairs or (time.perf_counter() < end and len(a) < max_pairs):
+    while len(taken) < min_pairs or (time.perf_counter() < end and len(taken) < max_pairs):
+        before = preemptions()
         # Alternate who goes first, so that neither side always follows the other's cache state.
-        if len(a) % 2 == 0:
-            a.append(timed(ours))
-            b.append(timed(rival))
+        if len(taken) % 2 == 0:
+            mine = timed(ours)
+            theirs = timed(rival)
         else:
-            b.append(timed(rival))
-            a.append(timed(ours))
+            theirs = timed(rival)
+            mine = timed(ours)
+        taken.append((mine, theirs))
+        if preemptions() == before:
+            calm.append((mine, theirs))
+    if len(calm) >= min_pairs:
+        taken = calm
+    a, b = zip(*taken, strict=True)
     return Pair(
         statistics.median(a),
         statistics.median(b),
         statistics.median(y / x for x, y in zip(a, b, strict=True)),
         len(a),
     )
+
+
+def preemptions() -> int:
+    """How often a thread of this process had to give its processor to another program."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def smollm2_gguf() -> str:

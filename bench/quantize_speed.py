@@ -1,16 +1,21 @@
 """Quantization and decoding speed of every dialect beside the package it comes from, on the CPU.
 
-    python bench/quantize_speed.py [--quick] [--only bnb hqq quanto mlx gguf]
+    python bench/quantize_speed.py [--quick] [--only bnb hqq quanto mlx gguf] [--rows FILE]
                                    [--output bench/results/quantize_speed.md]
 
 Needs the packages of `make conformance`. Shapes: 4096 x 4096 and 14336 x 4096, bf16; --quick:
 1024 x 4096 and short runs, to see that everything works. Each figure is a median of interleaved
 pairs (pairs.py); what is decoded from both sides is compared in the same run.
+
+--rows keeps every measured row in a file and skips what stands there already, so that a long run
+can be taken in parts; the page is then made of all its rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import pathlib
 import time
 
@@ -20,6 +25,8 @@ import torch
 
 SHAPES = [(4096, 4096), (14336, 4096)]
 QUICK_SHAPES = [(1024, 4096)]
+#: By this variable torch asks for large pages for the results of every package.
+LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 HEADER = ["what", "rival", "quantal GB/s", "rival GB/s", "rival time / ours", "goal", "result"]
 
 
@@ -77,9 +84,46 @@ def measure_case(
     return rows
 
 
+class Rows:
+    """The measured rows by section and form, in the order of measuring; kept in a file if asked."""
+
+    def __init__(self, path: pathlib.Path | None) -> None:
+        self._path = path
+        self._rows: dict[tuple[str, str], list[list[str]]] = {}
+        if path is not None and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                shape, name, encoded, decoded = json.loads(line)
+                self._rows[shape, name] = [encoded, decoded]
+
+    def __contains__(self, key: tuple[str, str]) -> bool:
+        return key in self._rows
+
+    def add(self, shape: str, name: str, rows: tuple[list[str], list[str]]) -> None:
+        self._rows[shape, name] = list(rows)
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([shape, name, *rows]) + "\n")
+
+    def sections(self) -> list[str]:
+        shapes = list(dict.fromkeys(shape for shape, _ in self._rows))
+        pages = []
+        for shape in shapes:
+            rows = [pair for (where, _), pair in self._rows.items() if where == shape]
+            pages.append(section(f"Quantizing, {shape}", [pair[0] for pair in rows], HEADER))
+            decoded = [pair[1][:-1] for pair in rows]
+            pages.append(section(f"Decoding, {shape}", decoded, HEADER[:-1]))
+        return pages
+
+
 def section(title: str, rows: list[list[str]], header: list[str]) -> str:
     lines = [f"## {title}", "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in rows]) + "\n"
+
+
+def shape_title(shape: tuple[int, int]) -> str:
+    """Rows taken with large pages for every package are a section of their own."""
+    pages = f", {LARGE_PAGES}=1" if os.environ.get(LARGE_PAGES) == "1" else ""
+    return f"{shape[0]} x {shape[1]} bf16{pages}"
 
 
 def main() -> None:
@@ -87,23 +131,22 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", nargs="+", choices=list(rivals.CASES), default=list(rivals.CASES))
     parser.add_argument("--seconds", type=float, default=2.5, help="per pair, where calls are fast")
+    parser.add_argument("--rows", type=pathlib.Path)
     parser.add_argument("--output", type=pathlib.Path)
     args = parser.parse_args()
     seconds = 0.3 if args.quick else args.seconds
-    page = [pairs.heading("Quantizing and decoding on the CPU", command_of(args)), NOTES]
+    rows = Rows(args.rows)
     for shape in QUICK_SHAPES if args.quick else SHAPES:
         torch.manual_seed(0)
         weight = (torch.randn(*shape) * 0.02).to(torch.bfloat16)
-        encoded, decoded = [], []
         for name in args.only:
             for case in rivals.CASES[name](weight):
-                rows = measure_case(case, weight, seconds, args.quick)
-                encoded.append(rows[0])
-                decoded.append(rows[1][:-1])
-        size = f"{shape[0]} x {shape[1]} bf16"
-        page.append(section(f"Quantizing, {size}", encoded, HEADER))
-        page.append(section(f"Decoding, {size}", decoded, HEADER[:-1]))
-    text = "\n".join(page)
+                if (shape_title(shape), case.name) in rows:
+                    continue
+                measured = measure_case(case, weight, seconds, args.quick)
+                rows.add(shape_title(shape), case.name, measured)
+    heading = pairs.heading("Quantizing and decoding on the CPU", command_of(args))
+    text = "\n".join([heading, NOTES, *rows.sections()])
     print(text)
     if args.output:
         args.output.write_text(text, encoding="utf-8")
@@ -121,8 +164,13 @@ NOTES = """\
 GB/s counts the bf16 matrix in both directions. A result is the comparison of what both sides
 decode from their own codes: the same values, or ||W - W'|| / ||W|| (quantal / rival). Conversions
 of the input to what a rival takes are not timed: ggml reads and writes float32. HQQ runs the same
-half-quadratic iterations with the same stopping rule. mlx quantizes on one thread; ggml's
-functions, which take rows, are called on as many threads as quantal uses.
+half-quadratic iterations with the same stopping rule. mlx quantizes on one thread. ggml is the C
+library inside llama-cpp-python (ggml_quantize_chunk, dequantize_row_*), which takes rows: it is
+called on as many threads as quantal uses.
+
+Every call returns a result in fresh memory, as its users get it. quantal asks for that memory in
+pages of 2 MiB, which is most of its lead in decoding; the sections with THP_MEM_ALLOC_ENABLE=1,
+where torch does so for every package, show what remains without it.
 """
 
 

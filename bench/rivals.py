@@ -29,10 +29,9 @@ class Case:
     quantize: Callable[[], Any]
     dequantize: Callable[[Any], Any]
     to_torch: Callable[[Any], torch.Tensor]  #: what `dequantize` returned
-    goal: float = 1.0  #: rival time / ours that this project wants of quantize
+    goal: float | None = None  #: rival time / ours that this project wants of quantize
     dequantize_goal: float | None = None
     out_dtype: torch.dtype = torch.bfloat16  #: of the decoded matrix, both sides
-    slow: bool = False  #: seconds per call: few pairs
     _dialect: str | None = field(default=None, init=False)
 
     def quantize_ours(self, weight: torch.Tensor) -> testing.Packed:
@@ -125,11 +124,11 @@ def hqq_cases(weight: torch.Tensor) -> Iterator[Case]:
             lambda values: values,
             goal=5,
             out_dtype=torch.float32,
-            slow=True,
         )
 
-    yield case(4, 64)
     yield case(8, 128)
+    for bits in (4, 3, 2, 1):
+        yield case(bits, 64)
 
 
 # ---------------------------------------------------------------------- Quanto
@@ -204,12 +203,10 @@ def mlx_cases(weight: torch.Tensor) -> Iterator[Case]:
             back,
             to_torch,
             goal=3,
-            slow=settings["mode"] != "affine",
         )
 
-    yield case("MLX affine 4-bit g64", group_size=64, bits=4, mode="affine")
-    yield case("MLX affine 8-bit g64", group_size=64, bits=8, mode="affine")
-    yield case("MLX affine 3-bit g64", group_size=64, bits=3, mode="affine")
+    for bits in (2, 3, 4, 5, 6, 8):
+        yield case(f"MLX affine {bits}-bit g64", group_size=64, bits=bits, mode="affine")
     yield case("MLX mxfp4", group_size=32, bits=4, mode="mxfp4")
     yield case("MLX nvfp4", group_size=16, bits=4, mode="nvfp4")
     yield case("MLX mxfp8", group_size=32, bits=8, mode="mxfp8")
@@ -225,8 +222,11 @@ class Ggml:
     TYPES = {
         "Q4_0": (2, 1.0),
         "Q4_1": (3, 1.0),
+        "Q5_0": (6, 1.0),
+        "Q5_1": (7, 1.0),
         "Q8_0": (8, 1.0),
         "Q4_K": (12, 1.0),
+        "Q5_K": (13, 1.0),
         "Q6_K": (14, 1.0),
     }
 
@@ -296,7 +296,6 @@ def ggml_cases(weight: torch.Tensor) -> Iterator[Case]:
             lambda values: values,
             goal=goal,
             out_dtype=torch.float32,
-            slow=name.endswith("_K"),
         )
 
 
