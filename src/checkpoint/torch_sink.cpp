@@ -1,7 +1,9 @@
 #include "checkpoint/torch_sink.h"
 
+#include <charconv>
 #include <cstring>
 #include <filesystem>
+#include <iterator>
 #include <map>
 #include <utility>
 #include <vector>
@@ -59,6 +61,15 @@ T scalar(const TensorView& view) {
   return value;
 }
 
+/// The number of which `value` is the float32: 1.58, not 1.58000004.
+double shortest(float value) {
+  char text[32];
+  const auto written = std::to_chars(std::begin(text), std::end(text), value);
+  double out = static_cast<double>(value);
+  std::from_chars(std::begin(text), written.ptr, out);
+  return out;
+}
+
 /// The Python object that an encoded value stands for.
 TorchValue decoded(const Piece& piece) {
   const TensorView& view = piece.view;
@@ -70,7 +81,7 @@ TorchValue decoded(const Piece& piece) {
       return TorchValue::integer(view.dtype == DType::kI64 ? scalar<std::int64_t>(view)
                                                            : scalar<std::int32_t>(view));
     case StateKind::kFloat:
-      return TorchValue::real(static_cast<double>(scalar<float>(view)));
+      return TorchValue::real(shortest(scalar<float>(view)));
     case StateKind::kText:
       return TorchValue::text(text);
     case StateKind::kDtype:

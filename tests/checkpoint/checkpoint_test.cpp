@@ -117,6 +117,21 @@ TEST_F(CheckpointFolder, TiedHeadsOfHqqShareTheBytesOfTheEmbedding) {
   }
 }
 
+/// Numbers are float32 in packed layers and Python's floats in torch files: 1.58 stays 1.58.
+TEST_F(CheckpointFolder, NumbersOfTorchFilesAreTheShortest) {
+  Tensor weight = make_tensor(DType::kF32, {8, 64});
+  for (std::size_t i = 0; i < weight.bytes.size(); i += 4)
+    weight.bytes[i + 3] = i % 3 == 0 ? 63 : 0;
+  QuantizeOptions options{.method = QuantizationMethod::HQQ, .bits = 2, .group_size = 64};
+  options.mode = "1.58";
+  const PackedMatrix layer =
+      quantize(weight.view(), dialect_by_name("hqq"), options, serial_executor());
+  view_.layers.emplace_back("layer", layer.view());
+  save_checkpoint(temp_.path("m"), view_, {.layout = "qmodel"});
+  const TorchFile file(temp_.path("m/qmodel.pt"));
+  EXPECT_EQ(file.root().find("layer")->find("nbits")->as_float(), 1.58);
+}
+
 TEST_F(CheckpointFolder, DigestSeesNamesSpecsAndBytes) {
   const std::string base = checkpoint_digest(view_);
   EXPECT_EQ(checkpoint_digest(view_), base);
