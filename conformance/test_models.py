@@ -1,245 +1,382 @@
-"""Whole models, both directions: upstream writes, quantal loads and computes what upstream's own
-dequantized weights give; quantal writes, upstream loads bitwise equal tensors."""
+"""Small whole models, both directions, in every form a folder can have: upstream writes, quantal
+loads and computes what upstream's own decoded weights give; quantal writes, upstream loads bitwise
+equal tensors. The real model is in test_smollm2.py."""
 
-import json
-from pathlib import Path
-
-import gguf
 import mlx.core as mx
-import numpy
 import pytest
 import torch
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from hqq.models.hf.base import AutoHQQHFModel
-from mlx_lm.utils import load_model, quantize_model, save_config, save_model
-from optimum.quanto import QuantizedModelForCausalLM, qint2, qint4, qint8
-from safetensors.torch import load_file
+from mlx.utils import tree_flatten
+from mlx_lm.utils import load_model as load_mlx
+from models import (
+    IDS,
+    adapter,
+    check_logits,
+    check_same_files,
+    check_same_tensors,
+    dense_folder,
+    json_of,
+    llama,
+    load,
+    mlx_folder,
+    mlx_to_torch,
+    mlx_values,
+    save,
+    tensors_in,
+    torch_values,
+)
+from optimum.quanto import (
+    QuantizedModelForCausalLM,
+    freeze,
+    qfloat8,
+    qint2,
+    qint4,
+    qint8,
+    quantization_map,
+    quantize,
+    requantize,
+)
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
-    LlamaConfig,
+    HqqConfig,
     LlamaForCausalLM,
 )
-from weights import same_bits
+from weights import DTYPES
 
 import quantal
 
-IDS = torch.arange(3, 43)[None] * 7 % 512
-
-
-def llama(seed: int, dtype=torch.float32, **settings) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        hidden_size=128,
-        intermediate_size=320,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=512,
-        max_position_embeddings=64,
-        **settings,
-    )
-    return LlamaForCausalLM(config).to(dtype).eval()
-
-
-def dense_folder(tmp_path: Path, seed: int, **settings) -> Path:
-    llama(seed, **settings).save_pretrained(tmp_path / "dense")
-    return tmp_path / "dense"
-
-
-def load(method: str, path: Path, **settings) -> torch.nn.Module:
-    config = quantal.QuantizationConfig(method, compute_dtype=torch.float32, **settings)
-    adapter = quantal.create_quantization_adapter("cpu", config, support="extended")
-    return adapter, adapter.load_quantized_model(path)
-
-
-@torch.no_grad()
-def check_logits(ours: torch.nn.Module, weights: dict[str, torch.Tensor], dense) -> None:
-    """Logits of `ours` against a dense model that holds upstream's dequantized weights."""
-    state = {n: weights[n].to(t.dtype).reshape(t.shape) for n, t in dense.state_dict().items()}
-    dense.load_state_dict(state)
-    expected = dense(IDS).logits
-    torch.testing.assert_close(ours(IDS).logits, expected, rtol=0, atol=2e-5)
-
-
-def check_same_tensors(theirs: dict, ours: dict, skip=()) -> None:
-    assert set(theirs) - set(skip) == set(ours) - set(skip)
-    for name in set(theirs) - set(skip):
-        assert same_bits(theirs[name], ours[name]), name
-
+CPU = {"device_map": "cpu", "dtype": torch.float32}
 
 # ---------------------------------------------------------------------- bitsandbytes
 
 BNB = {
-    "nf4": ("bnb_nf4", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
-    "nf4-double": (
-        "bnb_nf4",
-        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
-    ),
-    "fp4": ("bnb_nf4", {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}),
-    "int8": ("bnb_int8", {"load_in_8bit": True}),
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "nf4-double": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+    },
+    "int8": {"load_in_8bit": True},
+    "int8-skips": {"load_in_8bit": True, "llm_int8_skip_modules": ["lm_head", "down_proj"]},
+    "int8-threshold": {"load_in_8bit": True, "llm_int8_threshold": 4.5},
+} | {
+    f"nf4-{storage}": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_quant_storage": storage,
+    }
+    for storage in ("bfloat16", "float16", "float32", "int8")
 }
 
 
-@pytest.mark.parametrize("name", list(BNB))
-def test_bitsandbytes(name, tmp_path):
-    method, settings = BNB[name]
+def bnb_folder(path, name, seed=1, dtype=torch.float32, shards=None, **settings):
     theirs = AutoModelForCausalLM.from_pretrained(
-        dense_folder(tmp_path, 1),
-        quantization_config=BitsAndBytesConfig(**settings),
-        dtype=torch.float32,
+        dense_folder(path, seed, **settings),
+        quantization_config=BitsAndBytesConfig(**BNB[name]),
         device_map="cpu",
+        dtype=dtype,
     )
-    theirs.save_pretrained(tmp_path / "theirs")
-    weights = dict(theirs.state_dict())
-    for path, module in theirs.named_modules():
-        if type(module).__name__ == "Linear4bit":
-            import bitsandbytes.functional as F
+    theirs.save_pretrained(path / "theirs", max_shard_size=shards or "5GB")
+    return theirs
 
-            weights[f"{path}.weight"] = F.dequantize_4bit(
-                module.weight.data, module.weight.quant_state
-            )
-        elif type(module).__name__ == "Linear8bitLt":
-            state = module.state
-            codes = module.weight.data if state.CB is None else state.CB
-            scale = module.weight.SCB if state.SCB is None else state.SCB
-            weights[f"{path}.weight"] = codes.float() * scale[:, None] * 0.007874015718698502
-    adapter, ours = load(method, tmp_path / "theirs")
-    check_logits(ours, weights, llama(0))
-    adapter.save_quantized_model(ours, tmp_path / "ours")
-    a, b = (load_file(tmp_path / d / "model.safetensors") for d in ("theirs", "ours"))
-    check_same_tensors(a, b)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", device_map="cpu")
-    torch.testing.assert_close(again(IDS).logits, theirs(IDS).logits, rtol=0, atol=1e-5)
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("name", list(BNB))
+def test_bitsandbytes(name, tied, tmp_path):
+    theirs = bnb_folder(tmp_path, name, tie_word_embeddings=tied)
+    dtype = torch.float32
+    ours = load(tmp_path / "theirs")
+    check_logits(ours, torch_values(theirs))
+    save(ours, tmp_path / "ours")
+    check_same_files(tmp_path / "theirs", tmp_path / "ours")
+    a, b = (
+        json_of(tmp_path / d / "config.json")["quantization_config"] for d in ("theirs", "ours")
+    )
+    for key in ("bnb_4bit_quant_storage", "llm_int8_threshold", "load_in_4bit", "load_in_8bit"):
+        assert a[key] == b[key], key
+    # Upstream casts 16-bit storage to the model's dtype: equal to what it makes of its own folder.
+    again, before = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / d, device_map="cpu", dtype=dtype)
+        for d in ("ours", "theirs")
+    )
+    check_same_tensors(before.state_dict(), again.state_dict())
+    assert torch.equal(again(IDS).logits, theirs(IDS).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["nf4-double", "fp4", "int8"])
+def test_bitsandbytes_in_16_bits(name, dtype, tmp_path):
+    theirs = bnb_folder(tmp_path, name, dtype=dtype)
+    ours = load(tmp_path / "theirs", compute_dtype=dtype)
+    expected = theirs(IDS).logits.float()
+    assert ours.dtype == dtype
+    difference = (ours(IDS).logits.float() - expected).abs().max() / expected.abs().max()
+    assert difference <= 16 * torch.finfo(dtype).eps  # roundings of every layer
+    save(ours, tmp_path / "ours")
+    check_same_files(tmp_path / "theirs", tmp_path / "ours")
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_bitsandbytes_block_sizes(kind, nested, tmp_path):
+    """transformers always writes blocks of 64 and reads any."""
+    for block in (32, 64, 128, 256, 512, 1024, 2048, 4096):
+        made = adapter("bnb", block_size=block, quant_type=kind, double_quant=nested)
+        model = made.quantize_model(llama(block))
+        path = tmp_path / str(block)
+        made.save_quantized_model(model, path)
+        theirs = AutoModelForCausalLM.from_pretrained(path, **CPU)
+        state = theirs.model.layers[1].mlp.down_proj.weight.quant_state
+        assert (state.blocksize, state.nested, state.quant_type) == (block, nested, kind)
+        theirs.save_pretrained(path / "again")
+        check_same_tensors(tensors_in(path), tensors_in(path / "again"))
+        check_logits(model, decoded(model))
+
+
+def decoded(model):
+    """Our own values of a model, by the names of the dense one."""
+    values = {n: t for n, t in model.state_dict().items()}
+    for path, module in model.named_modules():
+        if isinstance(module, quantal.QuantizedLinear):
+            values[f"{path}.weight"] = module.weight.detach()
+    return values
+
+
+@pytest.mark.parametrize("name", ["nf4-double", "int8"])
+def test_sharded_folders(name, tmp_path):
+    """Several files and an index, theirs and ours."""
+    theirs = bnb_folder(tmp_path, name, shards="200KB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+    ours = load(tmp_path / "theirs")
+    check_logits(ours, torch_values(theirs))
+    save(ours, tmp_path / "ours", max_shard_size="150KB")
+    assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 1
+    check_same_files(tmp_path / "theirs", tmp_path / "ours")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", **CPU)
+    check_same_tensors(theirs.state_dict(), again.state_dict())
 
 
 # ---------------------------------------------------------------------- HQQ
 
 
-@pytest.mark.parametrize("bits", [8, 4, 3, 2, 1])
+def hqq_model(seed, dtype=torch.float32, config=None, **settings):
+    model = llama(seed, dtype, **settings)
+    AutoHQQHFModel.quantize_model(model, quant_config=config, compute_dtype=dtype, device="cpu")
+    return model
+
+
+def check_qmodel(theirs, path, dtype):
+    """theirs -> ours -> theirs through qmodel.pt."""
+    AutoHQQHFModel.save_quantized(theirs, str(path / "theirs"))
+    ours = load(path / "theirs")
+    check_logits(ours.float(), torch_values(theirs))
+    save(load(path / "theirs"), path / "ours", layout="qmodel")
+    files = [torch.load(path / d / "qmodel.pt", weights_only=False) for d in ("theirs", "ours")]
+    check_same_tensors(*files)
+    again = AutoHQQHFModel.from_quantized(str(path / "ours"), compute_dtype=dtype, device="cpu")
+    check_same_tensors(torch_values(theirs), torch_values(again))
+    assert torch.equal(again(IDS).logits, theirs(IDS).logits)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("axis", [0, 1])
-def test_hqq_native_folder(bits, axis, tmp_path):
-    model = llama(bits)
+@pytest.mark.parametrize("bits", [8, 6, 5, 4, 3, 2, 1.58, 1])
+def test_hqq_native_folder(bits, axis, tied, tmp_path):
     config = BaseQuantizeConfig(nbits=bits, group_size=64, axis=axis)
-    AutoHQQHFModel.quantize_model(
-        model, quant_config=config, compute_dtype=torch.float32, device="cpu"
+    theirs = hqq_model(int(bits), config=config, tie_word_embeddings=tied)
+    check_qmodel(theirs, tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_hqq_native_folder_in_16_bits(dtype, tmp_path):
+    """Upstream decodes in the 16-bit type; in float32 our model multiplies just these values."""
+    theirs = hqq_model(3, dtype, BaseQuantizeConfig(nbits=4, group_size=64, axis=1))
+    check_qmodel(theirs, tmp_path, dtype)
+
+
+def test_hqq_layers_of_different_forms(tmp_path):
+    """A configuration per kind of layer; layers without one stay dense."""
+    config = {
+        "self_attn.q_proj": BaseQuantizeConfig(nbits=4, group_size=32, axis=1),
+        "self_attn.v_proj": BaseQuantizeConfig(nbits=8, group_size=128, axis=0),
+        "mlp.gate_proj": BaseQuantizeConfig(nbits=3, group_size=64, axis=1),
+        "mlp.down_proj": BaseQuantizeConfig(nbits=2, group_size=16, axis=1),
+    }
+    theirs = hqq_model(4, config=config)
+    assert isinstance(theirs.model.layers[0].mlp.gate_proj, HQQLinear)
+    assert not isinstance(theirs.model.layers[0].mlp.up_proj, HQQLinear)
+    check_qmodel(theirs, tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("bits, group, axis", [(8, 128, 1), (4, 64, 1), (4, 64, 0), (3, 64, 1)])
+def test_hqq_folders_of_transformers(bits, group, axis, tied, tmp_path):
+    theirs = AutoModelForCausalLM.from_pretrained(
+        dense_folder(tmp_path, 6, tie_word_embeddings=tied),
+        quantization_config=HqqConfig(nbits=bits, group_size=group, axis=axis),
+        **CPU,
     )
-    AutoHQQHFModel.save_quantized(model, str(tmp_path / "theirs"))
-    weights = {n: t for n, t in model.state_dict().items() if torch.is_tensor(t)}
-    for path, module in model.named_modules():
-        if isinstance(module, HQQLinear):
-            weights[f"{path}.weight"] = module.dequantize()
-    weights["lm_head.weight"] = model.lm_head.weight
-    adapter, ours = load("hqq", tmp_path / "theirs")
-    check_logits(ours, weights, llama(0))
-    adapter.save_quantized_model(ours, tmp_path / "ours", layout="qmodel")
-    a, b = (torch.load(tmp_path / d / "qmodel.pt", weights_only=False) for d in ("theirs", "ours"))
-    assert set(a) == set(b)
-    for path, fields in a.items():
-        assert set(fields) == set(b[path]), path
-        for name, value in fields.items():
-            other = b[path][name]
-            same = same_bits(value.data, other.data) if torch.is_tensor(value) else value == other
-            assert same, (path, name, value, other)
-    again = AutoHQQHFModel.from_quantized(
-        str(tmp_path / "ours"), compute_dtype=torch.float32, device="cpu"
-    )
-    torch.testing.assert_close(again(IDS).logits, model(IDS).logits, rtol=0, atol=1e-5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load(tmp_path / "theirs")
+    check_logits(ours, torch_values(theirs))
+    save(ours, tmp_path / "ours")
+    check_same_files(tmp_path / "theirs", tmp_path / "ours")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", **CPU)
+    check_same_tensors(torch_values(theirs), torch_values(again))
+
+
+def test_hqq_safetensors(tmp_path):
+    """save_to_safetensors: files of several blocks each."""
+    theirs = hqq_model(5, config=BaseQuantizeConfig(nbits=4, group_size=64, axis=1))
+    AutoHQQHFModel.save_to_safetensors(theirs, str(tmp_path / "theirs"), num_blocks_per_file=1)
+    ours = load(tmp_path / "theirs")
+    check_logits(ours, torch_values(theirs))
+    save(ours, tmp_path / "ours", layout="hqq")
+    check_same_files(tmp_path / "theirs", tmp_path / "ours")
 
 
 # ---------------------------------------------------------------------- Quanto
 
+QTYPES = [qint2, qint4, qint8, qfloat8]
 
-@pytest.mark.parametrize("qtype", [qint2, qint4, qint8], ids=lambda q: q.name)
-def test_quanto(qtype, tmp_path):
-    model = llama(11)
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("qtype", QTYPES, ids=lambda q: q.name)
+def test_quanto(qtype, tied, tmp_path):
+    model = llama(11, tie_word_embeddings=tied)
     theirs = QuantizedModelForCausalLM.quantize(model, weights=qtype, exclude="lm_head")
     theirs.save_pretrained(tmp_path / "theirs")
-    weights = {}
-    for name, parameter in model.named_parameters():
-        weights[name] = getattr(parameter, "dequantize", lambda p=parameter: p.data)().detach()
-    adapter, ours = load(f"quanto_int{qtype.bits}", tmp_path / "theirs")
-    check_logits(ours, weights, llama(0))
-    adapter.save_quantized_model(ours, tmp_path / "ours")
-    a, b = (load_file(tmp_path / d / "model.safetensors") for d in ("theirs", "ours"))
-    check_same_tensors(a, b)
-    maps = [json.loads((tmp_path / d / "quanto_qmap.json").read_text()) for d in ("theirs", "ours")]
-    assert maps[0] == maps[1]
+    ours = load(tmp_path / "theirs")
+    check_logits(ours, torch_values(model))
+    save(ours, tmp_path / "ours")
+    check_same_files(tmp_path / "theirs", tmp_path / "ours")
+    a, b = (json_of(tmp_path / d / "quanto_qmap.json") for d in ("theirs", "ours"))
+    assert a == b
     again = QuantizedModelForCausalLM.from_pretrained(str(tmp_path / "ours"))
-    torch.testing.assert_close(again(IDS).logits, model(IDS).logits, rtol=0, atol=1e-5)
+    check_same_tensors(model.state_dict(), again._wrapped.state_dict())
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_quanto_sharded_folder(tmp_path):
+    model = llama(12)
+    theirs = QuantizedModelForCausalLM.quantize(model, weights=qint4, exclude="*down_proj")
+    theirs.save_pretrained(tmp_path / "theirs")  # has no limit to set; what it calls has
+    (tmp_path / "theirs" / "model.safetensors").unlink()
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="200KB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+    ours = load(tmp_path / "theirs")
+    check_logits(ours, torch_values(model))
+    save(ours, tmp_path / "ours", max_shard_size="150KB")
+    check_same_files(tmp_path / "theirs", tmp_path / "ours")
+    again = QuantizedModelForCausalLM.from_pretrained(str(tmp_path / "ours"))
+    check_same_tensors(model.state_dict(), again._wrapped.state_dict())
+
+
+@pytest.mark.parametrize("qtype", QTYPES, ids=lambda q: q.name)
+def test_quanto_torch_file(qtype, tmp_path):
+    """A state dict that torch.save wrote, beside config.json, and back into requantize()."""
+    model = llama(13)
+    quantize(model, weights=qtype)
+    freeze(model)
+    (tmp_path / "theirs").mkdir()
+    torch.save(model.state_dict(), tmp_path / "theirs" / "pytorch_model.bin")
+    model.config.save_pretrained(tmp_path / "theirs")
+    ours = load(tmp_path / "theirs")
+    check_logits(ours, torch_values(model))
+    save(ours, tmp_path / "ours", layout="guide")
+    state = torch.load(tmp_path / "ours" / "pytorch_model.bin")
+    fresh = llama(0)
+    requantize(fresh, state, quantization_map(model))
+    check_same_tensors(torch_values(model), torch_values(fresh))
 
 
 # ---------------------------------------------------------------------- MLX
 
+
+def mixed(path, module):
+    """Settings of a layer: some of their own, some dense, the rest the global ones."""
+    if path.endswith("down_proj"):
+        return {"group_size": 32, "bits": 8}
+    if path.endswith("gate_proj"):
+        return {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+    return hasattr(module, "to_quantized") and not path.endswith("layers.1.self_attn.o_proj")
+
+
 MLX = {
-    "4bit": (64, 4, "affine"),
-    "3bit": (32, 3, "affine"),
-    "8bit": (64, 8, "affine"),
+    "2bit": (64, 2),
+    "3bit": (32, 3),
+    "4bit": (64, 4),
+    "5bit": (128, 5),
+    "6bit": (64, 6),
+    "8bit": (128, 8),
     "mxfp4": (32, 4, "mxfp4"),
+    "nvfp4": (16, 4, "nvfp4"),
     "mxfp8": (32, 8, "mxfp8"),
+    "mixed": (64, 4, "affine", mixed),
 }
+#: The largest multiple of the group sizes that divides every row.
+MLX_SIZES = {"hidden_size": 256, "intermediate_size": 384}
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("name", list(MLX))
 def test_mlx(name, tied, tmp_path):
-    group, bits, mode = MLX[name]
-    source = dense_folder(tmp_path, 5, tie_word_embeddings=tied)
-    theirs, config = load_model(source)
-    theirs, config = quantize_model(theirs, config, group, bits, mode=mode)
-    (tmp_path / "theirs").mkdir()
-    save_model(tmp_path / "theirs", theirs)
-    save_config(config, config_path=tmp_path / "theirs" / "config.json")
-
-    adapter, ours = load("mlx_int8" if bits == 8 else "mlx_int4", tmp_path / "theirs")
-    with torch.no_grad():
-        logits = ours(IDS).logits
-    expected = numpy.array(theirs(mx.array(IDS.numpy())).astype(mx.float32))
-    numpy.testing.assert_allclose(logits.numpy(), expected, rtol=0, atol=5e-4)
-    adapter.save_quantized_model(ours, tmp_path / "ours")
-    a, b = (load_file(tmp_path / d / "model.safetensors") for d in ("theirs", "ours"))
+    source = dense_folder(tmp_path, 5, tie_word_embeddings=tied, **MLX_SIZES)
+    theirs = mlx_folder(source, tmp_path / "theirs", *MLX[name])
+    ours = load(tmp_path / "theirs")
+    check_logits(ours, mlx_values(theirs))
+    save(ours, tmp_path / "ours")
+    check_same_files(tmp_path / "theirs", tmp_path / "ours")
+    again, _ = load_mlx(tmp_path / "ours")
+    a, b = ({n: mlx_to_torch(t) for n, t in tree_flatten(m.parameters())} for m in (theirs, again))
     check_same_tensors(a, b)
-    again, _ = load_model(tmp_path / "ours")
-    assert mx.array_equal(again(mx.array(IDS.numpy())), theirs(mx.array(IDS.numpy())))
+    ids = mx.array(IDS.numpy())
+    assert mx.array_equal(again(ids), theirs(ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["4bit", "mixed", "nvfp4"])
+def test_mlx_in_16_bits(name, dtype, tmp_path):
+    source = dense_folder(tmp_path, 5, dtype, **MLX_SIZES)
+    theirs = mlx_folder(source, tmp_path / "theirs", *MLX[name])
+    ours = load(tmp_path / "theirs", compute_dtype=torch.float32)
+    check_logits(ours.float(), mlx_values(theirs))
+    save(load(tmp_path / "theirs"), tmp_path / "ours", max_shard_size="300KB")
+    assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 1
+    check_same_files(tmp_path / "theirs", tmp_path / "ours")
+    again, _ = load_mlx(tmp_path / "ours")
+    ids = mx.array(IDS.numpy())
+    assert mx.array_equal(again(ids), theirs(ids))
 
 
 # ---------------------------------------------------------------------- conversion
 
 
-@pytest.mark.parametrize("to", ["mlx", "quanto", "hqq", "bnb", "gguf", "dense"])
-def test_converted_folders_load_upstream(to, tmp_path):
-    """From an mlx folder to every dialect; upstream's reader computes what quantal computes."""
-    source = dense_folder(tmp_path, 9)
-    theirs, config = load_model(source)
-    theirs, config = quantize_model(theirs, config, 32, 4)
-    (tmp_path / "mlx").mkdir()
-    save_model(tmp_path / "mlx", theirs)
-    save_config(config, config_path=tmp_path / "mlx" / "config.json")
-    target = tmp_path / ("model.gguf" if to == "gguf" else "out")
-    report = quantal.convert(tmp_path / "mlx", target, to=to)
-    assert report.layers
-    if to == "gguf":
-        reader = gguf.GGUFReader(target)
-        assert {t.name for t in reader.tensors} >= {"token_embd.weight", "blk.1.ffn_up.weight"}
-        return
-    _, ours = load(
-        {
-            "mlx": "mlx_int4",
-            "quanto": "quanto_int4",
-            "hqq": "hqq",
-            "bnb": "bnb_nf4",
-            "dense": "none",
-        }[to],
-        target,
-    )
-    with torch.no_grad():
-        logits = ours(IDS).logits
+def upstream_logits(to, path):
+    """What the upstream reader of a dialect computes from a folder or file."""
     if to == "mlx":
-        other = numpy.array(load_model(target)[0](mx.array(IDS.numpy())).astype(mx.float32))
-        other = torch.from_numpy(other)
-    elif to == "quanto":
-        other = QuantizedModelForCausalLM.from_pretrained(str(target))(IDS).logits
-    else:
-        other = AutoModelForCausalLM.from_pretrained(target, device_map="cpu", dtype=torch.float32)
-        other = other(IDS).logits
-    torch.testing.assert_close(logits, other.float(), rtol=0, atol=5e-4)
+        return mlx_to_torch(load_mlx(path)[0](mx.array(IDS.numpy())))
+    if to == "quanto":
+        return QuantizedModelForCausalLM.from_pretrained(str(path))(IDS).logits
+    if to == "gguf":
+        return LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name)(IDS).logits
+    return AutoModelForCausalLM.from_pretrained(path, **CPU)(IDS).logits
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("to", ["mlx", "quanto", "hqq", "bnb", "gguf", "dense"])
+def test_converted_models_load_upstream(to, dtype, tmp_path):
+    """From an mlx folder to every dialect; upstream's reader computes what quantal computes."""
+    mlx_folder(dense_folder(tmp_path, 9, dtype), tmp_path / "mlx", 32, 4)
+    target = tmp_path / ("model.gguf" if to == "gguf" else "out")
+    report = quantal.convert(tmp_path / "mlx", target, to=to, mode="Q4_1" if to == "gguf" else None)
+    assert report.layers
+    ours = load(target)
+    with torch.no_grad():
+        logits, other = ours(IDS).logits.float(), upstream_logits(to, target).float()
+    eps = torch.finfo(torch.float32 if to == "gguf" else dtype).eps
+    assert (logits - other).abs().max() <= 64 * eps * other.abs().max()

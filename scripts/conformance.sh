@@ -14,14 +14,17 @@ if [ ! -e $venv/.ready ] || [ conformance/requirements.txt -nt $venv/.ready ]; t
 fi
 # llama.cpp is compiled once; its wheel is kept outside of the environment. A run that cannot spare
 # the minutes sets QUANTAL_SKIP_LLAMA_CPP=1; a wheel that is there is used nevertheless.
-llama=llama-cpp-python==0.3.36
+version=0.3.36
 wheels=${QUANTAL_WHEELS:-${XDG_CACHE_HOME:-$HOME/.cache}/quantal/wheels}
-wheel=$(find "$wheels" -name 'llama_cpp_python-0.3.36-*.whl' 2>/dev/null | head -n 1)
+mkdir -p "$wheels"
+find_wheel() { find "$wheels" -name "llama_cpp_python-$version-*.whl" | head -n 1; }
+wheel=$(find_wheel)
 if [ -z "$wheel" ] && [ "${QUANTAL_SKIP_LLAMA_CPP:-0}" != 1 ]; then
-  echo "conformance: compiling $llama, about six minutes, once"
-  CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-2} \
-    $venv/bin/python -m pip wheel -q --disable-pip-version-check --no-deps -w "$wheels" $llama
-  wheel=$(find "$wheels" -name 'llama_cpp_python-0.3.36-*.whl' | head -n 1)
+  echo "conformance: compiling llama-cpp-python $version, about six minutes, once"
+  PATH="$PWD/$venv/bin:$PATH" CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-2} \
+    $venv/bin/python -m pip wheel -q --disable-pip-version-check --no-build-isolation --no-deps \
+    -w "$wheels" "llama-cpp-python==$version"
+  wheel=$(find_wheel)
 fi
 if [ -n "$wheel" ]; then
   unset QUANTAL_SKIP_LLAMA_CPP

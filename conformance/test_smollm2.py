@@ -1,0 +1,137 @@
+"""The real SmolLM2-135M in every dialect, both directions: upstream quantizes and writes it,
+quantal loads it and computes the logits of upstream's own decoded weights; quantal writes it,
+upstream loads what quantal wrote and holds the same bits."""
+
+import gguf
+import pytest
+import torch
+from hqq.core.quantize import BaseQuantizeConfig
+from hqq.models.hf.base import AutoHQQHFModel
+from llamacpp import needs_llama_cpp, quantize_file
+from mlx.utils import tree_flatten
+from mlx_lm.utils import load_model as load_mlx
+from models import (
+    check_logits,
+    check_same_files,
+    check_same_tensors,
+    gguf_values,
+    json_of,
+    load,
+    mlx_folder,
+    mlx_to_torch,
+    mlx_values,
+    save,
+    torch_values,
+)
+from optimum.quanto import QuantizedModelForCausalLM, qfloat8, qint2, qint4, qint8
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+IDS = torch.tensor([[504, 3575, 282, 4649, 314, 7042, 28, 260, 2629, 282, 1420, 30, 657, 314, 355]])
+
+BNB = {
+    "nf4-double": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+    },
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "int8": {"load_in_8bit": True},
+}
+
+
+@pytest.mark.parametrize("name", list(BNB))
+def test_bitsandbytes(name, smollm2_dense, tmp_path):
+    settings = {"dtype": torch.float32, "device_map": "cpu"}
+    theirs = AutoModelForCausalLM.from_pretrained(
+        smollm2_dense, quantization_config=BitsAndBytesConfig(**BNB[name]), **settings
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load(tmp_path / "theirs")
+    check_logits(ours, torch_values(theirs), IDS)
+    save(ours, tmp_path / "ours")
+    check_same_files(tmp_path / "theirs", tmp_path / "ours")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", **settings)
+    check_same_tensors(theirs.state_dict(), again.state_dict())
+    check_same_tensors(torch_values(theirs), torch_values(again))
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2, 1])
+def test_hqq(bits, smollm2_dense, tmp_path):
+    theirs = AutoModelForCausalLM.from_pretrained(smollm2_dense, dtype=torch.float32)
+    AutoHQQHFModel.quantize_model(
+        theirs,
+        quant_config=BaseQuantizeConfig(nbits=bits, group_size=64, axis=1),
+        compute_dtype=torch.float32,
+        device="cpu",
+    )
+    AutoHQQHFModel.save_quantized(theirs, str(tmp_path / "theirs"))
+    ours = load(tmp_path / "theirs")
+    check_logits(ours, torch_values(theirs), IDS)
+    save(ours, tmp_path / "ours", layout="qmodel")
+    files = [torch.load(tmp_path / d / "qmodel.pt", weights_only=False) for d in ("theirs", "ours")]
+    check_same_tensors(*files)
+    again = AutoHQQHFModel.from_quantized(
+        str(tmp_path / "ours"), compute_dtype=torch.float32, device="cpu"
+    )
+    check_same_tensors(torch_values(theirs), torch_values(again))
+
+
+@pytest.mark.parametrize("qtype", [qint2, qint4, qint8, qfloat8], ids=lambda q: q.name)
+def test_quanto(qtype, smollm2_dense, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(smollm2_dense, dtype=torch.float32)
+    theirs = QuantizedModelForCausalLM.quantize(model, weights=qtype, exclude="lm_head")
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load(tmp_path / "theirs")
+    check_logits(ours, torch_values(model), IDS)
+    save(ours, tmp_path / "ours")
+    check_same_files(tmp_path / "theirs", tmp_path / "ours")
+    theirs_map, ours_map = (json_of(tmp_path / d / "quanto_qmap.json") for d in ("theirs", "ours"))
+    assert theirs_map == ours_map
+    again = QuantizedModelForCausalLM.from_pretrained(str(tmp_path / "ours"))
+    check_same_tensors(torch_values(model), torch_values(again._wrapped))
+
+
+MLX = {
+    "affine-4": (64, 4, "affine"),
+    "affine-3": (32, 3, "affine"),
+    "affine-8": (64, 8, "affine"),
+    "mxfp4": (32, 4, "mxfp4"),
+    "nvfp4": (16, 4, "nvfp4"),
+    "mxfp8": (32, 8, "mxfp8"),
+}
+
+
+@pytest.mark.parametrize("name", list(MLX))
+def test_mlx(name, smollm2_dense, tmp_path):
+    theirs = mlx_folder(smollm2_dense, tmp_path / "theirs", *MLX[name])
+    ours = load(tmp_path / "theirs")
+    check_logits(ours, mlx_values(theirs), IDS)
+    save(ours, tmp_path / "ours")
+    check_same_files(tmp_path / "theirs", tmp_path / "ours")
+    again, _ = load_mlx(tmp_path / "ours")
+    states = [
+        {n: mlx_to_torch(t) for n, t in tree_flatten(m.parameters())} for m in (theirs, again)
+    ]
+    check_same_tensors(*states)
+
+
+#: Rows of 576 weights are no whole super-blocks: there llama.cpp takes a type with blocks of 32.
+GGUF = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL"]
+GGUF += ["Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K"]
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("name", GGUF)
+def test_gguf(name, smollm2, smollm2_dense, tmp_path):
+    """llama.cpp quantizes; gguf decodes for the reference and reads what quantal writes."""
+    quantize_file(smollm2, tmp_path / "theirs.gguf", name)
+    ours = load(tmp_path / "theirs.gguf")
+    check_logits(ours, gguf_values(tmp_path / "theirs.gguf", ours.config), IDS)
+    save(ours, tmp_path / "ours.gguf")
+    theirs, again = (gguf.GGUFReader(tmp_path / f"{f}.gguf") for f in ("theirs", "ours"))
+    written = {t.name: t for t in again.tensors}
+    assert len(written) == len(theirs.tensors)
+    for tensor in theirs.tensors:
+        assert written[tensor.name].tensor_type == tensor.tensor_type, tensor.name
+        assert (written[tensor.name].data == tensor.data).all(), tensor.name
