@@ -1,6 +1,7 @@
 """The names of the documented module `imports`; all of them live in `quantal.imports`."""
 
 from quantal.imports import (
+    ImportRegistry,
     ImportResult,
     check_import_availability,
     get_module,
@@ -10,6 +11,7 @@ from quantal.imports import (
 )
 
 __all__ = [
+    "ImportRegistry",
     "ImportResult",
     "check_import_availability",
     "get_module",

@@ -111,7 +111,8 @@ struct Substitution {
 struct Decision {
   std::string adapter;  ///< "BitsAndBytesAdapter", "HQQAdapter", "MLXAdapter", "QuantoAdapter",
                         ///< "FallbackAdapter"
-  /// Resolved: bits of the method, compute_dtype of the backend, methods of layer_configs checked.
+  /// Resolved: bits of the method, compute_dtype of the backend, storage_dtype (uint8 for packed
+  /// bytes), methods of layer_configs checked.
   /// Method NONE where nothing is quantized.
   QuantizationConfig config;
   std::vector<Substitution> substitutions;

@@ -60,6 +60,7 @@ class BytesIn {
   py::buffer_info info_;
 };
 
+void bind_backend(py::module_& m);
 void bind_policy(py::module_& m);
 void bind_layers(py::module_& m);
 void bind_models(py::module_& m);

@@ -48,6 +48,7 @@ PYBIND11_MODULE(_core, m) {
                                {static_cast<py::ssize_t>(b.bytes.size())}, {1});
       })
       .def("__len__", [](const Buffer& b) { return b.bytes.size(); });
+  quantal::python::bind_backend(m);
   quantal::python::bind_policy(m);
   quantal::python::bind_layers(m);
   quantal::python::bind_models(m);

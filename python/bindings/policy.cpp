@@ -1,6 +1,8 @@
 // Bindings of policy.h: configurations travel as JSON, everything else as plain values.
 #include "quantal/policy.h"
 
+#include <tuple>
+
 #include "bindings/bindings.h"
 #include "quantal/formats.h"
 
@@ -37,10 +39,23 @@ py::list to_list(const std::vector<Substitution>& substitutions) {
   return out;
 }
 
-py::list validate(const std::string& config_json, const std::string& backend) {
+using NamedShape = std::tuple<std::string, std::int64_t, std::int64_t>;
+
+ValidationFacts to_facts(const std::optional<std::vector<NamedShape>>& layers, bool cuda_has_bf16) {
+  ValidationFacts facts;
+  facts.cuda_has_bf16 = cuda_has_bf16;
+  if (!layers) return facts;
+  facts.layers.emplace();
+  for (const auto& [name, rows, cols] : *layers) facts.layers->push_back({name, rows, cols});
+  return facts;
+}
+
+py::list validate(const std::string& config_json, const std::string& backend,
+                  const std::optional<std::vector<NamedShape>>& layers, bool cuda_has_bf16) {
   py::list out;
   for (const Issue& i :
-       validate_quantization_config(config_from_json(config_json), parse_backend(backend))) {
+       validate_quantization_config(config_from_json(config_json), parse_backend(backend),
+                                    to_facts(layers, cuda_has_bf16))) {
     out.append(py::dict(py::arg("id") = i.id, py::arg("severity") = i.severity,
                         py::arg("message") = i.message, py::arg("remedy") = i.remedy));
   }
@@ -124,7 +139,8 @@ void bind_policy(py::module_& m) {
   m.def("keeps_weight_dtype", [](const std::string& method) {
     return dialect_of(parse_method(method)).keeps_weight_dtype;
   });
-  m.def("validate", &validate, py::arg("config_json"), py::arg("backend"));
+  m.def("validate", &validate, py::arg("config_json"), py::arg("backend"),
+        py::arg("layers") = py::none(), py::arg("cuda_has_bf16") = true);
   m.def("decide_adapter", &decide, py::arg("backend"), py::arg("config_json"),
         py::arg("support") = py::none(), py::arg("fallback") = py::none());
   m.def("documented_support", [](const std::string& backend, const std::string& method) {

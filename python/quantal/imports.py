@@ -1,104 +1,388 @@
-"""Which optional packages are there; quantal needs none of them, all its formats are its own."""
+"""Other packages: which are there, and what they are needed for. quantal's formats need none.
+
+``report_import_status`` shows quantal's own engine beside them. The registry imports a package on
+request, with a stand-in where that is useful; a stand-in never counts as the package.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.metadata
 import importlib.util
 import io
-from collections.abc import Iterator
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any
 
-from . import _core
-from .backend import Backend
+import torch
+
+from . import _check, _core
+from .backend import Backend, machine
+
+logger = logging.getLogger("quantal")
+
+_ALL = tuple(backend.value for backend in Backend)
 
 
 @dataclass
 class ImportResult:
-    """Outcome of looking for a package. `fallback_used`: quantal's own implementation stands in."""
+    """Outcome of an import. `fallback_used`: `module` is a stand-in, not the package."""
 
     success: bool
-    module: ModuleType | None = None
-    error: str | None = None
+    module: Any = None
+    error: Exception | None = None
     fallback_used: bool = False
     warnings: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _Known:
-    package: str
-    methods: tuple[str, ...] = ()
-    backends: tuple[str, ...] = ("cuda", "mps", "mlx", "cpu")
+@dataclass
+class _Entry:
+    import_func: Callable[[], Any]
+    fallback: Callable[[], Any] | None
+    validator: Callable[[Any], bool] | None
+    backends: tuple[str, ...]
+    package: str | None
 
 
-_KNOWN = {
-    "bitsandbytes": _Known("bitsandbytes", ("bnb_nf4", "bnb_int8")),
-    "hqq": _Known("hqq", ("hqq",)),
-    "mlx": _Known("mlx", ("mlx_int4", "mlx_int8"), ("mlx", "mps")),
-    "quanto": _Known("optimum.quanto", ("quanto_int2", "quanto_int4", "quanto_int8")),
-    "peft": _Known("peft"),
-    "transformers": _Known("transformers"),
-    "wandb": _Known("wandb"),
-    "flash_attn": _Known("flash_attn", (), ("cuda",)),
-}
+def _backend_name(backend: Backend | str | None) -> str | None:
+    return None if backend is None else Backend(backend).value
+
+
+class ImportRegistry:
+    """Packages by name, each with a way to import it and, where useful, a stand-in."""
+
+    def __init__(self) -> None:
+        self._registry: dict[str, _Entry] = {}
+        self._found: dict[str, ImportResult] = {}
+
+    def register(
+        self,
+        name: str,
+        import_func: Callable[[], Any],
+        fallback: Callable[[], Any] | None = None,
+        validator: Callable[[Any], bool] | None = None,
+        backends: Iterable[str] | None = None,
+        *,
+        package: str | None = None,
+    ) -> None:
+        """Adds or replaces a package.
+
+        import_func  returns the module; raises what it likes if there is none
+        fallback     makes a stand-in for where the import fails
+        validator    False means that the module is not what it should be
+        backends     names of the backends where it is of use; None or "all": everywhere
+        package      name to look for where only availability is asked, so that nothing is imported
+        """
+        where = "ImportRegistry.register"
+        _check.text(where, "name", name)
+        for what, function in (("fallback", fallback), ("validator", validator)):
+            if function is not None and not callable(function):
+                raise _check.wrong_type(where, what, function, "a function")
+        if not callable(import_func):
+            raise _check.wrong_type(where, "import_func", import_func, "a function")
+        if isinstance(backends, str):
+            raise _check.wrong_type(where, "backends", backends, "a list of names")
+        listed = tuple(_ALL if backends is None or "all" in (backends := list(backends)) else ())
+        names = listed or tuple(Backend(name).value for name in backends or ())
+        self._registry[name] = _Entry(import_func, fallback, validator, names, package)
+        for key in [k for k in self._found if k.rpartition("_")[0] == name]:
+            del self._found[key]
+
+    def names(self) -> list[str]:
+        """Registered names, sorted."""
+        return sorted(self._registry)
+
+    def get(self, name: str, backend: Backend | str | None = None) -> ImportResult:
+        """Imports a package, or says why not. Success is remembered; a failure is tried again."""
+        chosen = _backend_name(backend)
+        key = f"{name}_{chosen or 'all'}"
+        if key not in self._found:
+            result = self._import(_check.text("ImportRegistry.get", "name", name), chosen)
+            if not result.success or result.fallback_used:
+                return result
+            self._found[key] = result
+        return self._found[key]
+
+    def _import(self, name: str, backend: str | None) -> ImportResult:
+        entry = self._registry.get(name)
+        if entry is None:
+            return ImportResult(False, error=ImportError(f"No import registered for '{name}'"))
+        if backend is not None and backend not in entry.backends:
+            text = f"Import '{name}' is not supported on backend '{backend}'"
+            return self._stand_in(name, entry, ImportError(text), text)
+        try:
+            module = entry.import_func()
+            if entry.validator is not None and not entry.validator(module):
+                raise ImportError(f"Validation failed for '{name}'")
+        except Exception as error:  # a broken package may raise anything while it is imported
+            return self._stand_in(name, entry, error, f"Using fallback for '{name}': {error}")
+        return ImportResult(True, module)
+
+    @staticmethod
+    def _stand_in(name: str, entry: _Entry, error: Exception, text: str) -> ImportResult:
+        if entry.fallback is None:
+            return ImportResult(False, error=error)
+        try:
+            return ImportResult(True, entry.fallback(), fallback_used=True, warnings=[text])
+        except Exception as second:  # whatever a registered function raises is reported
+            message = f"Import '{name}' failed: {error}\nFallback also failed: {second}"
+            return ImportResult(False, error=ImportError(message))
+
+    def check_availability(self, name: str, backend: Backend | str | None = None) -> bool:
+        """Whether the package itself is there and of use on the backend; stand-ins do not count."""
+        chosen = _backend_name(backend)
+        entry = self._registry.get(_check.text("check_availability", "name", name))
+        if entry is None or (chosen is not None and chosen not in entry.backends):
+            return False
+        if entry.package is not None:
+            return _is_installed(entry.package)
+        result = self.get(name, backend)
+        return result.success and not result.fallback_used
 
 
 def _is_installed(package: str) -> bool:
+    """Whether there is code to import: a folder of that name beside the program is no package."""
     try:
-        return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
         return False
+    return spec is not None and spec.origin is not None
+
+
+# ------------------------------------------------------------------ stand-ins and views
+
+
+class _StandIn:
+    """Raises the same ImportError for any attribute."""
+
+    def __init__(self, name: str, remedy: str) -> None:
+        self.__dict__.update(_name=name, _remedy=remedy)
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute.startswith("__"):  # questions of Python itself (copy, pickle, inspect)
+            raise AttributeError(attribute)
+        raise ImportError(f"{self._name}.{attribute} is not available. {self._remedy}")
+
+
+class _NoWandb:
+    """Accepts every call of wandb and does nothing."""
+
+    def init(self, *args: Any, **kwargs: Any) -> None:
+        logger.warning("wandb not available, logging disabled")
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute.startswith("__"):
+            raise AttributeError(attribute)
+        return lambda *args, **kwargs: None
+
+
+class _NoFlashAttention:
+    """Functions of flash_attn that say what to do instead."""
+
+    @staticmethod
+    def flash_attn_func(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(
+            "Flash Attention is not available. "
+            "Please install flash-attn or disable flash attention."
+        )
+
+    flash_attn_varlen_func = flash_attn_func
+
+
+class _View:
+    """A module with some names of its parts beside its own."""
+
+    def __init__(self, module: ModuleType, **extra: Any) -> None:
+        self.__dict__.update(_module=module, **extra)
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._module, attribute)
+
+
+def _import_bitsandbytes() -> Any:
+    with suppress_output():
+        module = importlib.import_module("bitsandbytes")
+    return _View(module, Linear4bit=module.nn.Linear4bit, Params4bit=module.nn.Params4bit)
+
+
+def _import_hqq() -> Any:
+    quantize = importlib.import_module("hqq.core.quantize")
+    names = ("HQQLinear", "HQQBackend", "BaseQuantizeConfig")
+    parts = {name: getattr(quantize, name) for name in names}
+    return _View(importlib.import_module("hqq"), **parts)
+
+
+def _import_mlx() -> Any:
+    utils = importlib.import_module("mlx.utils")
+    trees = {n: getattr(utils, n) for n in ("tree_flatten", "tree_unflatten", "tree_map")}
+    parts = {"mx": "mlx.core", "nn": "mlx.nn", "optimizers": "mlx.optimizers"}
+    modules = {name: importlib.import_module(path) for name, path in parts.items()}
+    module = importlib.import_module("mlx")
+    return _View(module, mlx=module, **modules, **trees)
+
+
+def _has_bitsandbytes_parts(module: Any) -> bool:
+    return all(hasattr(module, n) for n in ("nn", "optim", "Linear4bit", "Params4bit"))
+
+
+_OTHER_METHOD = "or use a different quantization method."
+
+
+@dataclass(frozen=True)
+class _Package:
+    """A package that users of quantal may have."""
+
+    module: str
+    distribution: str
+    needed_for: str = "nothing"
+    methods: tuple[str, ...] = ()
+    backends: tuple[str, ...] = _ALL
+    import_func: Callable[[], Any] | None = None
+    fallback: Callable[[], Any] | None = None
+    validator: Callable[[Any], bool] | None = None
+
+
+_PACKAGES = {
+    "bitsandbytes": _Package(
+        "bitsandbytes",
+        "bitsandbytes",
+        methods=("bnb_nf4", "bnb_int8"),
+        backends=("cuda",),
+        import_func=_import_bitsandbytes,
+        fallback=lambda: _StandIn("bitsandbytes", f"Please install bitsandbytes {_OTHER_METHOD}"),
+        validator=_has_bitsandbytes_parts,
+    ),
+    "hqq": _Package(
+        "hqq",
+        "hqq",
+        methods=("hqq",),
+        import_func=_import_hqq,
+        fallback=lambda: _StandIn("hqq", f"Please install HQQ {_OTHER_METHOD}"),
+    ),
+    "quanto": _Package(
+        "optimum.quanto",
+        "optimum-quanto",
+        methods=("quanto_int2", "quanto_int4", "quanto_int8"),
+        fallback=lambda: _StandIn(
+            "quanto", "Install with: pip install optimum-quanto, " + _OTHER_METHOD
+        ),
+    ),
+    "mlx": _Package(
+        "mlx.core",
+        "mlx",
+        methods=("mlx_int4", "mlx_int8"),
+        backends=("mlx", "mps"),
+        import_func=_import_mlx,
+        fallback=lambda: _StandIn("mlx", "Please install MLX: pip install mlx mlx-lm"),
+    ),
+    "gguf": _Package("gguf", "gguf"),
+    "transformers": _Package("transformers", "transformers", "models by name or config"),
+    "safetensors": _Package("safetensors", "safetensors", "model_loader: weights without a copy"),
+    "peft": _Package("peft", "peft", "LoRA and DoRA adapters in Python"),
+    "lora": _Package("peft", "peft", "the same package as peft"),
+    "dora": _Package("peft", "peft", "the same package as peft"),
+    "accelerate": _Package("accelerate", "accelerate", "the Trainer of transformers"),
+    "wandb": _Package("wandb", "wandb", "logging of training runs", fallback=_NoWandb),
+    "flash_attn": _Package(
+        "flash_attn",
+        "flash-attn",
+        "models that ask for it",
+        backends=("cuda",),
+        fallback=_NoFlashAttention,
+    ),
+}
+
+
+def _importer(module: str) -> Callable[[], Any]:
+    return lambda: importlib.import_module(module)
+
+
+def _default_registry() -> ImportRegistry:
+    registry = ImportRegistry()
+    for name, p in _PACKAGES.items():
+        registry.register(
+            name,
+            p.import_func or _importer(p.module),
+            p.fallback,
+            p.validator,
+            p.backends,
+            package=p.module,
+        )
+    return registry
+
+
+#: What the functions below use; ``registry.register`` adds to it.
+registry = _default_registry()
+
+# ------------------------------------------------------------------ functions
+
+
+def get_module(name: str, backend: Backend | str | None = None) -> Any:
+    """A registered package, or its stand-in with a warning; raises ImportError saying why not."""
+    result = registry.get(name, backend)
+    if not result.success:
+        if isinstance(result.error, ImportError):
+            raise result.error
+        raise ImportError(f"Import '{name}' failed: {result.error}") from result.error
+    for text in result.warnings:
+        warnings.warn(text, UserWarning, stacklevel=2)
+    return result.module
 
 
 def check_import_availability(name: str, backend: Backend | str | None = None) -> bool:
     """Whether the real package is installed and of use on the backend; stand-ins do not count."""
-    known = _KNOWN.get(name)
-    if known is None or not _is_installed(known.package):
-        return False
-    return backend is None or Backend(backend).value in known.backends
-
-
-def get_module(name: str, backend: Backend | str | None = None) -> ModuleType:
-    """Imports a registered package; raises ImportError saying why not."""
-    known = _KNOWN.get(name)
-    if known is None:
-        raise ImportError(f"No import registered for '{name}'")
-    if backend is not None and Backend(backend).value not in known.backends:
-        raise ImportError(f"Import '{name}' is not supported on backend '{Backend(backend)}'")
-    return importlib.import_module(known.package)
+    return registry.check_availability(name, backend)
 
 
 def validate_imports(
-    names: list[str], backend: Backend | str | None = None
+    required_imports: list[str], backend: Backend | str | None = None
 ) -> dict[str, ImportResult]:
-    """The outcome for each name; nothing is imported."""
-    built = set(_core.built_methods())
-    out = {}
-    for name in names:
-        known = _KNOWN.get(name)
-        if known is None:
-            out[name] = ImportResult(False, error=f"No import registered for '{name}'")
-            continue
-        found = check_import_availability(name, backend)
-        own = [m for m in known.methods if m in built]
-        absent = [m for m in known.methods if m not in built]
-        notes = [f"not quantized by this version of quantal: {', '.join(absent)}"] if absent else []
-        if own:
-            notes.insert(0, f"quantal's own implementation serves {', '.join(own)}")
-        error = None if found else f"package '{known.package}' is not installed or not of use here"
-        out[name] = ImportResult(found, None, error, bool(own) and not found, notes)
-    return out
+    """Imports each package of a list; the outcomes by name."""
+    where = "validate_imports"
+    if isinstance(required_imports, str) or not isinstance(required_imports, Iterable):
+        expected = "a list of names"
+        raise _check.wrong_type(where, "required_imports", required_imports, expected)
+    return {name: registry.get(name, backend) for name in required_imports}
 
 
-def report_import_status(backend: Backend | str = Backend.CPU) -> str:
-    """A readable table of the optional packages and of the methods that run without them."""
-    lines = ["Import Status Report", "=" * 50, f"Backend: {Backend(backend)}", ""]
-    for name, result in validate_imports(list(_KNOWN), backend).items():
-        status = "✓ Available" if result.success else "✗ Not Available"
-        lines.append(f"{name:<14} {status}{' (fallback)' if result.fallback_used else ''}")
-        lines.extend(f"    ⚠ {note}" for note in result.warnings)
-    lines += ["", f"Methods of this build: {', '.join(_core.built_methods())}"]
+def _version(distribution: str) -> str:
+    try:
+        return " " + importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _package_lines(name: str, backend: str | None) -> list[str]:
+    known = _PACKAGES.get(name)
+    available = registry.check_availability(name, backend)
+    status = "✓ Available" if available else "✗ Not Available"
+    if known is None:
+        return [f"{name:20} {status}"]
+    if available:
+        status += _version(known.distribution)
+    elif known.fallback is not None:
+        status += " (fallback)"
+    own = f" (quantal's own kernels run {', '.join(known.methods)})" if known.methods else ""
+    lines = [f"{name:20} {status}", f"    needed for: {known.needed_for}{own}"]
+    if backend is not None and backend not in known.backends and _is_installed(known.module):
+        lines.append(f"    ⚠ Import '{name}' is not supported on backend '{backend}'")
+    return lines
+
+
+def report_import_status(backend: Backend | str | None = None) -> str:
+    """What runs here: quantal's own engine for each dialect and device, the methods of this build,
+    and which other packages are there, in which version and what for. Imports none of them."""
+    chosen = _backend_name(backend)
+    lines = ["Import Status Report", "=" * 50, f"Backend: {chosen or 'not specified'}", ""]
+    lines.append(f"quantal {_core.version} on torch {torch.__version__}; its own engine:")
+    lines.append(_core.engine_text(machine()).rstrip("\n"))
+    lines += [f"Methods of this build: {', '.join(_core.built_methods())}", "", "Other packages:"]
+    for name in registry.names():
+        lines += _package_lines(name, chosen)
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "policy/methods.h"
+#include "quantal/backend.h"
 
 namespace quantal {
 namespace {
@@ -34,6 +35,7 @@ class Factory {
     resolve_bits();
     resolve_method();
     resolve_dtype();
+    resolve_storage();
     resolve_settings();
     if (!refused_) resolve_layers();
     return std::move(decision_);
@@ -150,7 +152,10 @@ class Factory {
 
   void resolve_dtype() {
     if (!config().compute_dtype) {
-      config().compute_dtype = default_compute_dtype(backend_);
+      const Machine& machine = probe_machine();
+      // A plan for another machine counts on a device of today.
+      const bool has_bf16 = machine.cuda_devices == 0 || machine.cuda_bf16;
+      config().compute_dtype = default_compute_dtype(backend_, has_bf16);
       return;
     }
     if (!is_weight_dtype(*config().compute_dtype)) {
@@ -163,6 +168,17 @@ class Factory {
       decision_.warnings.emplace_back(
           "MPS backend doesn't support bfloat16; use compute_dtype float16, or leave it unset");
     }
+  }
+
+  /// Packed bytes are bytes; what is not quantized is stored as it is computed.
+  void resolve_storage() {
+    if (!config().storage_dtype) {
+      const bool packed = config().method != M::NONE;
+      config().storage_dtype = packed ? DType::kU8 : config().compute_dtype;
+      return;
+    }
+    const std::string refusal = policy::storage_refusal(*config().storage_dtype);
+    if (!refusal.empty()) fail(Errc::kConfig, "quantization config: " + refusal);
   }
 
   void resolve_settings() {

@@ -52,21 +52,20 @@ std::vector<EngineStatus> engine_status(const Machine& machine) {
 std::string engine_text(const Machine& machine) {
   std::string text;
   for (const EngineStatus& status : engine_status(machine)) {
-    std::string name = status.title;
-    name.resize(std::max<std::size_t>(name.size(), 14), ' ');
     std::string methods;
     for (const std::string& method : status.methods) {
       methods += (methods.empty() ? "" : ", ") + method;
     }
-    text += "  " + name + " bits " + policy::join(status.bits);
-    text += methods.empty() ? "; from and to GGUF files\n" : "; " + methods + "\n";
+    if (methods.empty()) methods = "from and to files";
+    text +=
+        "  " + status.title + ": " + methods + " (bits " + policy::join(status.bits) + ")\n    ";
+    for (std::size_t i = 0; i < status.engines.size(); ++i) {
+      text += (i == 0 ? "" : "; ") + std::string(backend_name(kAll[i])) + ": " + status.engines[i];
+    }
+    text += "\n";
   }
-  std::string engines;
-  for (const Backend backend : kAll) {
-    engines += (engines.empty() ? "  " : "; ") + std::string(backend_name(backend)) + ": " +
-               engine_of(backend, machine);
-  }
-  return text + engines + "\n";
+  return text + "  kernel sets of this CPU, best first: " + policy::join(available_cpu_kernels()) +
+         "\n";
 }
 
 }  // namespace quantal

@@ -185,6 +185,14 @@ QuantizeOptions base_options(const QuantizationConfig& config) {
 
 std::span<const std::string_view> known_options() { return kOptions; }
 
+std::string storage_refusal(DType dtype) {
+  static constexpr std::array<DType, 4> kLegal = {DType::kU8, DType::kF16, DType::kBF16,
+                                                  DType::kF32};
+  if (std::find(kLegal.begin(), kLegal.end(), dtype) != kLegal.end()) return {};
+  return "storage_dtype is " + std::string(dtype_torch_name(dtype)) +
+         ", expected uint8, float16, bfloat16 or float32";
+}
+
 std::string setting_refusal(const QuantizeOptions& options) {
   const Dialect* dialect = find_dialect(options.method);
   if (dialect == nullptr) return {};

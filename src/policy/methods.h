@@ -67,6 +67,9 @@ QuantizationConfig apply_override(const QuantizationConfig& config, const LayerO
 /// Names that backend_options may hold.
 std::span<const std::string_view> known_options();
 
+/// "" or why packed bytes cannot be stored under this dtype.
+std::string storage_refusal(DType dtype);
+
 /// "" or why the dialect of `options.method` refuses group size or quant_type for every layer.
 std::string setting_refusal(const QuantizeOptions& options);
 

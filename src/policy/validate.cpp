@@ -14,9 +14,6 @@ using policy::effective_bits;
 
 using M = QuantizationMethod;
 
-/// dtypes under which packed bytes may lie in a parameter or a file.
-constexpr std::array<DType, 4> kStorageDtypes = {DType::kU8, DType::kF16, DType::kBF16,
-                                                 DType::kF32};
 /// Group sizes that a remedy may name, the best first.
 constexpr std::array<std::int64_t, 6> kUsualGroups = {64, 32, 128, 16, 8, 0};
 constexpr std::size_t kNamedLayers = 3;
@@ -170,11 +167,9 @@ class Validation {
   void check_storage() {
     if (!config_.storage_dtype) return;
     const DType storage = *config_.storage_dtype;
-    if (std::find(kStorageDtypes.begin(), kStorageDtypes.end(), storage) == kStorageDtypes.end()) {
-      error("storage_dtype.kind",
-            "storage_dtype is " + std::string(dtype_torch_name(storage)) +
-                ", expected uint8, float16, bfloat16 or float32",
-            "leave it unset, or use uint8");
+    const std::string refusal = policy::storage_refusal(storage);
+    if (!refusal.empty()) {
+      error("storage_dtype.kind", refusal, "leave it unset, or use uint8");
       return;
     }
     const DType compute =

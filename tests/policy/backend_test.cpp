@@ -367,6 +367,9 @@ TEST(Engine, NamesTheKernelSetOfEveryDialect) {
   const std::string text = engine_text(Machine{});
   select_cpu_kernels(active);
   EXPECT_NE(text.find("cpu: scalar kernels"), std::string::npos) << text;
+  EXPECT_NE(text.find("best first: " + std::string(available_cpu_kernels().front())),
+            std::string::npos)
+      << text;
   for (const MethodInfo& method : methods()) {
     if (method.method == QuantizationMethod::NONE) continue;
     EXPECT_NE(text.find(std::string(method.name)), std::string::npos) << method.name;

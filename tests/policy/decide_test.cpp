@@ -13,6 +13,20 @@ QuantizationConfig make(M method) {
   return config;
 }
 
+TEST(Decide, StorageDtypeIsResolvedLast) {
+  QuantizationConfig config;
+  config.method = M::HQQ;
+  EXPECT_EQ(decide_adapter(Backend::CPU, config).config.storage_dtype, DType::kU8);
+  config.storage_dtype = DType::kBF16;
+  EXPECT_EQ(decide_adapter(Backend::CPU, config).config.storage_dtype, DType::kBF16);
+  config.storage_dtype = DType::kI32;
+  EXPECT_THROW(decide_adapter(Backend::CPU, config), Error);
+  config.storage_dtype.reset();
+  config.method = M::NONE;
+  config.compute_dtype = DType::kF16;
+  EXPECT_EQ(decide_adapter(Backend::CPU, config).config.storage_dtype, DType::kF16);
+}
+
 TEST(Decide, SupportedPairs) {
   const Decision bnb = decide_adapter(Backend::CUDA, QuantizationConfig{});
   EXPECT_EQ(bnb.adapter, "BitsAndBytesAdapter");

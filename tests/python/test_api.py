@@ -253,7 +253,7 @@ def test_backend_manager_and_capabilities(monkeypatch):
     manager = BackendManager.from_env(verbose=False)
     assert manager.backend is Backend.CPU and str(manager.backend) == "cpu"
     assert manager.get_distributed_backend() == "gloo" and manager.supports_quantization(8)
-    assert not manager.supports_quantization(4) and manager.get_memory_info() == {}
+    assert manager.supports_quantization(4) and manager.get_memory_info()["total_memory"] > 0
     assert manager.get_optimal_batch_size(7.0, 4096) == 1
     with pytest.raises(ValueError, match="exceeds the recommended limit for cpu"):
         manager.validate_model_size(13)
