@@ -71,8 +71,9 @@ std::map<std::string, std::vector<std::string>> read_index(const std::string& pa
   const auto index =
       quantal::parse_json_object<nlohmann::json>(read_text_file(path), path, JsonKeys::kUnique);
   const auto map = index.find("weight_map");
-  if (map == index.end() || !map->is_object()) {
-    fail(Errc::kCorrupt, "index: weight_map is missing, expected an object of tensor to file",
+  if (map == index.end() || !map->is_object() || map->empty()) {
+    fail(Errc::kCorrupt,
+         "index: weight_map is missing or empty, expected an object of tensor to file",
          {.path = path});
   }
   std::map<std::string, std::vector<std::string>> files;
