@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from . import _core
-from ._dtypes import _BY_NAME, bytes_of, tensor_from
+from ._dtypes import _BY_NAME, bytes_of, parse_dtype, tensor_from
 from ._errors import ConfigError, CorruptError
 from ._packed import BUFFERS, PackedWeight
 from ._parts import model_parts, module_names, packable_shape, split_name, weight_shapes
@@ -199,8 +199,10 @@ def _settings_of(config: QuantizationConfig | None, spec: list[int]) -> Quantiza
 class _Filler:
     """Puts the content of one file into one model."""
 
-    def __init__(self, model: nn.Module, loaded: dict[str, Any], config: Any) -> None:
-        self.model, self.config = model, config
+    def __init__(
+        self, model: nn.Module, loaded: dict[str, Any], config: Any, dtype: torch.dtype | None
+    ) -> None:
+        self.model, self.config, self.dtype = model, config, dtype
         self.layers, self.tensors = loaded["layers"], loaded["tensors"]
         self.names: dict[int, list[str]] = {}
         for name, module in module_names(model).items():
@@ -285,6 +287,9 @@ class _Filler:
                 module = self._dense_module(parent, module)
             old = module._parameters.get(child, module._buffers.get(child))
             if shared is None:
+                if self.dtype is not None and isinstance(old, nn.Parameter):
+                    if not _keeps_dtype(self.model, each, value):
+                        value = value.to(self.dtype)
                 shared = _parameter_like(old, value)
             _set_tensor(self.model, each, shared)
 
@@ -305,6 +310,25 @@ class _Filler:
         for each in self.names.get(id(old), [name]):
             self.model = set_module(self.model, each, new)
         self.names[id(new)] = self.names.get(id(old), [name])
+
+
+#: Types that a model's dtype applies to.
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _declared_dtype(stored: dict[str, Any]) -> torch.dtype | None:
+    """The dtype of the model that a config.json names."""
+    dtype = stored.get("dtype") or stored.get("torch_dtype")
+    return parse_dtype(dtype) if isinstance(dtype, str) and dtype != "auto" else None
+
+
+def _keeps_dtype(model: nn.Module, name: str, value: torch.Tensor) -> bool:
+    """Whether transformers too would leave a parameter in the dtype of its file."""
+    kept = [
+        *(getattr(model, "_keep_in_fp32_modules", None) or ()),
+        *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
+    ]
+    return value.dtype not in _FLOATS or any(part in kept for part in name.split("."))
 
 
 def _device_of(module: nn.Module) -> torch.device | None:
@@ -397,9 +421,11 @@ def load(
                  tensors of its own kind
     """
     path = os.fspath(path)
+    dtype = None  # a module of the caller's takes what is there
     if model is None:
-        stored = json.loads(_core.read_config(path)) if model_config is None else {}
+        stored = json.loads(_core.read_config(path))
         model = build_model(model_config, stored)
+        dtype = _declared_dtype(stored)
     loaded = _core.load_checkpoint(path, weight_shapes(model))
     if make_linear is not None:
         _custom_layers(model, loaded, make_linear)
@@ -422,7 +448,7 @@ def load(
     for line in report.text.splitlines():
         _log.info("%s: %s", path, line)
     wrong = {*report.unexpected, *(name for name, _, _ in report.misshapen)}
-    model = _Filler(model, loaded, config).fill(parts, wrong)
+    model = _Filler(model, loaded, config, dtype).fill(parts, wrong)
     _tie(model)
     _initialize_missing(model)
     model.__dict__[TEXTS_KEY] = {n: t for n, t in loaded["texts"].items() if n != "config.json"}

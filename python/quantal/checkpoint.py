@@ -52,10 +52,11 @@ def _model_config(model: Any, tied: dict[str, str]) -> dict[str, Any]:
     if is_transformers(model):
         values = json.loads(config.to_json_string(use_diff=True))
         values.setdefault("architectures", [type(model).__name__])
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+        dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
         values.pop("dtype", None)
-        if dtype is not None:
-            values["torch_dtype"] = str(dtype).removeprefix("torch.")
+        values.pop("torch_dtype", None)
+        if len(dtypes) == 1:  # loading rounds to what is said here
+            values["torch_dtype"] = str(dtypes.pop()).removeprefix("torch.")
     else:
         values = dict(config) if isinstance(config, dict) else {}
     values.pop(TIED_KEY, None)
@@ -182,6 +183,9 @@ def load_model(
     strict        True: missing, unexpected and misshapen tensors raise CorruptError, which names
                   them all (``error.report``), before anything is changed. False: a warning names
                   them; what is missing has the values of a new module
+
+    A model that is built here has its dense parameters in the dtype that the file's config.json
+    names, as transformers does: norms of a GGUF file are float32 beside weights of float16.
     """
     loaded, _ = load(path, model_config, config, model=model, strict=strict)
     return loaded

@@ -130,3 +130,20 @@ def test_folders_that_upstream_wrote(name):
     assert isinstance(model.model.layers[0].mlp.up_proj, QuantizedLinear)
     logits = load_file(GOLDEN / "vectors" / "checkpoint_logits.safetensors")[name]
     torch.testing.assert_close(model.float()(IDS).logits[0], logits, rtol=1e-4, atol=1e-5)
+
+
+def test_dense_parameters_have_the_dtype_of_the_file(tmp_path):
+    """Norms of float32 beside weights of 16 bits, as GGUF files have them: the model must run."""
+    path = GOLDEN / "checkpoints" / "gguf" / "tiny-f16.gguf"
+    adapter = create_quantization_adapter("cpu", hqq())
+    with pytest.warns(UserWarning, match="settings of the file"):
+        model = adapter.load_quantized_model(path)
+    assert {p.dtype for p in model.parameters()} == {torch.float16}
+    assert model(IDS % 64).logits.isfinite().all()
+    # What was stored in several types on purpose stays so: then config.json names none.
+    model.model.norm.float()
+    adapter.save_quantized_model(model, tmp_path / "mixed")
+    assert "torch_dtype" not in json.loads((tmp_path / "mixed" / "config.json").read_text())
+    with pytest.warns(UserWarning, match="settings of the file"):
+        again = adapter.load_quantized_model(tmp_path / "mixed")
+    assert quantal.model_digest(again) == quantal.model_digest(model)
