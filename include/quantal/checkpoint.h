@@ -166,7 +166,9 @@ struct ConvertOptions {
   std::optional<DType> value_dtype{};
   SaveOptions save{};
   bool lossless_only = false;        ///< Error{kUnsupported} naming the first layer that would lose
-  DType dense_dtype = DType::kBF16;  ///< of "dense" and of embeddings that have to be decoded
+  /// Of weights that are decoded: by "dense", and embeddings by others. Unset: that of the model by
+  /// its config.json, else that of the values. Set with "dense", config.json names it.
+  std::optional<DType> dense_dtype{};
   /// Linear layers of a dense source that stay dense, as skip_modules of QuantizationConfig.
   std::vector<std::string> skip_modules = {"lm_head"};
   const Executor* executor = nullptr;  ///< null: the calling thread

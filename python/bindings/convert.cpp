@@ -38,7 +38,7 @@ struct Arguments {
   std::int64_t max_shard_bytes = 0;
   bool overwrite = false;
   bool lossless_only = false;
-  std::string dense_dtype = "bf16";
+  std::optional<std::string> dense_dtype;
   std::vector<std::string> skip_modules;
 };
 
@@ -50,7 +50,7 @@ ConvertOptions convert_options(const Arguments& a) {
   options.save = {
       .layout = a.layout, .max_shard_bytes = a.max_shard_bytes, .overwrite = a.overwrite};
   options.lossless_only = a.lossless_only;
-  options.dense_dtype = parse_dtype(a.dense_dtype);
+  if (a.dense_dtype) options.dense_dtype = parse_dtype(*a.dense_dtype);
   options.skip_modules = a.skip_modules;
   return options;
 }

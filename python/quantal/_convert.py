@@ -69,7 +69,8 @@ def _options(to: str, settings: dict[str, Any]) -> _core.ConvertOptions:
     options.max_shard_bytes = parse_size(settings["max_shard_size"])
     options.overwrite = settings["overwrite"]
     options.lossless_only = settings["lossless_only"]
-    options.dense_dtype = dtype_name(parse_dtype(settings["dense_dtype"]))
+    if settings["dense_dtype"] is not None:
+        options.dense_dtype = dtype_name(parse_dtype(settings["dense_dtype"]))
     options.skip_modules = list(settings["skip_modules"])
     return options
 
@@ -91,7 +92,7 @@ def convert(
     double_quant: bool | None = None,
     axis: int | None = None,
     value_dtype: torch.dtype | str | None = None,
-    dense_dtype: torch.dtype | str = torch.bfloat16,
+    dense_dtype: torch.dtype | str | None = None,
     skip_modules: Iterable[str] = ("lm_head",),
     layout: str = "",
     max_shard_size: int | str | None = None,
@@ -107,7 +108,8 @@ def convert(
     bits, group_size, mode, quant_type, double_quant, axis, value_dtype
                    form of the target; what is not given stays as the source has it. mode: GGUF
                    block type ("Q4_K"), or MLX's "mxfp4" ...
-    dense_dtype    of "dense"
+    dense_dtype    of weights that are decoded: by "dense", and embeddings that the target does not
+                   pack; not given: that of the model by its config.json
     skip_modules   linear layers of a dense source that stay dense
     layout, max_shard_size, overwrite  as in ``save_quantized_model``
     lossless_only  raise UnsupportedError, naming the first layer, instead of quantizing again

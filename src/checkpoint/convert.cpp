@@ -5,6 +5,7 @@
 
 #include "checkpoint/companions.h"
 #include "checkpoint/convert_plan.h"
+#include "checkpoint/json.h"
 #include "checkpoint/layouts.h"
 #include "checkpoint/model_writer.h"
 #include "checkpoint/reader.h"
@@ -107,7 +108,7 @@ class Conversion {
   void decode(Step& step) {
     const PackedMatrix layer = reader_.read_layer(step.name);
     const PackedSpec& spec = layer.spec;
-    Tensor values = make_tensor(options_.dense_dtype, {spec.rows, spec.cols});
+    Tensor values = make_tensor(step.dense_dtype, {spec.rows, spec.cols});
     dequantize(layer.view(), {0, spec.rows, 0, spec.cols}, values.dtype, values.bytes.data(),
                spec.cols, executor_);
     if (!step.report.kept.values) {
@@ -150,6 +151,16 @@ std::unique_ptr<ModelReader> open_source(const std::string& path, const ConvertO
   auto reader = checkpoint::open_model(path, load);
   if (!reader->unread().empty()) fail(Errc::kUnsupported, reader->unread(), {.path = path});
   return reader;
+}
+
+/// The config of the source; a dense model's says what it was decoded to.
+std::string config_of(const ModelReader& reader, const Dialect* target,
+                      const ConvertOptions& options) {
+  if (target != nullptr || !options.dense_dtype) return reader.config_json();
+  auto config = checkpoint::parse_json_object(reader.config_json(), reader.folder());
+  const char* key = config.contains("dtype") ? "dtype" : "torch_dtype";
+  config[key] = dtype_torch_name(*options.dense_dtype);
+  return checkpoint::dump_json(config);
 }
 
 /// A target inside or equal to the source would read what it writes.
@@ -202,7 +213,7 @@ ConvertReport convert(const std::string& from, const std::string& to_path,
       writer.add_companion(path, name);
     }
   }
-  writer.commit(reader->config_json(), {}, texts);
+  writer.commit(config_of(*reader, target, options), {}, texts);
   return report_of(steps, checkpoint::full_name(written_dialect(steps, target), writer.layout()),
                    true);
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 
+#include "checkpoint/json.h"
 #include "checkpoint/model_writer.h"
 #include "quantal/policy.h"
 
@@ -29,11 +30,26 @@ QuantizationMethod method_for(const Dialect& dialect, int bits, QuantizationMeth
   return found == all.end() ? QuantizationMethod::NONE : *found;
 }
 
+/// What transformers calls the dtype of the model, if it is one of weights.
+std::optional<DType> declared_dtype(const Json& config) {
+  for (const char* key : {"dtype", "torch_dtype"}) {
+    const auto found = config.find(key);
+    if (found == config.end() || !found->is_string()) continue;
+    for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
+      if (found->get<std::string>() == dtype_torch_name(dtype)) return dtype;
+    }
+  }
+  return std::nullopt;
+}
+
 /// Plans for one source and one target.
 class Planner {
  public:
   Planner(const ModelReader& reader, const Dialect* target, const ConvertOptions& options)
-      : reader_(reader), target_(target), options_(options) {
+      : reader_(reader),
+        target_(target),
+        options_(options),
+        model_dtype_(declared_dtype(parse_json_object(reader.config_json(), "config.json"))) {
     for (const std::string& skip : options.skip_modules) {
       skips_.emplace_back(skip, NamePattern::Plain::kAnywhere);
     }
@@ -71,8 +87,10 @@ class Planner {
         target_ == nullptr || (is_embedding(name) && !target_->quantizes_embeddings);
     if (decode) {
       step.action = Action::kDecode;
-      step.report.to = dense_name(options_.dense_dtype);
-      step.report.kept = decode_preserves(*step.from, options_.dense_dtype);
+      step.dense_dtype =
+          options_.dense_dtype.value_or(model_dtype_.value_or(step.from->value_dtype));
+      step.report.to = dense_name(step.dense_dtype);
+      step.report.kept = decode_preserves(*step.from, step.dense_dtype);
       return step;
     }
     if (step.from->dialect == target_->id && follows_source(options_)) {
@@ -168,6 +186,7 @@ class Planner {
   const ModelReader& reader_;
   const Dialect* target_;
   const ConvertOptions& options_;
+  std::optional<DType> model_dtype_;
   std::vector<NamePattern> skips_;
   std::optional<Error> refusal_;
   int quantized_ = 0;

@@ -24,7 +24,8 @@ struct Step {
   std::string module;  ///< of the layer that comes out, if one does
   TranscodeTarget target;
   std::optional<PackedSpec> from, to;
-  DType from_dtype = DType::kF32;  ///< of a dense source
+  DType from_dtype = DType::kF32;   ///< of a dense source
+  DType dense_dtype = DType::kF32;  ///< of a decoded layer
   ConvertReport::Layer report;
 };
 

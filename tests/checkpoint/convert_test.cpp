@@ -132,6 +132,33 @@ TEST(Convert, DecodedModelsHaveUpstreamsValues) {
   }
 }
 
+/// Without a request decoded weights are of the dtype that config.json names; with one it names
+/// that.
+TEST(Convert, DecodedWeightsHaveTheDtypeOfTheModel) {
+  const std::string name = "model.layers.0.mlp.up_proj.weight";
+  const auto dtype_of = [&](const std::string& path) {
+    return load_checkpoint(path).tensors.at(name).dtype;
+  };
+  for (const auto& [source, expected] :
+       {std::pair{"mlx-4bit", DType::kBF16}, std::pair{"gguf/tiny-q4_1.gguf", DType::kF32},
+        std::pair{"bnb-fp4-f16", DType::kF16}}) {
+    SCOPED_TRACE(source);
+    const TempFolder temp;
+    convert(model_path(source), temp.path("a"), {.to = "dense"});
+    EXPECT_EQ(dtype_of(temp.path("a")), expected);
+    ConvertOptions options{.to = "dense"};
+    options.dense_dtype = DType::kF16;
+    convert(model_path(source), temp.path("b"), options);
+    EXPECT_EQ(dtype_of(temp.path("b")), DType::kF16);
+    const json config = json::parse(load_checkpoint(temp.path("b")).config_json);
+    EXPECT_EQ(config.contains("dtype") ? config["dtype"] : config["torch_dtype"], "float16");
+  }
+  const TempFolder temp;  // an embedding that the target does not pack
+  convert(model_path("mlx-4bit"), temp.path("m"), {.to = "bnb"});
+  EXPECT_EQ(load_checkpoint(temp.path("m")).tensors.at("model.embed_tokens.weight").dtype,
+            DType::kBF16);
+}
+
 TEST(Convert, Q4_1ToMlxIsExact) {
   const TempFolder temp;
   ConvertOptions options{.to = "mlx"};
