@@ -7,6 +7,8 @@
 #include <utility>
 
 #include "quantal/checkpoint.h"
+#include "quantal/torch/embedding.h"
+#include "quantal/transcode.h"
 
 namespace quantal {
 namespace {
@@ -54,6 +56,16 @@ void report_others(torch::nn::Module& model, CoverageReport& report) {
                       std::dynamic_pointer_cast<LoraImpl>(module);
     if (ours) continue;
     CoverageEntry entry;
+    if (const auto table = std::dynamic_pointer_cast<EmbeddingImpl>(module);
+        table && table->packed) {
+      entry.name = item.key();
+      entry.method = describe_form(table->packed->spec());
+      entry.reason = "already quantized";
+      entry.parameters = table->num_embeddings * table->embedding_dim;
+      entry.bytes_before = entry.bytes_after = table->packed->nbytes();
+      report.entries.push_back(std::move(entry));
+      continue;
+    }
     for (const auto& parameter : module->parameters(/*recurse=*/false)) {
       if (!parameter.defined() || !seen.insert(parameter.unsafeGetTensorImpl()).second) continue;
       entry.parameters += parameter.numel();

@@ -3,19 +3,28 @@
 
 #include <torch/torch.h>
 
+#include <algorithm>
 #include <map>
 #include <set>
 #include <string>
 #include <utility>
 
 #include "quantal/torch/adapter.h"
+#include "quantal/torch/embedding.h"
+#include "quantal/torch/llama.h"
+#include "torch/stable_executor.h"
 #include "torch/state.h"
 
 namespace quantal {
 namespace {
 
+using Shapes = std::map<std::string, std::vector<std::int64_t>>;
+
+std::string weight_of(const std::string& module) {
+  return module.empty() ? "weight" : module + ".weight";
+}
+
 void copy_into(const TensorView& from, torch::Tensor& to) {
-  const torch::NoGradGuard no_grad;
   auto* data = const_cast<std::uint8_t*>(from.bytes.data());  // from_blob reads only
   const auto source =
       torch::from_blob(data, from.shape, torch::TensorOptions().dtype(to_torch(from.dtype)));
@@ -26,101 +35,40 @@ void copy_into(const TensorView& from, torch::Tensor& to) {
   }
 }
 
-/// What a strict load found wrong, one line each.
-class Complaints {
- public:
-  void add(const std::string& kind, const std::string& what) { lines_[kind].insert(what); }
-  void raise(const std::string& path) const {
-    if (lines_.empty()) return;
-    std::string text;
-    for (const auto& [kind, names] : lines_) {
-      text += (text.empty() ? "" : "; ") + kind + " " + std::to_string(names.size()) + ":";
-      std::size_t shown = 0;
-      for (const auto& name : names) {
-        if (++shown > 8) break;
-        text += " " + name;
-      }
-      if (names.size() > 8) text += " ...";
-    }
-    fail(Errc::kCorrupt, "load_quantized_model: tensors do not fit the model: " + text,
-         {path, "", -1});
-  }
-
- private:
-  std::map<std::string, std::set<std::string>> lines_;
-};
-
-/// Layers of the file that a model keeps dense: embeddings, by the name of their weight.
-std::map<std::string, const PackedMatrix*> packed_weights(
-    const Checkpoint& file, const std::set<std::string>& linears,
-    const std::map<std::string, std::vector<std::int64_t>>& expected) {
-  std::map<std::string, const PackedMatrix*> out;
-  for (const auto& [name, matrix] : file.layers) {
-    const std::string weight = name.empty() ? "weight" : name + ".weight";
-    if (!linears.contains(name) && expected.contains(weight)) out[weight] = &matrix;
-  }
-  return out;
-}
-
-/// Values of a packed matrix in the dtype that its dialect gives them.
-torch::Tensor decoded(const PackedMatrix& matrix) {
-  return dequantize(to_tensors(matrix.view()), to_torch(matrix.spec.value_dtype));
-}
-
-/// Compares names and shapes of a file and a model before anything changes. Returns the weights
-/// that are packed in the file and dense in the model.
-std::map<std::string, const PackedMatrix*> check_fit(const Checkpoint& file,
-                                                     torch::nn::Module& model,
-                                                     const std::string& path) {
-  Complaints complaints;
-  std::map<std::string, std::vector<std::int64_t>> expected;  // dense tensors, as they will be
-  for (const auto& [name, tensor] : base_tensors(model)) expected[name] = tensor.sizes().vec();
-  std::set<std::string> packed;
+/// What a file has to fill.
+ModelParts parts_of(torch::nn::Module& model, const Checkpoint& file) {
+  ModelParts parts;
+  for (const auto& [name, tensor] : base_tensors(model)) parts.tensors[name] = tensor.sizes().vec();
   for (const auto& [name, layer] : named_linears(model)) {
-    const auto found = file.layers.find(name);
-    if (found == file.layers.end()) {
-      expected[name + ".weight"] = {layer->out_features, layer->in_features};
-      continue;
-    }
-    packed.insert(name);
-    expected.erase(name + ".weight");
-    const PackedSpec& spec = found->second.spec;
-    if (spec.rows != layer->out_features || spec.cols != layer->in_features) {
-      complaints.add("misshapen", name);
-    }
+    parts.linears.insert(name);
+    parts.tensors[weight_of(name)] = {layer->out_features, layer->in_features};
   }
-  const auto decode = packed_weights(file, packed, expected);
-  for (const auto& [name, matrix] : file.layers) {
-    const std::string weight = name.empty() ? "weight" : name + ".weight";
-    if (!packed.contains(name) && !decode.contains(weight)) complaints.add("extra", name);
+  for (const auto& [name, table] : named_embeddings(model)) {
+    parts.embeddings.insert(name);
+    parts.tensors[weight_of(name)] = {table->num_embeddings, table->embedding_dim};
   }
-  for (const auto& [name, shape] : expected) {
-    const auto found = file.tensors.find(name);
-    const auto layer = decode.find(name);
-    if (layer != decode.end()) {
-      const PackedSpec& spec = layer->second->spec;
-      if (shape != std::vector<std::int64_t>{spec.rows, spec.cols}) {
-        complaints.add("misshapen", name);
-      }
-    } else if (found == file.tensors.end()) {
-      complaints.add("missing", name);
-    } else if (found->second.shape != shape) {
-      complaints.add("misshapen", name);
-    }
+  const auto* llama = dynamic_cast<const LlamaImpl*>(&model);
+  if (llama == nullptr) return parts;
+  for (const auto& [alias, name] : llama->tied_tensors()) {
+    // A head that is packed by itself is not the embedding.
+    const std::string module = alias.substr(0, alias.rfind('.'));
+    if (file.layers.contains(module)) continue;
+    parts.tensors[alias] = parts.tensors.at(name);
+    parts.tied[alias] = name;
   }
-  for (const auto& [name, view] : file.tensors) {
-    if (!expected.contains(name)) complaints.add("extra", name);
-  }
-  complaints.raise(path);
-  return decode;
+  return parts;
 }
 
 LoadOptions options_for(torch::nn::Module& model) {
-  std::map<std::string, std::vector<std::int64_t>> shapes;
+  Shapes shapes;
   for (const auto& [name, layer] : named_linears(model)) {
     shapes[name] = {layer->out_features, layer->in_features};
   }
+  for (const auto& [name, table] : named_embeddings(model)) {
+    shapes[name] = {table->num_embeddings, table->embedding_dim};
+  }
   LoadOptions options;
+  options.executor = &stable_executor();
   options.weight_shape = [shapes](const std::string& module) {
     const auto found = shapes.find(module);
     return found == shapes.end() ? std::vector<std::int64_t>{} : found->second;
@@ -128,14 +76,93 @@ LoadOptions options_for(torch::nn::Module& model) {
   return options;
 }
 
+/// Puts the content of one file into one model.
+class Filler {
+ public:
+  Filler(Checkpoint& file, const LoadReport& report, const ModelParts& parts,
+         std::optional<DType> compute_dtype)
+      : file_(file), compute_dtype_(compute_dtype), parts_(parts) {
+    wrong_.insert(report.unexpected.begin(), report.unexpected.end());
+    for (const auto& one : report.misshapen) wrong_.insert(one.name);
+    decoded_.insert(report.decoded.begin(), report.decoded.end());
+  }
+
+  void fill(torch::nn::Module& model) {
+    for (const auto& [name, layer] : named_linears(model)) {
+      if (has_layer(name)) {
+        layer->set_quantized(take(name, layer->current_bias()));
+      } else if (const TensorView* view = layer->is_quantized() ? find(weight_of(name)) : nullptr) {
+        layer->set_dense(empty_like(*view), layer->current_bias());
+      }
+    }
+    for (const auto& [name, table] : named_embeddings(model)) {
+      if (has_layer(name)) {
+        table->set_quantized(take(name, {}));
+      } else if (const TensorView* view = table->is_quantized() ? find(weight_of(name)) : nullptr) {
+        table->set_dense(empty_like(*view));
+      }
+    }
+    for (auto& [name, tensor] : base_tensors(model)) fill_tensor(name, tensor);
+  }
+
+ private:
+  bool has_layer(const std::string& name) const {
+    return file_.layers.contains(name) && !wrong_.contains(name);
+  }
+
+  static torch::Tensor empty_like(const TensorView& view) {
+    return torch::empty(view.shape, torch::TensorOptions().dtype(to_torch(view.dtype)));
+  }
+
+  /// A layer of the file, whose bytes move.
+  QuantizedLinear take(const std::string& name, torch::Tensor bias) {
+    PackedMatrix matrix = std::move(file_.layers.at(name));
+    const auto compute = to_torch(compute_dtype_.value_or(matrix.spec.value_dtype));
+    return QuantizedLinear(to_tensors(std::move(matrix)), std::move(bias), compute);
+  }
+
+  /// Dense content of a tensor, under its own name or that of an alias; null if there is none.
+  const TensorView* find(const std::string& name) const {
+    const auto own = file_.tensors.find(name);
+    if (own != file_.tensors.end() && !wrong_.contains(name)) return &own->second;
+    for (const auto& [alias, root] : parts_.tied) {
+      const auto other = file_.tensors.find(alias);
+      if (root == name && other != file_.tensors.end() && !wrong_.contains(alias)) {
+        return &other->second;
+      }
+    }
+    return nullptr;
+  }
+
+  void fill_tensor(const std::string& name, torch::Tensor& tensor) {
+    const std::size_t dot = name.rfind('.');
+    const std::string module = dot == std::string::npos ? "" : name.substr(0, dot);
+    if (name == weight_of(module) && decoded_.contains(module)) {
+      const PackedMatrix& matrix = file_.layers.at(module);
+      tensor.set_data(dequantize(to_tensors(matrix.view()), to_torch(matrix.spec.value_dtype)));
+    } else if (const TensorView* view = find(name)) {
+      copy_into(*view, tensor);
+    }
+  }
+
+  Checkpoint& file_;
+  std::optional<DType> compute_dtype_;
+  const ModelParts& parts_;
+  std::set<std::string> wrong_, decoded_;
+};
+
 }  // namespace
 
 void QuantizationAdapter::save_quantized_model(torch::nn::Module& model, const std::string& path,
                                                const std::string& config_json,
-                                               const SaveOptions& options) {
+                                               const SaveOptions& options, const SideTexts& texts) {
   const torch::NoGradGuard no_grad;
   CheckpointView view;
   view.config_json = config_json;
+  view.texts = texts;
+  for (const auto& [name, table] : named_embeddings(model)) {
+    if (table->is_quantized()) view.layers.emplace_back(name, table->packed->packed().view());
+  }
   for (const auto& [name, layer] : named_linears(model)) {
     if (layer->is_quantized()) {
       view.layers.emplace_back(name, layer->packed->packed().view());
@@ -151,30 +178,44 @@ void QuantizationAdapter::save_quantized_model(torch::nn::Module& model, const s
   save_checkpoint(path, view, options);
 }
 
-void QuantizationAdapter::load_quantized_model(const std::string& path, torch::nn::Module& model) {
-  const Checkpoint file = load_checkpoint(path, options_for(model));
-  const auto decode = check_fit(file, model, path);
-  for (const auto& [name, layer] : named_linears(model)) {
-    const auto found = file.layers.find(name);
-    if (found != file.layers.end()) {
-      const PackedMatrix& matrix = found->second;
-      const auto compute = config_.compute_dtype.value_or(matrix.spec.value_dtype);
-      layer->set_quantized(
-          QuantizedLinear(to_tensors(matrix.view()), layer->current_bias(), to_torch(compute)));
-    } else if (layer->is_quantized()) {
-      const TensorView& view = file.tensors.at(name + ".weight");
-      layer->set_dense(torch::empty(view.shape, torch::TensorOptions().dtype(to_torch(view.dtype))),
-                       layer->current_bias());
-    }
-  }
-  for (auto& [name, tensor] : base_tensors(model)) {
-    const auto layer = decode.find(name);
-    if (layer == decode.end()) {
-      copy_into(file.tensors.at(name), tensor);
-    } else {
-      tensor.set_data(decoded(*layer->second));
-    }
-  }
+LoadedModel QuantizationAdapter::load_quantized_model(const std::string& path,
+                                                      torch::nn::Module& model,
+                                                      const LoadModelOptions& options) {
+  const torch::NoGradGuard no_grad;
+  Checkpoint file = load_checkpoint(path, options_for(model));
+  const ModelParts parts = parts_of(model, file);
+  LoadedModel loaded{.report = compare_model(parts_of(file), parts, &config_),
+                     .config_json = file.config_json,
+                     .texts = file.texts};
+  loaded.report.layout = file.layout;
+  loaded.report.notes = file.notes;
+  if (options.strict) require_fit(loaded.report, path);
+  Filler(file, loaded.report, parts, config_.compute_dtype).fill(model);
+  note_load(loaded.report);
+  return loaded;
+}
+
+void QuantizationAdapter::note_load(const LoadReport& load) {
+  const auto of_a_file = [&](const Substitution& s) {
+    return std::any_of(file_settings_.begin(), file_settings_.end(),
+                       [&](const Substitution& f) { return f.what == s.what && f.used == s.used; });
+  };
+  std::erase_if(report_.substitutions, of_a_file);
+  std::erase(warnings_, file_warning_);
+  file_settings_ = load.settings;
+  file_warning_ = load.settings_text();
+  report_.substitutions.insert(report_.substitutions.end(), load.settings.begin(),
+                               load.settings.end());
+  if (!file_warning_.empty()) warnings_.push_back(file_warning_);
+}
+
+Llama load_quantized_llama(const std::string& path, QuantizationAdapter& adapter,
+                           LoadedModel* loaded) {
+  const std::string config = CheckpointReader::open(path)->config_json();
+  Llama llama(LlamaConfig::from_json(config));
+  LoadedModel out = adapter.load_quantized_model(path, *llama);
+  if (loaded != nullptr) *loaded = std::move(out);
+  return llama;
 }
 
 }  // namespace quantal

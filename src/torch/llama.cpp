@@ -68,6 +68,13 @@ void LlamaImpl::check_ids(const torch::Tensor& ids, std::int64_t past) const {
   }
 }
 
+std::map<std::string, std::string> LlamaImpl::tied_tensors() const {
+  if (!lm_head.is_empty()) return {};
+  return {{"lm_head.weight", "model.embed_tokens.weight"}};
+}
+
+Embedding LlamaImpl::embed_tokens() const { return model->embed_tokens; }
+
 torch::Tensor LlamaImpl::hidden(const torch::Tensor& ids, KvCache* cache) {
   check_ids(ids, cache ? cache->length : 0);
   return model->forward(ids, cache, checkpointing_ && is_training());
@@ -75,7 +82,7 @@ torch::Tensor LlamaImpl::hidden(const torch::Tensor& ids, KvCache* cache) {
 
 torch::Tensor LlamaImpl::logits(const torch::Tensor& hidden_states) {
   if (!lm_head.is_empty()) return lm_head->forward(hidden_states);
-  return torch::linear(hidden_states, model->embed_tokens->weight);
+  return model->embed_tokens->logits(hidden_states);
 }
 
 torch::Tensor LlamaImpl::forward(const torch::Tensor& ids) { return logits(hidden(ids, nullptr)); }
@@ -86,7 +93,7 @@ torch::Tensor LlamaImpl::step(const torch::Tensor& ids, KvCache& cache) {
 
 KvCache LlamaImpl::make_cache(std::int64_t batch, std::int64_t capacity) const {
   KvCache cache;
-  const auto options = torch::TensorOptions().dtype(model->embed_tokens->weight.scalar_type());
+  const auto options = torch::TensorOptions().dtype(model->embed_tokens->dtype());
   for (std::int64_t i = 0; i < config_.num_hidden_layers; ++i) {
     const std::array<std::int64_t, 4> shape{batch, config_.num_key_value_heads, capacity,
                                             config_.head_dim};

@@ -128,12 +128,7 @@ torch::Tensor LlamaBlockImpl::forward(const torch::Tensor& x, const Rotary& rota
 
 LlamaModelImpl::LlamaModelImpl(const LlamaConfig& c, torch::ScalarType dtype)
     : torch::nn::Module("LlamaModel"), config_(c) {
-  // Given a weight, Embedding does not fill a random one first.
-  const auto table =
-      torch::empty({c.vocab_size, c.hidden_size}, torch::TensorOptions().dtype(dtype));
-  embed_tokens = register_module(
-      "embed_tokens", torch::nn::Embedding(
-                          torch::nn::EmbeddingOptions(c.vocab_size, c.hidden_size)._weight(table)));
+  embed_tokens = register_module("embed_tokens", Embedding(c.vocab_size, c.hidden_size, dtype));
   layers = register_module("layers", torch::nn::ModuleList());
   for (std::int64_t i = 0; i < c.num_hidden_layers; ++i) layers->push_back(LlamaBlock(c, dtype));
   norm = register_module("norm", RmsNorm(c.hidden_size, c.rms_norm_eps, dtype));

@@ -74,7 +74,7 @@ class LlamaModelImpl : public torch::nn::Module {
   /// LlamaImpl::set_gradient_checkpointing; it has an effect only where gradients are recorded.
   torch::Tensor forward(const torch::Tensor& ids, KvCache* cache, bool recompute);
 
-  torch::nn::Embedding embed_tokens{nullptr};
+  Embedding embed_tokens{nullptr};
   torch::nn::ModuleList layers;
   RmsNorm norm{nullptr};
 

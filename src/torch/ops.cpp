@@ -8,8 +8,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "torch/ops_link.h"
@@ -106,6 +108,14 @@ torch::Tensor bytes_tensor(at::IntArrayRef sizes) {
   return torch::zeros(sizes, torch::TensorOptions().dtype(torch::kByte));
 }
 
+/// A tensor over bytes that it owns.
+torch::Tensor adopt(std::vector<std::uint8_t>&& bytes, at::IntArrayRef sizes) {
+  if (bytes.empty()) return bytes_tensor(sizes);
+  const auto owner = std::make_shared<std::vector<std::uint8_t>>(std::move(bytes));
+  return torch::from_blob(
+      owner->data(), sizes, [owner](void*) {}, torch::TensorOptions().dtype(torch::kByte));
+}
+
 Ints spec_ints(const PackedSpec& spec) {
   const auto ints = spec_to_ints(spec);
   return {ints.begin(), ints.end()};
@@ -183,6 +193,14 @@ PackedTensors to_tensors(const PackedView& w) {
   std::ranges::copy(w.stats, out.stats.mutable_data_ptr<std::uint8_t>());
   std::ranges::copy(w.shared, out.shared.mutable_data_ptr<std::uint8_t>());
   return out;
+}
+
+PackedTensors to_tensors(PackedMatrix&& w) {
+  check_packed(w.view());
+  const PackedLayout layout = layout_of(w.spec);
+  return {w.spec, adopt(std::move(w.codes), {w.spec.rows, layout.code_bytes}),
+          adopt(std::move(w.stats), {layout.stat_rows, layout.stat_bytes}),
+          adopt(std::move(w.shared), {layout.shared_bytes})};
 }
 
 PackedTensors quantize(const torch::Tensor& weight, const QuantizeOptions& options) {

@@ -8,10 +8,24 @@
 #include <vector>
 
 #include "quantal/checkpoint.h"
+#include "quantal/model_fit.h"
 #include "quantal/policy.h"
 #include "quantal/torch/linear.h"
 
 namespace quantal {
+
+struct LoadModelOptions {
+  /// False: what is missing, unexpected or misshapen is in the report only; such tensors of the
+  /// model stay as they are.
+  bool strict = true;
+};
+
+/// What a load found out. config_json and texts are what save_quantized_model takes.
+struct LoadedModel {
+  LoadReport report;
+  std::string config_json;  ///< of the file, quantization settings included
+  SideTexts texts;          ///< tokenizer and other small files
+};
 
 /// Turns models into quantized ones. Derive from it for a method of your own: only the three pure
 /// functions must be written, and quantize_model may call replace_linear_with_quantized.
@@ -34,29 +48,46 @@ class QuantizationAdapter {
   /// replace_linear_with_quantized. Returns ||W - deq(W)||_F / ||W||_F.
   virtual double quantize_linear(LinearImpl& layer, const LayerRules::Choice& choice);
 
-  /// Writes a folder or file in one of the dialect's upstream layouts (docs/checkpoints.md) with the
-  /// base weights only; adapters have save_lora_adapter. `config_json` is the model's own
-  /// config.json. What exists and was not written by quantal is refused unless options.overwrite.
+  /// Writes a folder or file in one of the layouts of the dialect (file_layouts) with the base
+  /// weights only; adapters have save_lora_adapter. Packed layers are written from their packed
+  /// form, wherever they came from.
+  ///
+  /// config_json  the model's own config.json
+  /// texts        tokenizer and generation settings to be written beside the weights or into a GGUF
+  ///              file: LoadedModel::texts, or read_tokenizer(folder)
+  ///
+  /// What exists and was not written by quantal is refused unless options.overwrite.
   virtual void save_quantized_model(torch::nn::Module& model, const std::string& path,
                                     const std::string& config_json = "{}",
-                                    const SaveOptions& options = {});
-  /// Loads such a folder or file into a model of the right structure: named layers become packed,
-  /// other tensors are copied. Strict: Error{kCorrupt} lists missing, extra and misshapen tensors.
-  virtual void load_quantized_model(const std::string& path, torch::nn::Module& model);
+                                    const SaveOptions& options = {}, const SideTexts& texts = {});
+  /// Loads a folder or file that quantal or an upstream package wrote into a model of the right
+  /// structure: linear layers and embeddings become packed where the file has them packed, other
+  /// tensors are copied. The dense memory of a packed layer is never read or written.
+  ///
+  /// Format, method and settings are those of the file, found from its content; where this
+  /// adapter's config says something else, warnings() and report().substitutions tell.
+  /// compute_dtype is the adapter's. Names and shapes are compared before anything changes:
+  /// Error{kCorrupt} lists what is missing, unexpected and misshapen.
+  virtual LoadedModel load_quantized_model(const std::string& path, torch::nn::Module& model,
+                                           const LoadModelOptions& options = {});
 
   Backend backend() const { return backend_; }
   const QuantizationConfig& config() const { return config_; }
   const CoverageReport& report() const { return report_; }
   CoverageReport& report() { return report_; }
-  /// What the factory wants the user to see.
+  /// What the factory and the last load want the user to see.
   const std::vector<std::string>& warnings() const { return warnings_; }
   void set_decision(const Decision& decision);
 
  private:
+  void note_load(const LoadReport& load);
+
   Backend backend_;
   QuantizationConfig config_;
   CoverageReport report_;
   std::vector<std::string> warnings_;
+  std::vector<Substitution> file_settings_;  ///< of the last load
+  std::string file_warning_;
 };
 
 /// What the concrete adapters share: quantization through a dialect of the registry.

@@ -7,11 +7,14 @@
 #include <torch/nn/pimpl.h>
 
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "quantal/checkpoint.h"
+#include "quantal/torch/adapter.h"
+#include "quantal/torch/embedding.h"
 #include "quantal/torch/linear.h"
 
 namespace quantal {
@@ -76,6 +79,10 @@ class LlamaImpl : public torch::nn::Module {
   /// Recompute each block in backward instead of keeping its activations; same gradients.
   void set_gradient_checkpointing(bool on) { checkpointing_ = on; }
   const LlamaConfig& config() const { return config_; }
+  /// Tensors that files may have beside the one they are: {"lm_head.weight":
+  /// "model.embed_tokens.weight"} if the embedding is tied.
+  std::map<std::string, std::string> tied_tensors() const;
+  Embedding embed_tokens() const;  ///< the table of token embeddings
 
   std::shared_ptr<LlamaModelImpl> model;
   Linear lm_head{nullptr};  ///< empty if the embedding is tied
@@ -94,5 +101,12 @@ TORCH_MODULE(Llama);
 /// (f32 or bf16). Throws what ModelSource throws; Error{kCorrupt} listing missing and misshapen
 /// tensors.
 Llama load_llama(const std::string& path, torch::ScalarType dtype = torch::kFloat);
+
+/// Builds a Llama from the config of a folder or file and fills it with
+/// adapter.load_quantized_model: what is packed there stays packed (GGUF too), so memory never
+/// holds its dense weights. `loaded`, where given, receives what a save needs. Throws what
+/// load_quantized_model throws.
+Llama load_quantized_llama(const std::string& path, QuantizationAdapter& adapter,
+                           LoadedModel* loaded = nullptr);
 
 }  // namespace quantal

@@ -33,6 +33,8 @@ struct PackedTensors {
 PackedTensors empty_packed(const PackedSpec& spec);
 /// Copies the bytes of a packed matrix into tensors.
 PackedTensors to_tensors(const PackedView& w);
+/// Takes the bytes over without a copy.
+PackedTensors to_tensors(PackedMatrix&& w);
 
 /// Quantizes `weight` [..., cols] (f32, f16 or bf16) on torch's thread pool; bits as
 /// Dialect::quantize. Throws what make_spec and Dialect::quantize throw.
