@@ -143,7 +143,9 @@ PackedMatrix quantize_again(const PackedView& from, const TranscodeTarget& to,
   const Dialect& dialect = *to.dialect;
   const DType dtype = input_dtype(dialect, from.spec, spec);
   PackedMatrix out = make_packed(spec);
-  const bool by_rows = dialect.reach(target_options(from.spec, to)) == Reach::kRow;
+  const Reach reach = dialect.reach(target_options(from.spec, to));
+  const bool whole_rows = spec.group_map == GroupMap::kRowRuns && spec.cols % spec.group_size == 0;
+  const bool by_rows = reach == Reach::kRow || (reach == Reach::kNeighbourRows && whole_rows);
   const std::int64_t step =
       by_rows ? slice_rows(spec, spec, executor) : std::max<std::int64_t>(1, spec.rows);
   for (std::int64_t r = 0; r < spec.rows; r += step) {

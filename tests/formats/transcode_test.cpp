@@ -344,6 +344,26 @@ TEST(Transcode, SlicesAndThreadsDoNotMatter) {
   }
 }
 
+TEST(Transcode, SlicesAreQuantizedLikeTheWhole) {
+  const PackedMatrix w = blocks(GgmlType::kQ4_K, 300, 4096, 27);
+  const Tensor dense = decode(w, DType::kF32);
+  for (const char* name : {"bnb", "hqq", "gguf", "quanto"}) {
+    SCOPED_TRACE(name);
+    TranscodeTarget to =
+        target(name, DType::kF32, std::string(name) == "gguf" ? "Q5_0" : "", 4, 64);
+    to.options.method = std::string(name) == "bnb"      ? M::BNB_NF4
+                        : std::string(name) == "hqq"    ? M::HQQ
+                        : std::string(name) == "quanto" ? M::QUANTO_INT4
+                                                        : M::NONE;
+    to.options.quant_type = "nf4";
+    to.options.optimize = false;
+    to.options.round_zero = true;  // HQQ: not what the source has
+    const Transcoded t = transcode(w.view(), to, OddExecutor());
+    ASSERT_FALSE(t.kept.codes);
+    expect_same_bytes(t.matrix, quantize(dense.view(), *to.dialect, to.options), name);
+  }
+}
+
 TEST(Transcode, ColumnGroupsStayColumnGroups) {
   QuantizeOptions o = target("hqq", DType::kF32, "", 4, 64).options;
   o.method = M::HQQ;
