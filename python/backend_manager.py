@@ -1,19 +1,4 @@
-"""The names of the documented module `backend_manager`; all of them live in `quantal.backend`."""
+"""The documented module `backend_manager`: the names of `quantal.backend_manager`."""
 
-from quantal.backend import (
-    Backend,
-    BackendCapabilities,
-    BackendManager,
-    detect_backend,
-    get_backend_manager,
-    get_device,
-)
-
-__all__ = [
-    "Backend",
-    "BackendCapabilities",
-    "BackendManager",
-    "detect_backend",
-    "get_backend_manager",
-    "get_device",
-]
+from quantal.backend_manager import *  # noqa: F403
+from quantal.backend_manager import __all__ as __all__

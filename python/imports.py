@@ -1,21 +1,4 @@
-"""The names of the documented module `imports`; all of them live in `quantal.imports`."""
+"""The documented module `imports`: the names of `quantal.imports`."""
 
-from quantal.imports import (
-    ImportRegistry,
-    ImportResult,
-    check_import_availability,
-    get_module,
-    report_import_status,
-    suppress_output,
-    validate_imports,
-)
-
-__all__ = [
-    "ImportRegistry",
-    "ImportResult",
-    "check_import_availability",
-    "get_module",
-    "report_import_status",
-    "suppress_output",
-    "validate_imports",
-]
+from quantal.imports import *  # noqa: F403
+from quantal.imports import __all__ as __all__

@@ -18,6 +18,7 @@ from . import _check, _core
 from ._dtypes import parse_dtype
 
 logger = logging.getLogger("quantal")
+logger.addHandler(logging.NullHandler())  # nothing is printed unless the program asks for it
 
 
 class Backend(enum.Enum):

@@ -391,3 +391,15 @@ def suppress_output() -> Iterator[None]:
     """Swallows what Python code prints to standard output and error."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
+
+
+__all__ = [
+    "ImportRegistry",
+    "ImportResult",
+    "check_import_availability",
+    "get_module",
+    "registry",
+    "report_import_status",
+    "suppress_output",
+    "validate_imports",
+]
