@@ -27,6 +27,11 @@ PINNED = {
 }
 
 
+def pytest_configure(config):
+    # One adapter loads every dialect here; what it says of that is no news.
+    config.addinivalue_line("filterwarnings", "ignore:settings of the file:UserWarning")
+
+
 def pytest_sessionstart(session):
     for package, version in PINNED.items():
         installed = importlib.metadata.version(package)

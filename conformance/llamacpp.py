@@ -18,13 +18,15 @@ needs_llama_cpp = pytest.mark.skipif(
 )
 
 
-def quantize_file(source: Path, target: Path, name: str) -> None:
-    """What llama.cpp's own quantizer makes of a GGUF file: Q4_K_M, IQ4_NL, F16 ..."""
+def quantize_file(source: Path, target: Path, name: str, mixture: str = "") -> None:
+    """What llama.cpp's own quantizer makes of a GGUF file: Q4_K_M, IQ4_NL, F16 ...; "pure": every
+    layer in one type where its rows allow it."""
     import llama_cpp
 
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_{'ALL' if name == 'F32' else 'MOSTLY'}_{name}")
     params.allow_requantize = True
+    params.pure = mixture == "pure"
     params.nthread = 2
     files = str(source).encode(), str(target).encode()
     assert llama_cpp.llama_model_quantize(*files, ctypes.byref(params)) == 0

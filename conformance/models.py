@@ -18,6 +18,7 @@ from mlx_lm.utils import load_model as load_mlx
 from mlx_lm.utils import quantize_model, save_config, save_model
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_utils import no_init_weights
 from weights import same_bits
 
 import quantal
@@ -41,6 +42,12 @@ def llama(seed: int, dtype=torch.float32, **settings) -> LlamaForCausalLM:
         "max_position_embeddings": 64,
     }
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **settings})).to(dtype).eval()
+
+
+def blank(config: LlamaConfig) -> LlamaForCausalLM:
+    """A dense model whose weights are anything."""
+    with no_init_weights():
+        return LlamaForCausalLM(config).eval()
 
 
 def dense_folder(path: Path, seed: int, dtype=torch.float32, **settings) -> Path:
@@ -111,20 +118,19 @@ def mlx_values(model: mlx.nn.Module) -> dict[str, torch.Tensor]:
     return values
 
 
-def gguf_values(path: Path, config: LlamaConfig) -> dict[str, torch.Tensor]:
+def gguf_values(reader: gguf.GGUFReader, config: LlamaConfig) -> dict[str, torch.Tensor]:
     """Tensors of a GGUF file by the names and in the order of rows of the dense model."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    dense = LlamaForCausalLM(config).state_dict()
-    theirs = {names.get_name(n, try_suffixes=(".weight",)): n for n in dense}
+    theirs = {names.get_name(n, try_suffixes=(".weight",)): n for n in blank(config).state_dict()}
     values = {}
-    for tensor in gguf.GGUFReader(path).tensors:
+    for tensor in reader.tensors:
         name = theirs[tensor.name]
         value = gguf_dequantize(tensor.data, tensor.tensor_type)
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
         if (count := heads.get(name.split(".")[-2])) is not None:
             rows = value.reshape(count, value.shape[0] // count // 2, 2, -1)
             value = rows.swapaxes(1, 2).reshape(value.shape)
-        values[name] = torch.from_numpy(numpy.ascontiguousarray(value))
+        values[name] = torch.from_numpy(numpy.array(value, order="C"))
     return values
 
 
@@ -153,7 +159,7 @@ def check_logits(ours: torch.nn.Module, weights: dict[str, torch.Tensor], ids=ID
     """Logits of `ours` against a dense float32 model that holds upstream's decoded weights: both
     are sums of the same products in another order."""
     config = type(ours.config).from_dict({**ours.config.to_dict(), "torch_dtype": "float32"})
-    dense = type(ours)(config).eval()
+    dense = blank(config)
     if config.tie_word_embeddings:
         weights = {"lm_head.weight": weights["model.embed_tokens.weight"], **weights}
     dense.load_state_dict(
