@@ -289,6 +289,39 @@ def test_int8_state_dicts_go_both_ways(dtype):
     assert ((layer(x) - x @ values.T).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("outliers", [0, 1, 5])
+@pytest.mark.parametrize("threshold", [0.0, 6.0, 2.5])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_int8_product(dtype, threshold, outliers):
+    """Activations by row in int8, outliers through decoded weights: the same bits where there is
+    nothing to sum in floating point, else equal within the rounding of these sums."""
+    generator = torch.Generator().manual_seed(outliers)
+    for rows, cols in ((192, 256), (33, 100)):
+        x = torch.randn(7, cols, generator=generator)
+        x[:, torch.randperm(cols, generator=generator)[:outliers]] *= 9
+        x = x.to(dtype)
+        tensors = quantize_tensors(random_weight(rows, cols, dtype, 7), "bnb_int8", bits=8)
+        theirs = bnb.nn.Linear8bitLt(
+            cols, rows, bias=False, has_fp16_weights=False, threshold=threshold
+        )
+        theirs.weight = bnb.nn.Int8Params(
+            torch.empty(rows, cols, dtype=torch.int8), has_fp16_weights=False, requires_grad=False
+        )
+        theirs.weight.CB, theirs.weight.SCB = tensors["weight"].clone(), tensors["SCB"].clone()
+        ours = QuantizedLinear.from_upstream(tensors, "bnb")
+        ours.compute_dtype, ours.int8_threshold = dtype, threshold
+        expected, actual = theirs.eval()(x), ours(x)
+        assert not theirs.state.is_training and actual.dtype == dtype
+        if threshold == 0 or (outliers == 0 and threshold == 6):
+            assert same_bits(actual.detach(), expected.detach())
+            continue
+        values = dequantize_tensors(tensors, "bnb", torch.float32)
+        bound = (
+            2.0**-20 * (x.float().abs() @ values.abs().T) + torch.finfo(dtype).eps * expected.abs()
+        )
+        assert ((actual - expected).abs() <= bound).all()
+
+
 @pytest.mark.parametrize("number, name", [(1, "col32"), (2, "col_turing"), (3, "col_ampere")])
 def test_historic_int8_formats_are_refused_by_both(number, name):
     tensors = quantize_tensors(random_weight(8, 32, torch.float16, 18), "bnb_int8", bits=8)
