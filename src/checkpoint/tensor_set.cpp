@@ -105,6 +105,7 @@ void add_shards(TensorSet& set) {
     for (const std::string& tensor : tensors) {
       const auto found = shard.tensors.find(tensor);
       if (found == shard.tensors.end()) {
+        if (shard.second_names.count(tensor) != 0) continue;
         missing += (missing.empty() ? "" : ", ") + tensor + " in " + name;
       } else {
         set.tensors.insert(shard.tensors.extract(found));

@@ -4,6 +4,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -30,6 +31,7 @@ struct TensorSet {
   StateTree tree = StateTree::kFlat;
   std::string description;  ///< "safetensors, 3 files"
   std::map<std::string, StoredTensor> tensors;
+  std::set<std::string> second_names;           ///< of tensors that are there: a tied head
   std::map<std::string, std::string> metadata;  ///< of a single safetensors file
   SideTexts texts;                              ///< config.json among them, if there is one
   std::vector<std::string> notes;

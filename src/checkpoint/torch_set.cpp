@@ -154,7 +154,9 @@ class Flattener {
              set_.tensors.at(one.first).shape == tensor.shape &&
              set_.tensors.at(one.first).dtype == tensor.dtype;
     });
-    if (tied) set_.tensors.erase(head->first);
+    if (!tied) return;
+    set_.tensors.erase(head->first);
+    set_.second_names.insert(head->first);
   }
 
   void add(const std::string& name, const TorchValue& key, const TorchValue& value) {

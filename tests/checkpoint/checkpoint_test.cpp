@@ -117,6 +117,28 @@ TEST_F(CheckpointFolder, TiedHeadsOfHqqShareTheBytesOfTheEmbedding) {
   }
 }
 
+/// transformers' torch files name the tied head, in their index too.
+TEST_F(CheckpointFolder, TiedHeadsOfShardedTorchFiles) {
+  const fs::path folder = temp_.path("m");
+  fs::create_directory(folder);
+  {
+    TorchWriter writer((folder / "pytorch_model-00001-of-00001.bin").string());
+    const TorchTensor tensor = writer.add(weight_.view());
+    TorchValue::Pairs pairs;
+    for (const char* name : {"model.embed_tokens.weight", "lm_head.weight", "other.weight"}) {
+      pairs.emplace_back(TorchValue::text(name), TorchValue::tensor(tensor));
+    }
+    writer.finish(TorchValue::ordered_dict(std::move(pairs)));
+  }
+  const std::string file = "pytorch_model-00001-of-00001.bin";
+  const json map = {{"model.embed_tokens.weight", file}, {"lm_head.weight", file}};
+  std::ofstream(folder / "pytorch_model.bin.index.json") << json{{"weight_map", map}};
+  std::ofstream(folder / "config.json") << "{}";
+  const Checkpoint read = load_checkpoint(folder.string());
+  ASSERT_EQ(read.tensors.size(), 1u);
+  EXPECT_EQ(read.tensors.begin()->first, "model.embed_tokens.weight");
+}
+
 /// Numbers are float32 in packed layers and Python's floats in torch files: 1.58 stays 1.58.
 TEST_F(CheckpointFolder, NumbersOfTorchFilesAreTheShortest) {
   Tensor weight = make_tensor(DType::kF32, {8, 64});
