@@ -41,7 +41,11 @@ def llama(seed: int, dtype=torch.float32, **settings) -> LlamaForCausalLM:
         "vocab_size": 512,
         "max_position_embeddings": 64,
     }
-    return LlamaForCausalLM(LlamaConfig(**{**sizes, **settings})).to(dtype).eval()
+    model = LlamaForCausalLM(LlamaConfig(**{**sizes, **settings})).to(dtype).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
 
 
 def blank(config: LlamaConfig) -> LlamaForCausalLM:
@@ -80,6 +84,8 @@ def torch_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         name, kind = f"{path}.weight", type(module).__name__
         if isinstance(module, HQQLinear):  # its state has the packed tensors instead
             values = {n: t for n, t in values.items() if not n.startswith(f"{path}.")}
+            if module.bias is not None:
+                values[f"{path}.bias"] = module.bias
         if kind == "Linear4bit":
             values[name] = bnb.dequantize_4bit(module.weight.data, module.weight.quant_state)
         elif kind == "Linear8bitLt":

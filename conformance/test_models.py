@@ -47,6 +47,11 @@ from weights import DTYPES
 
 import quantal
 
+#: Settings of two models: with biases and an output layer of its own, and neither.
+KINDS = [
+    {"tie_word_embeddings": False, "attention_bias": True},
+    {"tie_word_embeddings": True},
+]
 CPU = {"device_map": "cpu", "dtype": torch.float32}
 
 # ---------------------------------------------------------------------- bitsandbytes
@@ -84,10 +89,10 @@ def bnb_folder(path, name, seed=1, dtype=torch.float32, shards=None, **settings)
     return theirs
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("kind", KINDS, ids=["untied", "tied"])
 @pytest.mark.parametrize("name", list(BNB))
-def test_bitsandbytes(name, tied, tmp_path):
-    theirs = bnb_folder(tmp_path, name, tie_word_embeddings=tied)
+def test_bitsandbytes(name, kind, tmp_path):
+    theirs = bnb_folder(tmp_path, name, **kind)
     ours = load(tmp_path / "theirs")
     check_logits(ours, torch_values(theirs))
     save(ours, tmp_path / "ours")
@@ -122,17 +127,17 @@ def test_bitsandbytes_in_16_bits(name, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_bitsandbytes_block_sizes(kind, nested, tmp_path):
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_bitsandbytes_block_sizes(quant_type, nested, tmp_path):
     """transformers always writes blocks of 64 and reads any."""
     for block in (32, 64, 128, 256, 512, 1024, 2048, 4096):
-        made = adapter("bnb", block_size=block, quant_type=kind, double_quant=nested)
+        made = adapter("bnb", block_size=block, quant_type=quant_type, double_quant=nested)
         model = made.quantize_model(llama(block))
         path = tmp_path / str(block)
         made.save_quantized_model(model, path)
         theirs = AutoModelForCausalLM.from_pretrained(path, **CPU)
         state = theirs.model.layers[1].mlp.down_proj.weight.quant_state
-        assert (state.blocksize, state.nested, state.quant_type) == (block, nested, kind)
+        assert (state.blocksize, state.nested, state.quant_type) == (block, nested, quant_type)
         theirs.save_pretrained(path / "again")
         check_same_tensors(tensors_in(path), tensors_in(path / "again"))
         check_logits(model, decoded(model))
@@ -183,12 +188,12 @@ def check_qmodel(theirs, path, dtype):
     assert torch.equal(again(IDS).logits, theirs(IDS).logits)
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("kind", KINDS, ids=["untied", "tied"])
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("bits", [8, 6, 5, 4, 3, 2, 1.58, 1])
-def test_hqq_native_folder(bits, axis, tied, tmp_path):
+def test_hqq_native_folder(bits, axis, kind, tmp_path):
     config = BaseQuantizeConfig(nbits=bits, group_size=64, axis=axis)
-    theirs = hqq_model(int(bits), config=config, tie_word_embeddings=tied)
+    theirs = hqq_model(int(bits), config=config, **kind)
     check_qmodel(theirs, tmp_path, torch.float32)
 
 
@@ -213,13 +218,32 @@ def test_hqq_layers_of_different_forms(tmp_path):
     check_qmodel(theirs, tmp_path, torch.float32)
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("bits, group, axis", [(8, 128, 1), (4, 64, 1), (4, 64, 0), (3, 64, 1)])
-def test_hqq_folders_of_transformers(bits, group, axis, tied, tmp_path):
+FIRST, SECOND = ({"nbits": b, "group_size": g} for b, g in ((4, 32), (8, 64)))
+HQQ = {
+    "8bit": {"nbits": 8, "group_size": 128, "axis": 1},
+    "4bit": {"nbits": 4, "group_size": 64, "axis": 1},
+    "4bit-axis0": {"nbits": 4, "group_size": 64, "axis": 0},
+    "3bit": {"nbits": 3, "group_size": 64, "axis": 1},
+    "2bit": {"nbits": 2, "group_size": 16, "axis": 1},
+    "1bit": {"nbits": 1, "group_size": 32, "axis": 1},
+    "dynamic": {
+        "dynamic_config": {
+            f"{block}.{name}_proj": config
+            for block, names, config in (
+                ("self_attn", "qkvo", FIRST),
+                ("mlp", ("gate", "up", "down"), SECOND),
+            )
+            for name in names
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["untied", "tied"])
+@pytest.mark.parametrize("name", list(HQQ))
+def test_hqq_folders_of_transformers(name, kind, tmp_path):
     theirs = AutoModelForCausalLM.from_pretrained(
-        dense_folder(tmp_path, 6, tie_word_embeddings=tied),
-        quantization_config=HqqConfig(nbits=bits, group_size=group, axis=axis),
-        **CPU,
+        dense_folder(tmp_path, 6, **kind), quantization_config=HqqConfig(**HQQ[name]), **CPU
     )
     theirs.save_pretrained(tmp_path / "theirs")
     ours = load(tmp_path / "theirs")
@@ -245,10 +269,10 @@ def test_hqq_safetensors(tmp_path):
 QTYPES = [qint2, qint4, qint8, qfloat8]
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("kind", KINDS, ids=["untied", "tied"])
 @pytest.mark.parametrize("qtype", QTYPES, ids=lambda q: q.name)
-def test_quanto(qtype, tied, tmp_path):
-    model = llama(11, tie_word_embeddings=tied)
+def test_quanto(qtype, kind, tmp_path):
+    model = llama(11, **kind)
     theirs = QuantizedModelForCausalLM.quantize(model, weights=qtype, exclude="lm_head")
     theirs.save_pretrained(tmp_path / "theirs")
     ours = load(tmp_path / "theirs")
@@ -323,10 +347,10 @@ MLX = {
 MLX_SIZES = {"hidden_size": 256, "intermediate_size": 384}
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("kind", KINDS, ids=["untied", "tied"])
 @pytest.mark.parametrize("name", list(MLX))
-def test_mlx(name, tied, tmp_path):
-    source = dense_folder(tmp_path, 5, tie_word_embeddings=tied, **MLX_SIZES)
+def test_mlx(name, kind, tmp_path):
+    source = dense_folder(tmp_path, 5, **kind, **MLX_SIZES)
     theirs = mlx_folder(source, tmp_path / "theirs", *MLX[name])
     ours = load(tmp_path / "theirs")
     check_logits(ours, mlx_values(theirs))
@@ -352,6 +376,23 @@ def test_mlx_in_16_bits(name, dtype, tmp_path):
     again, _ = load_mlx(tmp_path / "ours")
     ids = mx.array(IDS.numpy())
     assert mx.array_equal(again(ids), theirs(ids))
+
+
+# ---------------------------------------------------------------------- dense
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["untied", "tied"])
+@pytest.mark.parametrize("shards", ["5GB", "100KB"], ids=["one", "sharded"])
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "torch"])
+def test_dense_folders(safe, shards, kind, tmp_path):
+    theirs = llama(8, torch.bfloat16, **kind)
+    theirs.save_pretrained(tmp_path / "a", safe_serialization=safe, max_shard_size=shards)
+    ours = load(tmp_path / "a")
+    check_same_tensors(theirs.state_dict(), ours.state_dict())
+    layout = "transformers" if safe else "torch"
+    save(ours, tmp_path / "b", layout=layout, max_shard_size=shards)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.bfloat16)
+    check_same_tensors(theirs.state_dict(), again.state_dict())
 
 
 # ---------------------------------------------------------------------- conversion
