@@ -26,6 +26,8 @@ from models import (
 from optimum.quanto import QuantizedModelForCausalLM, qfloat8, qint2, qint4, qint8
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+import quantal
+
 IDS = torch.tensor([[504, 3575, 282, 4649, 314, 7042, 28, 260, 2629, 282, 1420, 30, 657, 314, 355]])
 
 
@@ -160,3 +162,36 @@ def test_gguf(name, smollm2, tmp_path):
         assert written[tensor.name].tensor_type == tensor.tensor_type, tensor.name
         assert (written[tensor.name].data == tensor.data).all(), tensor.name
     check_logits(ours.float(), gguf_values(theirs, ours.config), IDS)
+
+
+@pytest.mark.parametrize("to", ["mlx", "hqq", "quanto", "bnb"])
+def test_conversions_of_the_real_file(to, smollm2, tmp_path):
+    """From Q4_1 blocks: upstream decodes what quantal wrote to the weights that quantal computes
+    with. For mlx these are the weights of the file, bit for bit; back from mlx and hqq its blocks
+    are byte for byte what they were."""
+    report = quantal.convert(smollm2, tmp_path / to, to, layout="qmodel" if to == "hqq" else "")
+    assert report.lossless == (to == "mlx"), report
+    path = str(tmp_path / to)
+    settings = {"dtype": torch.float32, "device_map": "cpu"}
+    values = {
+        "mlx": lambda: mlx_values(load_mlx(tmp_path / to)[0]),
+        "hqq": lambda: torch_values(
+            AutoHQQHFModel.from_quantized(path, compute_dtype=torch.float32, device="cpu")
+        ),
+        "quanto": lambda: torch_values(QuantizedModelForCausalLM.from_pretrained(path)._wrapped),
+        "bnb": lambda: torch_values(AutoModelForCausalLM.from_pretrained(path, **settings)),
+    }[to]()
+    check_logits(load(tmp_path / to), values, IDS)
+    if to not in ("mlx", "hqq"):
+        return
+    before = gguf.GGUFReader(smollm2)
+    if to == "mlx":
+        for name, value in gguf_values(before, load(tmp_path / to).config).items():
+            assert torch.equal(values[name], value), name
+    quantal.convert(tmp_path / to, tmp_path / "back.gguf", "gguf")
+    after = {t.name: t for t in gguf.GGUFReader(tmp_path / "back.gguf").tensors}
+    for tensor in before.tensors:
+        if tensor.name == "token_embd.weight" and to == "hqq":
+            continue  # hqq has no quantized embeddings
+        assert after[tensor.name].tensor_type == tensor.tensor_type, tensor.name
+        assert (after[tensor.name].data == tensor.data).all(), tensor.name
