@@ -43,7 +43,8 @@ def pytest_sessionstart(session):
 
 @pytest.fixture(autouse=True)
 def _single_thread():
-    """Upstream's sums depend on the number of threads; ours must not."""
+    """Upstream's sums depend on the number of threads (ours must not); and on a busy machine many
+    small operations wait for the slower thread again and again."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -304,7 +304,6 @@ def test_perplexity_agrees_with_llama_cpp(written):
     ids = model.tokenize(text().encode(), add_bos=False)[:384]
     model.eval(ids)
     theirs = perplexity(torch.from_numpy(np.array(model.scores[: len(ids)])), torch.tensor(ids))
-    torch.set_num_threads(2)
     with torch.no_grad():
         logits = load(path).float()(torch.tensor([ids])).logits[0]
     actual = perplexity(logits, torch.tensor(ids))

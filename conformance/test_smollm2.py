@@ -31,12 +31,6 @@ import quantal
 IDS = torch.tensor([[504, 3575, 282, 4649, 314, 7042, 28, 260, 2629, 282, 1420, 30, 657, 314, 355]])
 
 
-@pytest.fixture(autouse=True)
-def _two_threads(_single_thread):
-    """Whatever upstream's sums give, quantal is compared with what upstream wrote."""
-    torch.set_num_threads(2)
-
-
 BNB = {
     "nf4-double": {
         "load_in_4bit": True,
