@@ -103,9 +103,9 @@ class CheckpointReader {
   virtual Tensor read_tensor(const std::string& name) const = 0;
 };
 
-/// The tokenizer of a folder (tokenizer.json, vocab.json, chat_template.jinja ..., by file name; may
-/// hold any bytes) or of a GGUF file ("tokenizer.gguf"), for CheckpointView::texts; empty if there is
-/// none. Throws Error{kIo}.
+/// The tokenizer of a folder (tokenizer.json, vocab.json, chat_template.jinja ..., by file name;
+/// may hold any bytes) or of a GGUF file ("tokenizer.gguf"), for CheckpointView::texts; empty if
+/// there is none. Throws Error{kIo}.
 SideTexts read_tokenizer(const std::string& path);
 
 // ------------------------------------------------------------------ saving
@@ -192,8 +192,10 @@ struct ConvertReport {
   std::string text() const;   ///< a table for people
 };
 
-/// States, without quantizing anything, what a conversion would preserve, layer by layer.
-ConvertReport plan_convert(const std::string& from, const ConvertOptions& options);
+/// States, without quantizing anything, what a conversion would preserve, layer by layer. The
+/// suffix of `to_path` chooses the layout as in convert; empty: the default one.
+ConvertReport plan_convert(const std::string& from, const ConvertOptions& options,
+                           const std::string& to_path = {});
 /// Converts tensor by tensor: anonymous memory grows by at most three times the largest tensor.
 /// Writes `to_path` atomically. Dense tensors are copied; files beside the weights of a folder
 /// (tokenizer, generation config) are copied into a folder. Throws what load_checkpoint,

@@ -89,8 +89,10 @@ namespace quantal {
 SideTexts read_tokenizer(const std::string& path) {
   std::error_code ignored;
   SideTexts texts;
-  if (std::filesystem::is_directory(path, ignored)) checkpoint::add_tokenizer_texts(path, texts);
-  if (!texts.empty()) return texts;
+  if (std::filesystem::is_directory(path, ignored)) {
+    checkpoint::add_tokenizer_texts(path, texts);
+    return texts;
+  }
   if (checkpoint::locate(path).container == Container::kGguf) {
     const auto reader = checkpoint::open_model(path, {});
     const auto found = reader->texts().find(checkpoint::kTokenizerGguf);

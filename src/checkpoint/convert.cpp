@@ -68,7 +68,7 @@ class Conversion {
       }
     } catch (const Error& e) {
       if (!e.site().tensor.empty()) throw;
-      throw Error(e.code(), "convert: \"" + step.name + "\": " + e.what(), e.site());
+      throw checkpoint::with_context("convert: \"" + step.name + "\": ", e);
     }
   }
 
@@ -182,12 +182,13 @@ const Dialect* written_dialect(const std::vector<Step>& steps, const Dialect* ta
 
 }  // namespace
 
-ConvertReport plan_convert(const std::string& from, const ConvertOptions& options) {
+ConvertReport plan_convert(const std::string& from, const ConvertOptions& options,
+                           const std::string& to_path) {
   const Dialect* target = checkpoint::convert_target(options.to);
   const auto reader = open_source(from, options);
   const std::vector<Step> steps = checkpoint::plan_steps(*reader, target, options);
   const Dialect* written = written_dialect(steps, target);
-  const FileLayout& layout = checkpoint::choose_layout(written, options.save.layout, "");
+  const FileLayout& layout = checkpoint::choose_layout(written, options.save.layout, to_path);
   return report_of(steps, checkpoint::full_name(written, layout), false);
 }
 

@@ -111,7 +111,7 @@ class Planner {
       step.to = transcoded_spec(*step.from, step.target);
       step.report.kept = plan_transcode(*step.from, step.target);
     } catch (const Error& e) {
-      throw Error(e.code(), "convert: layer \"" + name + "\": " + e.what(), e.site());
+      throw with_context("convert: layer \"" + name + "\": ", e);
     }
     step.report.to = describe_form(*step.to);
     return step;
@@ -197,6 +197,14 @@ class Planner {
 std::vector<Step> plan_steps(const ModelReader& reader, const Dialect* target,
                              const ConvertOptions& options) {
   return Planner(reader, target, options).run();
+}
+
+Error with_context(const std::string& words, const Error& error) {
+  // The site comes again behind the new message.
+  const std::string site = Error(error.code(), "", error.site()).what();
+  std::string message = error.what();
+  if (message.ends_with(site)) message.resize(message.size() - site.size());
+  return Error(error.code(), words + message, error.site());
 }
 
 const Dialect* convert_target(const std::string& name) {

@@ -34,6 +34,9 @@ struct Step {
 std::vector<Step> plan_steps(const ModelReader& reader, const Dialect* target,
                              const ConvertOptions& options);
 
+/// The same error with words before its message.
+Error with_context(const std::string& words, const Error& error);
+
 /// Null for "dense". Throws Error{kConfig} listing the dialects.
 const Dialect* convert_target(const std::string& name);
 
