@@ -171,6 +171,9 @@ struct Dialect {
   int id;                  ///< stored in PackedSpec::dialect; never reused
   std::string_view name;   ///< "bnb", "hqq"
   std::string_view title;  ///< for people: "bitsandbytes"
+  /// Forms of layers, for people: those that are read, and those that weights are quantized to. A
+  /// layer that was read is written unchanged in any case.
+  std::string_view reads, writes;
   std::span<const QuantizationMethod> methods;
   std::span<const int> bits;  ///< legal widths
   std::span<const std::int64_t>

@@ -31,25 +31,24 @@ std::string join(const Items& items, Name name) {
 
 std::string formats_markdown() {
   const auto targets = lossless_targets();
+  const auto names = [](const Dialect* dialect) {
+    return join(file_layouts(dialect),
+                [](const FileLayout& layout) { return "`" + std::string(layout.name) + "`"; });
+  };
   std::string out =
-      "| dialect | bits | layouts read and written | converts without loss to "
-      "|\n|---|---|---|---|\n";
+      "| format | reads | writes | files | becomes, without loss |\n|---|---|---|---|---|\n";
   for (const Dialect* dialect : dialects()) {
-    const auto found = targets.find(std::string(dialect->name));
-    const std::set<std::string> to =
-        found == targets.end() ? std::set<std::string>{} : found->second;
-    out += "| " + std::string(dialect->title) + " (`" + std::string(dialect->name) + "`) | " +
-           join(dialect->bits, [](int bits) { return std::to_string(bits); }) + " | " +
-           join(file_layouts(dialect),
-                [](const FileLayout& layout) { return "`" + std::string(layout.name) + "`"; }) +
-           " | " + (to.empty() ? "–" : join(to, [](const std::string& name) { return name; })) +
+    const std::string name(dialect->name);
+    const auto found = targets.find(name);
+    const bool same = dialect->reads == dialect->writes;
+    out += "| " + std::string(dialect->title) + " (`" + name + "`) | " +
+           std::string(dialect->reads) + " | " +
+           (same ? "the same" : std::string(dialect->writes)) + " | " + names(dialect) + " | " +
+           (found == targets.end() ? "–" : join(found->second, [](const auto& to) { return to; })) +
            " |\n";
   }
-  out += "| unquantized (`dense`) | 32, 16 | " +
-         join(file_layouts(nullptr),
-              [](const FileLayout& layout) { return "`" + std::string(layout.name) + "`"; }) +
-         " | – |\n";
-  return out;
+  return out + "| unquantized (`dense`) | float32, float16, bfloat16 | the same | " +
+         names(nullptr) + " | – |\n";
 }
 
 }  // namespace quantal

@@ -1,9 +1,13 @@
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <set>
+#include <string>
+#include <string_view>
 
 #include "formats/layers.h"
 #include "quantal/formats.h"
+#include "quantal/ggml.h"
 
 namespace quantal::testing {
 namespace {
@@ -51,6 +55,33 @@ TEST(Registry, NamesParseInEitherSpellingAndAnyCase) {
   expect_error(Errc::kConfig, {"bnb_nf5", "bnb_nf4, bnb_int8, hqq"},
                [] { parse_method("bnb_nf5"); });
   expect_error(Errc::kConfig, {"rocm", "cuda, mps, mlx, cpu"}, [] { parse_backend("rocm"); });
+}
+
+/// What the README's table says of GGUF is what the functions do.
+TEST(Registry, FormsThatAreReadAndWritten) {
+  for (const Dialect* d : dialects()) {
+    EXPECT_FALSE(d->reads.empty()) << d->name;
+    EXPECT_FALSE(d->writes.empty()) << d->name;
+  }
+  std::set<std::string> read, written;
+  const auto split = [](std::string_view text, std::set<std::string>& out) {
+    for (std::size_t at = 0; at < text.size();) {
+      const std::size_t end = std::min(text.find(", ", at), text.size());
+      out.emplace(text.substr(at, end - at));
+      at = end + 2;
+    }
+  };
+  split(dialect_by_name("gguf").reads, read);
+  split(dialect_by_name("gguf").writes, written);
+  std::set<std::string> packable, encodable;
+  for (std::uint32_t type = 0; type < 64; ++type) {
+    const GgmlBlock* block = find_ggml_block(type);
+    if (block == nullptr || !ggml_packable(block->type)) continue;
+    packable.emplace(block->name);
+    if (ggml_encodable(block->type)) encodable.emplace(block->name);
+  }
+  EXPECT_EQ(read, packable);
+  EXPECT_EQ(written, encodable);
 }
 
 TEST(Registry, DialectsAreInOrderOfIdAndConsistent) {
