@@ -1,59 +1,46 @@
-// quantal: the command-line tool. Exit codes: 0 done, 1 the work failed, 2 wrong usage.
+// quantal: the command-line tool. Exit codes: 0 done, 1 the work failed, 2 wrong usage, 128 + the
+// number of the signal that ended it.
 #include <CLI/CLI.hpp>
 #include <cstdio>
 #include <exception>
-#include <string>
 
-#include "quantal/checkpoint.h"
+#include "commands.h"
+#include "interrupt.h"
 
 namespace {
 
 constexpr int kFailed = 1;
 constexpr int kWrongUsage = 2;
+constexpr int kSignal = 128;
 
-struct InspectOptions {
-  std::string path;
-  bool json = false;
-  bool tensors = false;
-};
-
-void add_inspect(CLI::App& app, InspectOptions& options) {
-  CLI::App* inspect =
-      app.add_subcommand("inspect", "Describe a model file or folder without loading its weights");
-  inspect
-      ->add_option("path", options.path,
-                   "a .gguf or .safetensors file, or a folder with config.json")
-      ->required();
-  inspect->add_flag("--json", options.json, "print JSON (always with all tensors)");
-  inspect->add_flag("--tensors", options.tensors, "list every tensor instead of a summary");
-  inspect->footer(
-      "Examples:\n"
-      "  quantal inspect model.gguf\n"
-      "  quantal inspect --tensors quantized-folder\n"
-      "  quantal inspect --json model.safetensors | jq .totals\n");
-  inspect->callback([&options] {
-    const std::string text = options.json ? quantal::inspect_json(options.path) + "\n"
-                                          : quantal::inspect_text(options.path, options.tensors);
-    std::fputs(text.c_str(), stdout);
-  });
+int finish() {
+  if (std::fflush(stdout) == 0 && std::ferror(stdout) == 0) return 0;
+  std::perror("quantal: error: cannot write to standard output");
+  return kFailed;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app("quantal: one interface over every weight-quantization dialect", "quantal");
+  CLI::App app("quantal: reads, writes and converts quantized models of every kind", "quantal");
   app.set_version_flag("--version", "quantal " QUANTAL_VERSION);
-  app.require_subcommand(1);
+  app.require_subcommand(0, 1);
   app.footer("Run 'quantal COMMAND --help' for the options and examples of a command.");
-  InspectOptions options;
-  add_inspect(app, options);
+  const auto inspect = quantal::tools::add_inspect(app);
+  const auto convert = quantal::tools::add_convert(app);
+  const auto formats = quantal::tools::add_formats(app);
   try {
     app.parse(argc, argv);
-    if (std::fflush(stdout) == 0 && std::ferror(stdout) == 0) return 0;
-    std::perror("quantal: error: cannot write to standard output");
-    return kFailed;
+    if (app.get_subcommands().empty()) {
+      std::fputs(app.help().c_str(), stderr);
+      return kWrongUsage;
+    }
+    return finish();
   } catch (const CLI::ParseError& error) {
-    return app.exit(error) == 0 ? 0 : kWrongUsage;
+    return app.exit(error) == 0 ? finish() : kWrongUsage;
+  } catch (const quantal::tools::Interrupted& interrupted) {
+    std::fprintf(stderr, "quantal: interrupted; nothing was written\n");
+    return kSignal + interrupted.signal;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "quantal: error: %s\n", error.what());
     return kFailed;
