@@ -6,5 +6,7 @@ namespace quantal {
 /// Does nothing; whoever calls it makes the linker keep ops_stable.cpp, whose static registrations
 /// define the ops of library "quantal".
 void link_torch_ops() noexcept;
+/// The same for ops_weights.cpp; link_torch_ops calls it.
+void link_weight_ops() noexcept;
 
 }  // namespace quantal

@@ -1,0 +1,81 @@
+// Ops about packed weights alone, on torch's stable ABI (see ops_stable.cpp).
+//
+//   row_square_sums(Tensor codes, Tensor stats, Tensor shared, int[] spec) -> Tensor
+//       float64 [rows], of the exact values
+//   merge_survival(Tensor codes, Tensor stats, Tensor shared, Tensor new_codes, Tensor new_stats,
+//                  Tensor new_shared, int[] spec, Tensor target) -> Tensor
+//       float64 [4]: codes changed, norm of the wanted change, surviving part, noise (survival.h)
+
+#include <algorithm>
+
+#include "torch/ops_link.h"
+#include "torch/stable_executor.h"
+#include "torch/stable_tensor.h"
+#include "torch/survival.h"
+
+namespace quantal {
+void link_weight_ops() noexcept {}
+}  // namespace quantal
+
+namespace quantal::stable_ops {
+namespace {
+
+Tensor row_square_sums_cpu(Tensor codes, Tensor stats, Tensor shared, Ints spec_ints) {
+  const Packed w = packed_of(codes, stats, shared, spec_ints);
+  const std::vector<double> sums = row_square_sums(w.view, stable_executor());
+  Tensor out = empty_like_of(codes, {w.view.spec.rows}, ScalarType::Double);
+  std::ranges::copy(sums, static_cast<double*>(out.mutable_data_ptr()));
+  return out;
+}
+
+Tensor merge_survival_cpu(Tensor codes, Tensor stats, Tensor shared, Tensor new_codes,
+                          Tensor new_stats, Tensor new_shared, Ints spec_ints, Tensor target) {
+  const Packed before = packed_of(codes, stats, shared, spec_ints);
+  const Packed after = packed_of(new_codes, new_stats, new_shared, spec_ints);
+  const PackedSpec& spec = before.view.spec;
+  weight_dtype("quantal::merge_survival: target", target.scalar_type());
+  Tensor dense = as_matrix("quantal::merge_survival: target", target, spec.cols);
+  if (dense.size(0) != spec.rows) {
+    fail(Errc::kShape, "quantal::merge_survival: target has " + std::to_string(dense.size(0)) +
+                           " rows, expected " + std::to_string(spec.rows));
+  }
+  dense = stable::to(dense, ScalarType::Float);
+  const Survival s =
+      measure_survival(before.view, after.view, static_cast<const float*>(dense.const_data_ptr()),
+                       stable_executor());
+  Tensor out = empty_like_of(codes, {4}, ScalarType::Double);
+  auto* values = static_cast<double*>(out.mutable_data_ptr());
+  values[0] = static_cast<double>(s.codes_changed);
+  values[1] = s.delta_norm;
+  values[2] = s.surviving;
+  values[3] = s.noise;
+  return out;
+}
+
+Tensor row_square_sums_meta(Tensor codes, Tensor, Tensor, Ints spec_ints) {
+  return empty_like_of(codes, {spec_from_ints(spec_ints).rows}, ScalarType::Double);
+}
+Tensor merge_survival_meta(Tensor codes, Tensor, Tensor, Tensor, Tensor, Tensor, Ints, Tensor) {
+  return empty_like_of(codes, {4}, ScalarType::Double);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(quantal, m) {
+  m.def("row_square_sums(Tensor codes, Tensor stats, Tensor shared, int[] spec) -> Tensor");
+  m.def(
+      "merge_survival(Tensor codes, Tensor stats, Tensor shared, Tensor new_codes, "
+      "Tensor new_stats, Tensor new_shared, int[] spec, Tensor target) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(quantal, CPU, m) {
+  m.impl("row_square_sums", TORCH_BOX(&row_square_sums_cpu));
+  m.impl("merge_survival", TORCH_BOX(&merge_survival_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(quantal, Meta, m) {
+  m.impl("row_square_sums", TORCH_BOX(&row_square_sums_meta));
+  m.impl("merge_survival", TORCH_BOX(&merge_survival_meta));
+}
+
+}  // namespace quantal::stable_ops

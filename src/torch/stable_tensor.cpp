@@ -1,0 +1,108 @@
+#include "torch/stable_tensor.h"
+
+#include <array>
+#include <span>
+
+namespace quantal::stable_ops {
+namespace {
+
+std::span<const std::uint8_t> bytes_of(const char* what, Tensor& t) {
+  check_cpu(what, t);
+  if (t.scalar_type() != ScalarType::Byte) {
+    fail(Errc::kDtype,
+         std::string(what) + " is " + type_name(t.scalar_type()) + ", expected uint8");
+  }
+  if (!t.is_contiguous()) t = stable::contiguous(t);
+  return {static_cast<const std::uint8_t*>(t.const_data_ptr()),
+          static_cast<std::size_t>(t.numel())};
+}
+
+}  // namespace
+
+Tensor detached(const Tensor& t) { return call("aten::detach", "", t); }
+
+const char* type_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    default:
+      return "of another type";
+  }
+}
+
+DType weight_dtype(const char* what, ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return DType::kF32;
+    case ScalarType::Half:
+      return DType::kF16;
+    case ScalarType::BFloat16:
+      return DType::kBF16;
+    default:
+      fail(Errc::kDtype, std::string(what) + " is " + type_name(type) +
+                             ", expected float32, float16 or bfloat16");
+  }
+}
+
+std::string sizes_string(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return shape_string({sizes.data(), sizes.size()});
+}
+
+void check_cpu(const char* what, const Tensor& t) {
+  if (!t.is_cpu()) {
+    fail(Errc::kDevice, std::string(what) + " is not a CPU tensor, expected cpu");
+  }
+}
+
+Tensor empty_like_of(const Tensor& like, const Ints& sizes, ScalarType type) {
+  return stable::new_empty(like, {sizes.data(), sizes.size()}, type);
+}
+
+Packed packed_of(const Tensor& codes, const Tensor& stats, const Tensor& shared, const Ints& spec) {
+  Packed p{codes, stats, shared, {}};
+  p.view.spec = spec_from_ints(spec);
+  p.view.codes = bytes_of("quantal: codes", p.codes);
+  p.view.stats = bytes_of("quantal: stats", p.stats);
+  p.view.shared = bytes_of("quantal: shared", p.shared);
+  check_packed(p.view);
+  return p;
+}
+
+Tensor as_matrix(const char* what, const Tensor& t, std::int64_t width) {
+  check_cpu(what, t);
+  if (t.dim() < 1 || t.size(t.dim() - 1) != width) {
+    fail(Errc::kShape, std::string(what) + " has shape " + sizes_string(t) +
+                           ", expected last dimension " + std::to_string(width));
+  }
+  const std::int64_t m = width == 0 ? 0 : t.numel() / width;
+  const std::array<std::int64_t, 2> shape{m, width};
+  return stable::reshape(stable::contiguous(detached(t)), {shape.data(), shape.size()});
+}
+
+Ints sizes_with_last(const Tensor& t, std::int64_t last) {
+  const auto sizes = t.sizes();
+  Ints out(sizes.begin(), sizes.end());
+  out.back() = last;
+  return out;
+}
+
+}  // namespace quantal::stable_ops

@@ -1,0 +1,55 @@
+// What the files of the stable-ABI ops share: checks, and tensors as packed matrices.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <string>
+#include <vector>
+
+#include "quantal/formats.h"
+#include "quantal/kernels.h"
+
+namespace quantal::stable_ops {
+
+namespace stable = torch::stable;
+using stable::Tensor;
+using torch::headeronly::ScalarType;
+using Ints = std::vector<std::int64_t>;
+
+/// Calls an ATen operator through the dispatcher and returns its one result.
+template <class... Args>
+Tensor call(const char* name, const char* overload, const Args&... args) {
+  std::array<StableIValue, sizeof...(Args)> stack{stable::detail::from(args)...};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  return stable::detail::to<Tensor>(stack[0]);
+}
+
+/// Forgets the autograd history: kernels compute values only, and out= products refuse tensors
+/// that require gradients.
+Tensor detached(const Tensor& t);
+
+const char* type_name(ScalarType type);
+/// Throws Error{kDtype} for anything but float32, float16 and bfloat16.
+DType weight_dtype(const char* what, ScalarType type);
+std::string sizes_string(const Tensor& t);
+/// Throws Error{kDevice}.
+void check_cpu(const char* what, const Tensor& t);
+Tensor empty_like_of(const Tensor& like, const Ints& sizes, ScalarType type);
+
+/// A packed weight whose buffers are held (made contiguous if needed) while a kernel reads them.
+struct [[gnu::visibility("hidden")]] Packed {  // as torch::stable::Tensor is
+  Tensor codes, stats, shared;
+  PackedView view;
+};
+/// Throws Error{kDevice}, Error{kDtype} or Error{kShape} for buffers that do not fit `spec`.
+Packed packed_of(const Tensor& codes, const Tensor& stats, const Tensor& shared, const Ints& spec);
+
+/// Checks the last dimension and returns `t` as a contiguous matrix [m, width] without history.
+Tensor as_matrix(const char* what, const Tensor& t, std::int64_t width);
+/// Sizes of `t` with the last one replaced.
+Ints sizes_with_last(const Tensor& t, std::int64_t last);
+
+}  // namespace quantal::stable_ops
