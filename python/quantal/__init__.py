@@ -2,7 +2,7 @@
 
 import torch as _torch  # noqa: F401  (its libraries must be loaded before the operators)
 
-from . import _peft
+from . import _peft, functional
 from ._convert import ConvertReport, convert
 from ._core import compatibility_matrix_markdown
 from ._core import version as __version__
@@ -53,6 +53,14 @@ from .embedding import QuantizedEmbedding
 from .gguf import load_gguf
 from .imports import report_import_status
 from .linear import PackedLinear, QuantizedLinear
+from .loftq import LoftqLayer, initialize_loftq
+from .merge import (
+    LayerMerge,
+    MergeReport,
+    dequantize_model,
+    merge_report,
+    merge_to_full_precision,
+)
 from .replace import replace_linear_with_quantized
 from .report import Report
 from .training import prepare_model_for_training
@@ -74,7 +82,10 @@ __all__ = [
     "InternalError",
     "IoError",
     "LoadReport",
+    "LayerMerge",
+    "LoftqLayer",
     "MLXAdapter",
+    "MergeReport",
     "PackedLinear",
     "QuantalError",
     "QuantizationAdapter",
@@ -91,14 +102,19 @@ __all__ = [
     "compatibility_matrix_markdown",
     "convert",
     "create_quantization_adapter",
+    "dequantize_model",
     "detect_backend",
     "file_layouts",
+    "functional",
     "get_backend_manager",
     "get_device",
     "get_recommended_config",
+    "initialize_loftq",
     "inspect",
     "load_gguf",
     "load_model",
+    "merge_report",
+    "merge_to_full_precision",
     "model_digest",
     "prepare_model_for_training",
     "replace_linear_with_quantized",

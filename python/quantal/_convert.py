@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -99,7 +99,7 @@ def convert(
     lossless_only: bool = False,
     overwrite: bool = False,
     plan: bool = False,
-    progress: bool = False,
+    progress: bool | Callable[[int, int, str], None] = False,
 ) -> ConvertReport:
     """Converts a model file or folder to another dialect or container.
 
@@ -114,7 +114,8 @@ def convert(
     layout, max_shard_size, overwrite  as in ``save_quantized_model``
     lossless_only  raise UnsupportedError, naming the first layer, instead of quantizing again
     plan           state what would be preserved and write nothing
-    progress       show a progress bar (needs tqdm)
+    progress       True: show a progress bar (needs tqdm). A function is called with (done, total,
+                   name) before each layer or tensor, and once with done == total
 
     Codes are copied and statistics rewritten where both forms mean the same; docs/convert.md lists
     what every edge preserves. Memory grows by at most three times the largest tensor, and the
@@ -125,8 +126,9 @@ def convert(
     options = _options(to, locals())
     if plan:
         return _report(_core.plan_convert(os.fspath(path), options))
-    if not progress:
-        return _report(_core.convert(os.fspath(path), os.fspath(to_path), options))
+    if callable(progress) or not progress:
+        call = progress or None
+        return _report(_core.convert(os.fspath(path), os.fspath(to_path), options, call))
     from tqdm.auto import tqdm
 
     with tqdm(desc="converting", unit="tensor") as bar:

@@ -44,6 +44,14 @@ def _bias_gradient(ctx, grad):
     return None, None, None, grad_bias, None
 
 
+def _setup_int8(ctx, inputs, output) -> None:
+    _setup_linear(ctx, inputs[:-1], output)
+
+
+def _int8_backward(ctx, grad):
+    return *_linear_backward(ctx, grad), None
+
+
 def _setup_grad_input(ctx, inputs, output) -> None:
     _, codes, stats, shared, spec = inputs
     ctx.save_for_backward(codes, stats, shared)
@@ -58,6 +66,7 @@ def _grad_input_backward(ctx, grad):
 
 _load()
 torch.library.register_autograd("quantal::linear", _linear_backward, setup_context=_setup_linear)
+torch.library.register_autograd("quantal::linear_int8", _int8_backward, setup_context=_setup_int8)
 torch.library.register_autograd(
     "quantal::linear_grad_input", _grad_input_backward, setup_context=_setup_grad_input
 )
@@ -66,20 +75,27 @@ torch.library.register_autograd(
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
+def _product(x, codes, stats, shared, bias, spec, threshold):
+    if threshold is None:
+        return torch.ops.quantal.linear(x, codes, stats, shared, bias, spec)
+    return torch.ops.quantal.linear_int8(x, codes, stats, shared, bias, spec, threshold)
+
+
 class _EagerLinear(torch.autograd.Function):
-    """The gradient of ``quantal::linear`` in eager mode; compiled graphs use the registered one.
+    """The gradient of ``quantal::linear`` and, with a threshold, of ``quantal::linear_int8`` in
+    eager mode; compiled graphs use the registered ones.
 
     The packed buffers hang on ctx instead of going through save_for_backward. They are frozen, so
     nothing is lost, and a checkpointed block whose last layer this is need not compute it again
     (non-reentrant checkpointing stops where the last saved tensor is back)."""
 
     @staticmethod
-    def forward(ctx, x, codes, stats, shared, bias, spec):
+    def forward(ctx, x, codes, stats, shared, bias, spec, threshold):
         ctx.buffers = codes, stats, shared
         ctx.spec = spec
         ctx.bias_dtype = None if bias is None else bias.dtype
         with _below_autograd():
-            return torch.ops.quantal.linear(x, codes, stats, shared, bias, spec)
+            return _product(x, codes, stats, shared, bias, spec, threshold)
 
     @staticmethod
     def backward(ctx, grad):
@@ -91,14 +107,21 @@ class _EagerLinear(torch.autograd.Function):
             else:
                 with _below_autograd():
                     grad_x = product(grad, *ctx.buffers, ctx.spec)
-        return grad_x, *_bias_gradient(ctx, grad)
+        return grad_x, *_bias_gradient(ctx, grad), None
 
 
 _WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def _kind_of(tensor: torch.Tensor, buffers: Buffers | None, spec: Spec, width: int) -> type:
-    """Class of the failure of an operator, found by looking at its arguments again."""
+def _kind_of(
+    tensor: torch.Tensor,
+    buffers: Buffers | None,
+    spec: Spec,
+    width: int,
+    out: tuple[torch.Tensor, int] | None = None,
+) -> type:
+    """Class of the failure of an operator, found by looking at its arguments again; `out` with its
+    expected last dimension."""
     layout = _core.layout(list(spec))  # raises the typed error of a bad spec itself
     if buffers is not None:
         for buffer, name in zip(buffers, ("codes", "stats", "shared"), strict=True):
@@ -112,20 +135,31 @@ def _kind_of(tensor: torch.Tensor, buffers: Buffers | None, spec: Spec, width: i
         return DtypeError
     if tensor.dim() < 1 or tensor.shape[-1] != width:
         return ShapeError
+    if out is not None:
+        if out[0].dtype != tensor.dtype:
+            return DtypeError
+        if out[0].shape != (*tensor.shape[:-1], out[1]):
+            return ShapeError
     if tensor.device.type != "meta" and not torch.isfinite(tensor).all():
         return UnsupportedError
     return QuantalError
 
 
 @contextlib.contextmanager
-def _typed(tensor: torch.Tensor, buffers: Buffers | None, spec: Spec, width: int) -> Iterator[None]:
+def _typed(
+    tensor: torch.Tensor,
+    buffers: Buffers | None,
+    spec: Spec,
+    width: int,
+    out: tuple[torch.Tensor, int] | None = None,
+) -> Iterator[None]:
     try:
         yield
     except QuantalError:
         raise
     except RuntimeError as error:
         message = str(error).split("\nException raised from")[0]
-        raise _kind_of(tensor, buffers, spec, width)(message) from error
+        raise _kind_of(tensor, buffers, spec, width, out)(message) from error
 
 
 def quantize(weight: torch.Tensor, spec: Spec) -> Buffers:
@@ -146,6 +180,20 @@ def dequantize(
         return torch.ops.quantal.dequantize(codes, stats, shared, spec, dtype)
 
 
+def _differentiable_product(x, buffers: Buffers, bias, spec: Spec, threshold: float | None):
+    if torch.compiler.is_compiling():
+        return _product(x, *buffers, bias, spec, threshold)
+    try:
+        trained = x.requires_grad or (bias is not None and bias.requires_grad)
+        if trained and torch.is_grad_enabled():
+            return _EagerLinear.apply(x, *buffers, bias, spec, threshold)
+        with _below_autograd():
+            return _product(x, *buffers, bias, spec, threshold)
+    except RuntimeError:
+        with _typed(x, buffers, spec, int(spec[2])):
+            raise
+
+
 def linear(
     x: torch.Tensor,
     codes: torch.Tensor,
@@ -155,17 +203,7 @@ def linear(
     spec: Spec,
 ) -> torch.Tensor:
     """``x @ W.T + bias`` from packed codes, differentiable in x and bias."""
-    if torch.compiler.is_compiling():
-        return torch.ops.quantal.linear(x, codes, stats, shared, bias, spec)
-    try:
-        trained = x.requires_grad or (bias is not None and bias.requires_grad)
-        if trained and torch.is_grad_enabled():
-            return _EagerLinear.apply(x, codes, stats, shared, bias, spec)
-        with _below_autograd():
-            return torch.ops.quantal.linear(x, codes, stats, shared, bias, spec)
-    except RuntimeError:
-        with _typed(x, (codes, stats, shared), spec, int(spec[2])):
-            raise
+    return _differentiable_product(x, (codes, stats, shared), bias, spec, None)
 
 
 def linear_int8(
@@ -178,6 +216,71 @@ def linear_int8(
     threshold: float,
 ) -> torch.Tensor:
     """The product of LLM.int8: activations rounded to int8 by row, entries of at least `threshold`
-    through dequantized weights. Not differentiable."""
-    with _typed(x, (codes, stats, shared), spec, int(spec[2])):
-        return torch.ops.quantal.linear_int8(x, codes, stats, shared, bias, spec, threshold)
+    through dequantized weights.
+
+    The gradient passes the rounding straight through: ``dx = dy @ W`` with the dequantized W, exact
+    for the outlier columns and bitsandbytes' choice for the others."""
+    return _differentiable_product(x, (codes, stats, shared), bias, spec, threshold)
+
+
+def matmul(
+    x: torch.Tensor, codes: torch.Tensor, stats: torch.Tensor, shared: torch.Tensor, spec: Spec
+) -> torch.Tensor:
+    """``x @ W`` from packed codes, differentiable in x."""
+    with _typed(x, (codes, stats, shared), spec, int(spec[1])):
+        return torch.ops.quantal.linear_grad_input(x, codes, stats, shared, spec)
+
+
+def _check_out(out: torch.Tensor, operands: Sequence[torch.Tensor | None]) -> None:
+    """torch's rule for out=, with torch's words."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
+        raise RuntimeError(
+            "functions with out=... arguments don't support automatic differentiation, but one of "
+            "the arguments requires grad"
+        )
+
+
+def _sized(out: torch.Tensor, x: torch.Tensor, width: int) -> None:
+    """An empty `out` is resized, as torch does."""
+    if out.numel() == 0 and x.dim() > 0:
+        out.resize_(*x.shape[:-1], width)
+
+
+def linear_out(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    buffers: Buffers,
+    bias: torch.Tensor | None,
+    spec: Spec,
+) -> torch.Tensor:
+    """`linear` into `out` [..., rows] of x's dtype; an empty one is resized. No gradients."""
+    _check_out(out, (x, bias, out))
+    _sized(out, x, int(spec[1]))
+    with _typed(x, buffers, spec, int(spec[2]), (out, int(spec[1]))):
+        torch.ops.quantal.linear.out(x, *buffers, bias, spec, out=out)
+    return out
+
+
+def matmul_out(out: torch.Tensor, x: torch.Tensor, buffers: Buffers, spec: Spec) -> torch.Tensor:
+    """`matmul` into `out` [..., cols] of x's dtype; an empty one is resized. No gradients."""
+    _check_out(out, (x, out))
+    _sized(out, x, int(spec[2]))
+    with _typed(x, buffers, spec, int(spec[1]), (out, int(spec[2]))):
+        torch.ops.quantal.linear_grad_input.out(x, *buffers, spec, out=out)
+    return out
+
+
+def row_square_sums(buffers: Buffers, spec: Spec) -> torch.Tensor:
+    """Sums of squares of the exact values of each row, float64 [rows]."""
+    with _typed(buffers[0], buffers, spec, -1):
+        return torch.ops.quantal.row_square_sums(*buffers, spec)
+
+
+def merge_survival(
+    before: Buffers, after: Buffers, spec: Spec, target: torch.Tensor
+) -> tuple[int, float, float, float]:
+    """(codes changed, norm of the wanted change, surviving part, noise) of a matrix into which
+    `target` was quantized; see quantal.MergeReport."""
+    with _typed(target, before, spec, int(spec[2])):
+        values = torch.ops.quantal.merge_survival(*before, *after, spec, target).tolist()
+    return int(values[0]), values[1], values[2], values[3]

@@ -1,8 +1,8 @@
 """PEFT: LoRA over quantized layers, without a change on the user's side.
 
 PEFT has no registry for foreign layer types. Its dispatcher for plain layers is wrapped, so that a
-QuantizedLinear gets a LoRA layer whose merge writes packed codes. Everything else of PEFT's layer
-(forward, DoRA and the other variants, saving) is used as it is.
+quantized layer gets a LoRA layer whose merge writes packed codes, and so is the wrapper behind
+``modules_to_save``, which gets a dense copy to train. Everything else of PEFT is used as it is.
 """
 
 from __future__ import annotations
@@ -12,53 +12,11 @@ import importlib.util
 import sys
 from typing import Any
 
-import torch
 from torch import nn
 
-from .linear import QuantizedLinear
+from ._packed import PackedWeight
 
 _installed = False
-
-
-def _make_layer_class() -> type:
-    from peft.tuners.lora import layer as lora_layer
-
-    class QuantizedLoraLinear(lora_layer.Linear):  # type: ignore[misc,name-defined]
-        """LoRA over packed codes. ``merge`` decodes, adds and quantizes again, which rounds;
-        ``unmerge`` puts the saved bytes back, which is exact."""
-
-        def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-            base: Any = self.get_base_layer()
-            saved = _saved_state(base)
-            merged = len(self.merged_adapters)
-            base.__dict__["_dense"] = nn.Parameter(base.dequantize_weights(), requires_grad=False)
-            try:
-                super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
-                dense = base.__dict__["_dense"].detach()
-            finally:
-                del base.__dict__["_dense"]
-            if len(self.merged_adapters) > merged:
-                base.quantize_weights(dense)
-                if merged == 0:
-                    self._before_merge = saved
-
-        def unmerge(self) -> None:
-            saved = self.__dict__.pop("_before_merge", None)
-            if saved is None or not self.merged:
-                super().unmerge()
-                return
-            base: Any = self.get_base_layer()
-            self.merged_adapters.clear()
-            base._set_buffers(*saved[:3])
-            if saved[3] is not None:
-                base.bias.data = saved[3]
-
-    return QuantizedLoraLinear
-
-
-def _saved_state(base: QuantizedLinear) -> tuple[torch.Tensor | None, ...]:
-    bias = None if base.bias is None else base.bias.detach().clone()
-    return base.codes.detach(), base.stats.detach(), base.shared, bias
 
 
 def install() -> bool:
@@ -67,9 +25,18 @@ def install() -> bool:
     if _installed or importlib.util.find_spec("peft") is None:
         return _installed
     from peft.tuners.lora import model as lora_model
+
+    _wrap_dispatcher(lora_model)
+    _wrap_modules_to_save()
+    _installed = True
+    return True
+
+
+def _wrap_dispatcher(lora_model: Any) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layer_class = _make_layer_class()
+    from ._peft_layers import QuantizedLoraEmbedding, QuantizedLoraLinear
+
     original = lora_model.dispatch_default
 
     @functools.wraps(original)
@@ -81,13 +48,30 @@ def install() -> bool:
         **kwargs: Any,
     ):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if parameter_name is None and isinstance(base, QuantizedLinear):
+        if parameter_name is None and isinstance(base, PackedWeight):
+            embedding = isinstance(base, nn.Embedding)
+            layer_class = QuantizedLoraEmbedding if embedding else QuantizedLoraLinear
             return layer_class(target, adapter_name, config=config, **kwargs)
         return original(target, adapter_name, config, parameter_name=parameter_name, **kwargs)
 
     lora_model.dispatch_default = dispatch_default
-    _installed = True
-    return True
+
+
+def _wrap_modules_to_save() -> None:
+    from peft.utils.other import ModulesToSaveWrapper
+
+    from .merge import dense_copy
+
+    original = ModulesToSaveWrapper.update
+
+    @functools.wraps(original)
+    def update(self: Any, adapter_name: str, tied_module: Any = None, **kwargs: Any) -> None:
+        packed = any(isinstance(m, PackedWeight) for m in self.original_module.modules())
+        if packed and not tied_module and adapter_name not in self.modules_to_save:
+            self.modules_to_save[adapter_name] = dense_copy(self.original_module)
+        original(self, adapter_name, tied_module=tied_module, **kwargs)
+
+    ModulesToSaveWrapper.update = update  # type: ignore[method-assign]
 
 
 class _OnImport:

@@ -138,7 +138,7 @@ class PackedLinear(PackedWeight, QuantizedLinear, nn.Linear):  # type: ignore[ov
     """``y = x @ W.T + bias`` with W kept as packed codes and statistics.
 
     ``weight``, ``codes``, ``stats``, ``shared`` and ``spec`` are those of PackedWeight. ``forward``
-    computes in ``compute_dtype`` and returns the dtype of its input.
+    computes in ``compute_dtype`` and returns the dtype of its input, or autocast's inside autocast.
 
     The arguments are those of ``nn.Linear`` with a config; ``spec`` (16 integers) replaces the
     config where the form is already known. A new layer holds zeros: call ``quantize_weights``.
