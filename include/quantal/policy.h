@@ -52,7 +52,16 @@ struct QuantizationConfig {
   std::optional<std::int64_t> block_size;  ///< bitsandbytes: used instead of group_size if set
   std::optional<bool> quant_zero;
   bool quant_scale = false;
+  std::string custom_method;  ///< of register_custom_method; `method` is NONE then
 };
+
+/// Makes `name` a method that configs can name: JSON "method" then sets custom_method, and the
+/// factory answers with `name` as the adapter, which whoever registered it makes. Such a method has
+/// no rules but skip_modules, layer_configs and dtypes. Registering a name again changes nothing.
+/// Throws Error{kConfig} unless it is lower-case letters, digits and underscores, and not built in.
+void register_custom_method(const std::string& name);
+bool is_custom_method(const std::string& name);
+std::vector<std::string> custom_methods();  ///< in the order of registration
 
 /// Throws Error{kConfig} where no config with these members may exist: a bit width other than 2, 4,
 /// 8, 16 that the method does not have ("Unsupported bit width: {bits}. Supported: 2, 4, 8, 16"), a
@@ -110,7 +119,7 @@ struct Substitution {
 /// What the factory decided.
 struct Decision {
   std::string adapter;  ///< "BitsAndBytesAdapter", "HQQAdapter", "MLXAdapter", "QuantoAdapter",
-                        ///< "FallbackAdapter"
+                        ///< "FallbackAdapter", or the custom_method
   /// Resolved: bits of the method, compute_dtype of the backend, storage_dtype (uint8 for packed
   /// bytes), methods of layer_configs checked.
   /// Method NONE where nothing is quantized.

@@ -97,8 +97,15 @@ void bind_rules(py::module_& m) {
         return std::string(dtype_name(c.compute_dtype));
       });
   py::class_<LayerRules>(m, "LayerRules")
-      .def(py::init([](const std::string& json) { return LayerRules(config_from_json(json)); }),
-           py::arg("config_json"))
+      .def(py::init([](const std::string& json, const std::string& custom_method) {
+             QuantizationConfig config = config_from_json(json);
+             if (!custom_method.empty()) {
+               config.method = QuantizationMethod::NONE;
+               config.custom_method = custom_method;
+             }
+             return LayerRules(config);
+           }),
+           py::arg("config_json"), py::arg("custom_method") = "")
       .def("choose", &LayerRules::choose, py::arg("name"), py::arg("out_features"),
            py::arg("in_features"))
       .def("unmatched", &LayerRules::unmatched);
@@ -130,8 +137,11 @@ void bind_policy(py::module_& m) {
   m.def("method_names", &method_names);
   m.def("built_methods", &built_methods,
         "Values of the methods that this build can quantize with.");
-  m.def("parse_method",
-        [](const std::string& name) { return std::string(method_name(parse_method(name))); });
+  m.def("parse_method", [](const std::string& name) {
+    return is_custom_method(name) ? name : std::string(method_name(parse_method(name)));
+  });
+  m.def("register_custom_method", &register_custom_method);
+  m.def("custom_methods", &custom_methods);
   m.def("parse_backend",
         [](const std::string& name) { return std::string(backend_name(parse_backend(name))); });
   m.def("normalize_config",

@@ -13,6 +13,7 @@ from ._errors import (
     DtypeError,
     InternalError,
     IoError,
+    NotFoundError,
     QuantalError,
     ShapeError,
     UnsupportedError,
@@ -26,6 +27,8 @@ from .adapters import (
     QuantoAdapter,
     available_methods,
     create_quantization_adapter,
+    register_adapter,
+    registered_adapters,
 )
 from .backend import (
     Backend,
@@ -65,6 +68,9 @@ from .replace import replace_linear_with_quantized
 from .report import Report
 from .training import prepare_model_for_training
 
+#: The base class of every exception of this package.
+Error = QuantalError
+
 _peft.install_lazily()
 
 __all__ = [
@@ -77,6 +83,7 @@ __all__ = [
     "CorruptError",
     "DeviceError",
     "DtypeError",
+    "Error",
     "FallbackAdapter",
     "HQQAdapter",
     "InternalError",
@@ -86,6 +93,7 @@ __all__ = [
     "LoftqLayer",
     "MLXAdapter",
     "MergeReport",
+    "NotFoundError",
     "PackedLinear",
     "QuantalError",
     "QuantizationAdapter",
@@ -117,6 +125,8 @@ __all__ = [
     "merge_to_full_precision",
     "model_digest",
     "prepare_model_for_training",
+    "register_adapter",
+    "registered_adapters",
     "replace_linear_with_quantized",
     "report_import_status",
     "save_model",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 
 class QuantalError(RuntimeError):
     """Base class. ``code`` is the kind; ``path``, ``tensor`` and ``offset`` say where in a file."""
@@ -58,6 +60,10 @@ class IoError(QuantalError, OSError):
     code = "Io"
 
 
+class NotFoundError(IoError, FileNotFoundError):
+    """There is no such file, or a folder has none of the files that were looked for."""
+
+
 class DeviceError(QuantalError):
     """A device or instruction set is missing."""
 
@@ -85,4 +91,12 @@ _CLASSES = {
 
 def make_error(code: str, message: str, path: str, tensor: str, offset: int) -> QuantalError:
     """The exception for a C++ Error; called by the extension module."""
-    return _CLASSES.get(code, InternalError)(message, path, tensor, offset)
+    cls = _CLASSES.get(code, InternalError)
+    if cls is IoError and _is_absent(message, path):
+        cls = NotFoundError
+    return cls(message, path, tensor, offset)
+
+
+def _is_absent(message: str, path: str) -> bool:
+    """Whether a failure to read says that nothing is there."""
+    return bool(path) and (not os.path.lexists(path) or message.startswith("No checkpoint found"))

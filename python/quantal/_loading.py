@@ -16,7 +16,8 @@ from torch import nn
 
 from . import _core
 from ._dtypes import _BY_NAME, bytes_of, parse_dtype, tensor_from
-from ._errors import ConfigError, CorruptError
+from ._custom import ADAPTER_KEY, adapter_of_file
+from ._errors import ConfigError, CorruptError, UnsupportedError
 from ._packed import BUFFERS, PackedWeight
 from ._parts import model_parts, module_names, packable_shape, split_name, weight_shapes
 from .config import QuantizationConfig
@@ -29,8 +30,8 @@ TIED_KEY = "quantal_tied"
 TEXTS_KEY = "_quantal_texts"
 
 _log = logging.getLogger("quantal")
-#: Makes the layer of a custom adapter: (in_features, out_features, bias).
-MakeLinear = Callable[[int, int, bool], nn.Module]
+#: Makes the layer of an adapter of one's own in the place of a dense one of this name.
+MakeLinear = Callable[[str, nn.Linear], nn.Module]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +111,7 @@ def _config_object(model_config: Any, stored: dict[str, Any]) -> Any:
                 "load: config has no model_type, expected that of a transformers model (pass "
                 "model_config, or model= to load into a module of your own)"
             )
-        for key in ("quantization_config", "quantization", TIED_KEY):
+        for key in ("quantization_config", "quantization", TIED_KEY, ADAPTER_KEY):
             values.pop(key, None)
         config = transformers.AutoConfig.for_model(**values)
     else:
@@ -382,8 +383,17 @@ def _custom_layers(model: nn.Module, loaded: dict[str, Any], make: MakeLinear) -
         own = fields.get(name, set())
         if type(linear) is not nn.Linear or "weight" in own or not own - {"bias"}:
             continue
-        layer = make(linear.in_features, linear.out_features, linear.bias is not None)
-        set_module(model, name, layer.train(linear.training))
+        set_module(model, name, make(name, linear).train(linear.training))
+
+
+def _writer(config_json: str, path: str, make_linear: MakeLinear | None) -> Any:
+    """The registered adapter that wrote a file; an adapter of one's own may read without it."""
+    try:
+        return adapter_of_file(json.loads(config_json), path)
+    except UnsupportedError:
+        if make_linear is None:
+            raise
+        return None
 
 
 def _stored_ties(config_json: str) -> dict[str, str]:
@@ -427,6 +437,9 @@ def load(
         model = build_model(model_config, stored)
         dtype = _declared_dtype(stored)
     loaded = _core.load_checkpoint(path, weight_shapes(model))
+    writer = _writer(loaded["config_json"], path, make_linear)
+    if writer is not None:  # what was saved wins over the config of who loads
+        make_linear = writer._make_linear()
     if make_linear is not None:
         _custom_layers(model, loaded, make_linear)
     parts = model_parts(model, _stored_ties(loaded["config_json"]))

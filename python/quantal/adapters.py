@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
+from collections.abc import Iterable
 from abc import ABC, abstractmethod
 from typing import Any
 
 from torch import nn
 
-from . import _core
+from . import _check, _core
+from ._custom import ADAPTER_KEY, adapter_class, name_of, register_adapter, registered_adapters
 from ._dtypes import parse_dtype
 from ._errors import ConfigError, UnsupportedError
 from ._loading import LoadReport, MakeLinear, load
@@ -23,12 +25,20 @@ from .report import Report
 from .training import prepare_model_for_training
 
 
+def _config(where: str, config: Any) -> QuantizationConfig:
+    """A config given as such; None: the default one."""
+    if config is None:
+        return QuantizationConfig()
+    expected = "a QuantizationConfig or None"
+    return _check.instance(where, "config", config, QuantizationConfig, expected)
+
+
 class QuantizationAdapter(ABC):
     """Quantizes models for one backend and config.
 
-    A custom adapter implements ``create_quantized_linear`` and ``quantize_model`` and, where the
+    An adapter of one's own implements ``create_quantized_linear`` and ``quantize_model`` and, where the
     defaults do not fit, ``_validate_backend_support`` (called on construction; raises to refuse)
-    and ``prepare_model_for_training``. ``report`` tells what was done, and what policy changed;
+    and ``prepare_model_for_training``; ``register_adapter`` gives it a name. ``report`` tells what was done, and what policy changed;
     ``load_report`` what the last ``load_quantized_model`` found.
     """
 
@@ -37,7 +47,7 @@ class QuantizationAdapter(ABC):
 
     def __init__(self, backend: Backend | str, config: QuantizationConfig | None = None) -> None:
         self.backend = Backend(backend)
-        self.config = config if config is not None else QuantizationConfig()
+        self.config = _config(type(self).__name__, config)
         self.report = Report({"adapter": type(self).__name__})
         self._file_settings: list[dict[str, str]] = []
         self._validate_backend_support()
@@ -60,10 +70,13 @@ class QuantizationAdapter(ABC):
         return prepare_model_for_training(model)
 
     def quantize_linear(self, linear: nn.Linear, choice: _core.Choice) -> nn.Module:
-        """The quantized replacement of one layer; the bias values are kept."""
-        layer = self.create_quantized_linear(
-            linear.in_features, linear.out_features, linear.bias is not None
-        )
+        """The quantized replacement of one layer; the bias values are kept.
+
+        An adapter of one's own is asked for a layer while ``self.config`` has what
+        ``layer_configs`` say of it; one whose entry names a built-in method becomes quantal's."""
+        if choice.options.method != QuantizationMethod.NONE.value:
+            return _packed_layer(linear, choice, self.config)
+        layer = self._new_layer(linear, choice)
         quantize_weights = getattr(layer, "quantize_weights", None)
         if quantize_weights is None:
             raise UnsupportedError(
@@ -75,12 +88,27 @@ class QuantizationAdapter(ABC):
             layer.bias = linear.bias
         return layer.train(linear.training)
 
-    def rules_config(self) -> QuantizationConfig:
-        """The config that decides which layers are quantized. An adapter of one's own quantizes all
-        that ``skip_modules`` and ``layer_configs`` leave, whatever method the config names."""
-        return dataclasses.replace(
-            self.config, method=QuantizationMethod.HQQ, bits=8, group_size=0, block_size=None
-        )
+    def _new_layer(self, linear: nn.Linear, choice: _core.Choice) -> nn.Module:
+        whole = self.config
+        options, dtype = choice.options, parse_dtype(choice.compute_dtype)
+        changes = {n: getattr(options, n) for n in ("bits", "double_quant", "quant_type")}
+        changes["group_size"] = options.group_size
+        if whole.compute_dtype is not None:
+            changes["compute_dtype"] = dtype
+        changes = {name: new for name, new in changes.items() if new != getattr(whole, name)}
+        try:
+            if changes:
+                self.config = dataclasses.replace(whole, **changes)
+            return self.create_quantized_linear(
+                linear.in_features, linear.out_features, linear.bias is not None
+            )
+        finally:
+            self.config = whole
+
+    def layer_rules(self, skip_modules: Iterable[str] | None = None) -> _core.LayerRules:
+        """Decides which layers are quantized. An adapter of one's own quantizes all that
+        ``skip_modules`` and ``layer_configs`` leave, whatever method its config names."""
+        return _layer_rules(self.config, skip_modules, name_of(type(self)) or type(self).__name__)
 
     def tie_quantized_linear(self, layer: nn.Module, linear: nn.Linear) -> nn.Module:
         """A layer for `linear`, whose weight `layer` was quantized from: they share the bytes."""
@@ -124,7 +152,16 @@ class QuantizationAdapter(ABC):
             max_shard_bytes=parse_size(max_shard_size),
             overwrite=overwrite,
             tokenizer=tokenizer,
+            config_entries=self._file_entries(),
         )
+
+    def _file_entries(self) -> dict[str, Any]:
+        """What config.json tells about this adapter: its registered name, for loading."""
+        name = name_of(type(self))
+        if name is None:
+            return {}
+        entry = {"name": name, "backend": self.backend.value, "config": self.config.to_dict()}
+        return {ADAPTER_KEY: entry}
 
     def load_quantized_model(
         self,
@@ -164,17 +201,40 @@ class QuantizationAdapter(ABC):
 
     def _make_linear(self) -> MakeLinear | None:
         """Makes layers that only this adapter can read."""
-        return self.create_quantized_linear
+        rules = self.layer_rules()
+
+        def make(name: str, linear: nn.Linear) -> nn.Module:
+            return self._new_layer(linear, rules.choose(name, *linear.weight.shape))
+
+        return make
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(backend={self.backend}, config={self.config!r})"
 
 
+def _layer_rules(
+    config: QuantizationConfig, skip_modules: Iterable[str] | None, custom_method: str = ""
+) -> _core.LayerRules:
+    if skip_modules is not None:
+        config = dataclasses.replace(config, skip_modules=skip_modules)  # type: ignore[arg-type]
+    return _core.LayerRules(config.to_json(), custom_method)
+
+
+def _packed_layer(
+    linear: nn.Linear, choice: _core.Choice, config: QuantizationConfig
+) -> QuantizedLinear:
+    dtype = parse_dtype(choice.compute_dtype)
+    return PackedLinear.from_linear(linear, choice.options, config=config, compute_dtype=dtype)
+
+
 class _DialectAdapter(QuantizationAdapter):
     """What the adapters over quantal's own dialects share."""
 
-    def rules_config(self) -> QuantizationConfig:
-        return self.config
+    def layer_rules(self, skip_modules: Iterable[str] | None = None) -> _core.LayerRules:
+        return _layer_rules(self.config, skip_modules)
+
+    def _file_entries(self) -> dict[str, Any]:
+        return {}
 
     def _make_linear(self) -> None:
         return None
@@ -192,12 +252,7 @@ class _DialectAdapter(QuantizationAdapter):
         return PackedLinear(in_features, out_features, bias, self.config)
 
     def quantize_linear(self, linear: nn.Linear, choice: _core.Choice) -> QuantizedLinear:
-        return PackedLinear.from_linear(
-            linear,
-            choice.options,
-            config=self.config,
-            compute_dtype=parse_dtype(choice.compute_dtype),
-        )
+        return _packed_layer(linear, choice, self.config)
 
     def quantize_model(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         """Quantizes every linear layer that the config names, layer by layer.
@@ -216,7 +271,25 @@ class HQQAdapter(_DialectAdapter):
 
 
 class MLXAdapter(_DialectAdapter):
-    """MLX affine 4 and 8 bits; the MX formats through ``backend_options={"mode": "mxfp4"}``."""
+    """MLX affine 4 and 8 bits; the MX formats through ``backend_options={"mode": "mxfp4"}``.
+
+    The model that ``quantize_model`` returns is a torch model whose layers hold MLX's codes and
+    scales; a warning, once per adapter, says so."""
+
+    _told = False
+
+    def quantize_model(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        """As for every adapter; the layers get MLX's form, the model stays one of torch's."""
+        out = super().quantize_model(model, **kwargs)
+        if not self._told:
+            self._told = True
+            warnings.warn(
+                "MLX quantization requires model conversion from PyTorch to MLX format: the layers "
+                "were converted and run in torch; save_quantized_model writes the folder that "
+                "mlx-lm loads",
+                stacklevel=2,
+            )
+        return out
 
 
 class QuantoAdapter(_DialectAdapter):
@@ -225,6 +298,16 @@ class QuantoAdapter(_DialectAdapter):
 
 class FallbackAdapter(QuantizationAdapter):
     """Quantizes nothing; ``report`` says why, and what would."""
+
+    def _validate_backend_support(self) -> None:
+        if self.config.method is not QuantizationMethod.NONE:  # constructed directly
+            warnings.warn(
+                f"No quantization support for {self.backend}, using fallback (no quantization)",
+                stacklevel=4,
+            )
+
+    def _file_entries(self) -> dict[str, Any]:
+        return {}
 
     def create_quantized_linear(
         self, in_features: int, out_features: int, bias: bool = True
@@ -274,14 +357,18 @@ def create_quantization_adapter(
 
     Every substitution is in ``adapter.report`` and, once, a warning.
     """
+    where = "create_quantization_adapter"
     backend = Backend(backend)
-    config = config if config is not None else QuantizationConfig()
+    config = _config(where, config)
+    for name, value in (("support", support), ("fallback", fallback)):
+        if value is not None:
+            _check.text(where, name, value)
     decision = _core.decide_adapter(backend.value, config.to_json(), support, fallback)
-    cls = _ADAPTERS.get(decision["adapter"])
+    cls = _ADAPTERS.get(decision["adapter"]) or adapter_class(decision["adapter"])
     if cls is None:
         raise UnsupportedError(
-            f"{decision['adapter']} is not part of this version, expected one of "
-            f"{', '.join(_ADAPTERS)}"
+            f"create_quantization_adapter: {decision['adapter']} has no Python adapter, expected "
+            f"one of {', '.join([*_ADAPTERS, *registered_adapters()])} (register_adapter adds some)"
         )
     for text in decision["warnings"]:
         warnings.warn(text, UserWarning, stacklevel=2)
@@ -289,7 +376,7 @@ def create_quantization_adapter(
     if support is not None:  # the adapter keeps the mode that it was made under
         resolved.backend_options = {**resolved.backend_options, "support": support}
     adapter = cls(backend, resolved)
-    adapter.report = Report(decision)
+    adapter.report = Report({**decision, "adapter": cls.__name__})
     return adapter
 
 
@@ -307,4 +394,6 @@ __all__ = [
     "QuantoAdapter",
     "available_methods",
     "create_quantization_adapter",
+    "register_adapter",
+    "registered_adapters",
 ]

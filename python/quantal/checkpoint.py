@@ -6,11 +6,13 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from . import _core
+from ._custom import ADAPTER_KEY
 from ._dtypes import as_parts, bytes_of
 from ._errors import ConfigError
 from ._loading import TEXTS_KEY, TIED_KEY, LoadReport, load, read_tensor
@@ -59,7 +61,8 @@ def _model_config(model: Any, tied: dict[str, str]) -> dict[str, Any]:
             values["torch_dtype"] = str(dtypes.pop()).removeprefix("torch.")
     else:
         values = dict(config) if isinstance(config, dict) else {}
-    values.pop(TIED_KEY, None)
+    for key in (TIED_KEY, ADAPTER_KEY):
+        values.pop(key, None)
     if tied and not ties_by_config(model):
         values[TIED_KEY] = tied
     values.pop("quantization_config", None)
@@ -136,6 +139,7 @@ def save_model(
     max_shard_bytes: int = 0,
     overwrite: bool = False,
     tokenizer: Any = None,
+    config_entries: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a folder or a single file in one of the layouts of the model's dialect.
 
@@ -145,6 +149,7 @@ def save_model(
     tokenizer        a transformers tokenizer, or a folder or GGUF file that has one. None: that of
                      the file or folder that the model was loaded from. Written beside the weights,
                      or into a GGUF file
+    config_entries   further members of config.json, as JSON can hold them
 
     It appears whole or not at all; what exists and was not written by quantal is refused unless
     ``overwrite``."""
@@ -152,7 +157,7 @@ def save_model(
     parts = saved_parts(model)
     _core.save_checkpoint(
         os.fspath(path),
-        json.dumps(_model_config(model, parts.tied)),
+        json.dumps(_model_config(model, parts.tied) | dict(config_entries or {})),
         [(name, _packed_bytes(layer)) for name, layer in parts.layers.items()],
         [(name, as_parts(tensor)) for name, tensor in parts.tensors.items()],
         dense=parts.dense,

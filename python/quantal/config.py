@@ -21,7 +21,10 @@ from .backend import Backend, cuda_has_bf16
 
 
 class QuantizationMethod(enum.Enum):
-    """Quantization methods. ``QuantizationMethod("HQQ")`` and ``("hqq")`` are the same."""
+    """Quantization methods. ``QuantizationMethod("HQQ")`` and ``("hqq")`` are the same.
+
+    ``QuantizationMethod(name)`` also takes the names of ``register_adapter``; iteration lists the
+    built-in methods only."""
 
     BNB_NF4 = "bnb_nf4"
     BNB_INT8 = "bnb_int8"
@@ -42,7 +45,19 @@ class QuantizationMethod(enum.Enum):
             expected = "a QuantizationMethod or its name"
             raise _check.wrong_type("QuantizationMethod", "value", value, expected)
         name = _core.parse_method(value)  # raises ConfigError listing the legal names
-        return next(m for m in cls if m.value == name)
+        return next((m for m in cls if m.value == name), None) or _custom_method(cls, name)
+
+
+_CUSTOM_METHODS: dict[str, QuantizationMethod] = {}
+
+
+def _custom_method(cls: type[QuantizationMethod], name: str) -> QuantizationMethod:
+    """What stands for a method of ``register_adapter``: like a member, but not listed as one."""
+    if name not in _CUSTOM_METHODS:
+        method: Any = object.__new__(cls)
+        method._name_, method._value_ = name.upper(), name
+        _CUSTOM_METHODS[name] = method
+    return _CUSTOM_METHODS[name]
 
 
 class _UnsetBits(int):

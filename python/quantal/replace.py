@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
+import logging
+import warnings
 import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, cast
@@ -19,6 +20,7 @@ from .report import Report
 if TYPE_CHECKING:
     from .adapters import QuantizationAdapter
 
+logger = logging.getLogger("quantal")
 #: Freed dense weights after which memory is given back: rare enough to cost nothing.
 TRIM_BYTES = 32 << 20
 
@@ -48,13 +50,6 @@ def _linear_names(model: nn.Module) -> list[list[str]]:
     return list(names.values())
 
 
-def _rules(adapter: QuantizationAdapter, skip_modules: Iterable[str] | None) -> _core.LayerRules:
-    config = adapter.rules_config()
-    if skip_modules is not None:
-        config = dataclasses.replace(config, skip_modules=list(skip_modules))
-    return _core.LayerRules(config.to_json())
-
-
 class _Walk:
     """One pass over the linear layers of a model."""
 
@@ -62,6 +57,7 @@ class _Walk:
         self.model, self.adapter, self.rules = model, adapter, rules
         self.report: Report = adapter.report
         self.users = _dense_users(model)
+        self.visited = False
         self.covered: set[int] = set()  # ids of parameters that a row counts already
         self.tied: dict[int, tuple[weakref.ref, nn.Module]] = {}
 
@@ -69,6 +65,7 @@ class _Walk:
         """Quantizes the layer of these names, or records why it stays dense.
 
         Returns the bytes of dense weights that this frees."""
+        self.visited = True
         linear = cast(nn.Linear, self.model.get_submodule(names[0]))
         choice = self.rules.choose(names[0], *linear.weight.shape)
         reason = self._dense_reason(linear, choice)
@@ -76,9 +73,12 @@ class _Walk:
             self._keep(names[0], linear, reason)
             return 0
         layer = self._quantize(linear, choice)
+        packed = isinstance(layer, PackedLinear)
+        method = choice.method if packed else f"{type(layer).__name__} {choice.options.bits}-bit"
+        logger.debug("%s %s: %s", names[0] or "the model", list(linear.weight.shape), method)
         self.report.add(
             names[0],
-            choice.method if isinstance(layer, PackedLinear) else type(layer).__name__,
+            method if packed else type(layer).__name__,
             parameters=sum(p.numel() for p in linear.parameters()),
             bytes_before=_module_bytes(linear),
             bytes_after=_module_bytes(layer),
@@ -105,6 +105,7 @@ class _Walk:
         self._add_dense(name, own, reason)
 
     def _add_dense(self, name: str, own: list[nn.Parameter], reason: str) -> None:
+        logger.debug("%s: dense, %s", name or "the model", reason)
         self.covered.update(map(id, own))
         count, size = sum(p.numel() for p in own), sum(map(tensor_bytes, own))
         self.report.add(
@@ -123,10 +124,30 @@ class _Walk:
     def report_others(self) -> None:
         """Rows for everything that is not a linear layer, tied parameters once."""
         for name, module in self.model.named_modules():
+            if type(module) is nn.Linear or isinstance(module, QuantizedLinear):
+                continue
+            kind = type(module).__name__
+            for field, experts in _fused_experts(module):
+                if id(experts) not in self.covered:
+                    reason = f"{list(experts.shape)} of {kind}, not a linear layer of its own"
+                    self._add_dense(f"{name}.{field}" if name else field, [experts], reason)
             own = [p for p in module.parameters(recurse=False) if id(p) not in self.covered]
-            if own and type(module) is not nn.Linear and not isinstance(module, QuantizedLinear):
-                self._add_dense(name, own, f"{type(module).__name__}, not a linear layer")
+            if own:
+                self._add_dense(name, own, f"{kind}, not a linear layer")
+
+    def report_unmatched(self) -> None:
+        """Names the patterns that matched nothing: most of them are typing errors."""
         self.report.unmatched_patterns = self.rules.unmatched()
+        if self.visited and self.report.unmatched_patterns:
+            listed = "; ".join(self.report.unmatched_patterns)
+            warnings.warn(f"patterns that match no linear layer: {listed}", stacklevel=4)
+
+
+def _fused_experts(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Parameters [experts, rows, columns] of a mixture of experts that holds them in one tensor."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return []
+    return [(n, p) for n, p in module.named_parameters(recurse=False) if p.dim() == 3]
 
 
 def _return_free_memory() -> int:
@@ -167,7 +188,7 @@ def replace_linear_with_quantized(
     stands in ``adapter.report``.
     """
     adapter.report.entries.clear()
-    walk = _Walk(model, adapter, _rules(adapter, skip_modules))
+    walk = _Walk(model, adapter, adapter.layer_rules(skip_modules))
     freed = 0
     for names in _progress(_linear_names(model), progress):
         freed += walk.visit(names)
@@ -175,6 +196,7 @@ def replace_linear_with_quantized(
             freed = _return_free_memory()
     _return_free_memory()
     walk.report_others()
+    walk.report_unmatched()
     return walk.model
 
 

@@ -133,13 +133,20 @@ bool was_given(const Json& object, const std::string& member) {
   return read_bool("config." + flag, object.at(flag)) && there;
 }
 
+/// A built-in method, or a registered one.
+void read_method(const std::string& name, QuantizationConfig& config) {
+  const bool custom = is_custom_method(name);
+  config.method = custom ? QuantizationMethod::NONE : parse_method(name);
+  if (custom) config.custom_method = name;
+}
+
 /// Scalars with null as "keep the default".
 void read_scalars(const Json& object, QuantizationConfig& config) {
   for (const auto& [key, value] : object.items()) {
     if (key == "group_size" && value.is_null()) config.group_size = 0;
     if (value.is_null()) continue;
     const std::string at = "config." + key;
-    if (key == "method") config.method = parse_method(read_string(at, value));
+    if (key == "method") read_method(read_string(at, value), config);
     if (key == "bits") config.bits = read_bits(at, value);
     if (key == "group_size") config.group_size = read_int(at, value);
     if (key == "compute_dtype") config.compute_dtype = read_dtype(at, value);
@@ -175,7 +182,8 @@ Json dtype_json(const std::optional<DType>& dtype) {
 
 void check_config(const QuantizationConfig& config) {
   static constexpr std::array<int, 4> kAlways = {2, 4, 8, 16};
-  if (!policy::has_width(kAlways, config.bits) &&
+  const bool custom = !config.custom_method.empty() && config.bits >= 1 && config.bits <= 16;
+  if (!custom && !policy::has_width(kAlways, config.bits) &&
       !policy::has_width(policy::upstream_bits(config.method), config.bits)) {
     bad_bits(std::to_string(config.bits));
   }
@@ -212,7 +220,8 @@ QuantizationConfig config_from_json(const std::string& json) {
 
 std::string config_to_json(const QuantizationConfig& config) {
   Json object = Json::object();
-  object["method"] = method_name(config.method);
+  object["method"] =
+      config.custom_method.empty() ? method_name(config.method) : config.custom_method;
   object["bits"] = config.bits;
   object["bits_set"] = policy::bits_given(config);
   object["group_size"] = config.group_size;

@@ -33,7 +33,11 @@ class Factory {
 
   Decision run() {
     resolve_bits();
-    resolve_method();
+    if (custom()) {
+      decision_.adapter = config().custom_method;
+    } else {
+      resolve_method();
+    }
     resolve_dtype();
     resolve_storage();
     resolve_settings();
@@ -43,6 +47,7 @@ class Factory {
 
  private:
   QuantizationConfig& config() { return decision_.config; }
+  bool custom() const { return !decision_.config.custom_method.empty(); }
 
   void substitute(std::string what, std::string asked, std::string used, std::string reason) {
     decision_.substitutions.push_back(
@@ -173,7 +178,7 @@ class Factory {
   /// Packed bytes are bytes; what is not quantized is stored as it is computed.
   void resolve_storage() {
     if (!config().storage_dtype) {
-      const bool packed = config().method != M::NONE;
+      const bool packed = config().method != M::NONE || custom();
       config().storage_dtype = packed ? DType::kU8 : config().compute_dtype;
       return;
     }
@@ -193,6 +198,10 @@ class Factory {
   }
 
   void resolve_layer(const std::string& pattern, LayerOverride& layer) {
+    if (custom() && !layer.method) {
+      layer.skip = layer.bits == 16;
+      return;
+    }
     M method = layer.method.value_or(config().method);
     const int bits = layer.bits.value_or(policy::effective_bits(method, config().bits));
     if (method == M::NONE || bits == 16) {

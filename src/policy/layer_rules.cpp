@@ -74,6 +74,8 @@ LayerRules::Choice LayerRules::choose(const std::string& name, std::int64_t out_
                      ? "layer_configs pattern '" + override_rule->pattern.text() + "' skips it"
                      : settings.skip_reason);
   }
+  // A method of one's own takes every layer; its adapter knows what it cannot do.
+  if (!config_.custom_method.empty() && !settings.method) return choice;
   if (layer.method == QuantizationMethod::NONE) return dense(std::move(choice), "method is none");
 
   const bool strict = policy::fallback_option(config_) == Fallback::kError;

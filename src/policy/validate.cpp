@@ -64,6 +64,7 @@ class Validation {
   }
 
  private:
+  bool custom() const { return !config_.custom_method.empty(); }
   void error(std::string id, std::string message, std::string remedy) {
     issues_.push_back({std::move(id), "error", std::move(message), std::move(remedy)});
   }
@@ -81,6 +82,7 @@ class Validation {
       error("options.value", failure.what(), "use one of the listed values");
       options_legal_ = false;
     }
+    if (custom()) return;  // its adapter may read options of its own
     const auto known = policy::known_options();
     for (const auto& [key, value] : config_.backend_options) {
       if (std::find(known.begin(), known.end(), key) != known.end()) continue;
@@ -276,7 +278,7 @@ class Validation {
                   " linear layers cannot be grouped and stay dense: " + named +
                   (refused > kNamedLayers ? " ..." : "") + " (" + reason + ")",
               group_remedy(wanted, resolved));
-    } else if (quantized == 0 && resolved.method != M::NONE) {
+    } else if (quantized == 0 && (resolved.method != M::NONE || custom())) {
       warning("model.nothing", "every linear layer of the model is skipped, nothing is quantized",
               "shorten skip_modules or the skips of layer_configs");
     }
