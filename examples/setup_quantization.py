@@ -1,7 +1,7 @@
 """Quantize a model by command-line flags; setup_quantization is what a training script calls.
 
     python examples/setup_quantization.py --quantize hqq --q_bits 8 --q_group_size 128
-    python examples/setup_quantization.py --model FOLDER --quantize bnb_nf4 --backend cuda --save OUT
+    python examples/setup_quantization.py --model FOLDER --quantize hqq --save OUT
 
 Without --model a small Llama with random weights is quantized, to try the flags.
 """

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import _core
+from . import _check, _core
 from ._dtypes import dtype_name, parse_dtype
 from ._errors import ConfigError
 from .checkpoint import parse_size
@@ -55,13 +55,20 @@ class ConvertReport:
         return self.text
 
 
+def _set_option(options: _core.QuantizeOptions, name: str, value: Any) -> None:
+    try:
+        setattr(options, name, value)
+    except TypeError:  # an integer that C++ has no room for
+        raise ConfigError(f"convert: {name} is {value}, expected a smaller number") from None
+
+
 def _options(to: str, settings: dict[str, Any]) -> _core.ConvertOptions:
     options = _core.ConvertOptions()
     options.to = to
     quantize = options.quantize
     for name in ("bits", "group_size", "mode", "quant_type", "double_quant", "axis"):
         if settings.get(name) is not None:
-            setattr(quantize, name, settings[name])
+            _set_option(quantize, name, settings[name])
     options.quantize = quantize
     if settings["value_dtype"] is not None:
         options.value_dtype = dtype_name(parse_dtype(settings["value_dtype"]))
@@ -75,11 +82,29 @@ def _options(to: str, settings: dict[str, Any]) -> _core.ConvertOptions:
     return options
 
 
+def _progress_argument(where: str, name: str, value: Any) -> None:
+    if not callable(value) and not isinstance(value, bool):
+        raise _check.wrong_type(where, name, value, "True, False or a function")
+
+
 def _report(values: dict[str, Any]) -> ConvertReport:
     layers = [ConvertedLayer(**layer) for layer in values.pop("layers")]
     return ConvertReport(layers=layers, **values)
 
 
+@_check.arguments(
+    path=_check.source,
+    to_path=_check.path,
+    to=_check.text,
+    **{name: _check.optional(_check.integer) for name in ("bits", "group_size", "axis")},
+    **{name: _check.optional(_check.text) for name in ("mode", "quant_type")},
+    **{name: _check.optional(_check.dtype) for name in ("value_dtype", "dense_dtype")},
+    **{name: _check.flag for name in ("lossless_only", "overwrite", "plan")},
+    double_quant=_check.optional(_check.flag),
+    skip_modules=_check.names,
+    layout=_check.text,
+    progress=_progress_argument,
+)
 def convert(
     path: str | os.PathLike,
     to_path: str | os.PathLike,

@@ -41,12 +41,15 @@ def register_adapter(name: str, cls: type[QuantizationAdapter], *, replace: bool
     from .adapters import QuantizationAdapter
 
     _check.text("register_adapter", "name", name)
+    _check.flag("register_adapter", "replace", replace)
     if not (inspect.isclass(cls) and issubclass(cls, QuantizationAdapter)):
         expected = "a subclass of QuantizationAdapter"
         raise _check.wrong_type("register_adapter", "cls", cls, expected)
     if inspect.isabstract(cls):
         absent = ", ".join(sorted(cls.__abstractmethods__))
-        raise TypeError(f"register_adapter: {cls.__name__} is abstract, expected it to write {absent}")
+        raise TypeError(
+            f"register_adapter: {cls.__name__} is abstract, expected it to write {absent}"
+        )
     known = _classes.get(name)
     if known is not None and not replace and not _same_class(known, cls):
         raise ConfigError(

@@ -7,16 +7,15 @@ import dataclasses
 import json
 import logging
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import _core
-from ._dtypes import _BY_NAME, bytes_of, parse_dtype, tensor_from
+from . import _check, _core
 from ._custom import ADAPTER_KEY, adapter_of_file
+from ._dtypes import _BY_NAME, bytes_of, parse_dtype, tensor_from
 from ._errors import ConfigError, CorruptError, UnsupportedError
 from ._packed import BUFFERS, PackedWeight
 from ._parts import model_parts, module_names, packable_shape, split_name, weight_shapes
@@ -97,11 +96,29 @@ def _transformers() -> Any:
     return transformers
 
 
+def dtype_keyword(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """How this version of transformers calls the dtype of a model; the older name warns."""
+    version = _transformers().__version__.split(".")
+    new = (int(version[0]), int(version[1])) >= (4, 56)
+    return {"dtype" if new else "torch_dtype": dtype}
+
+
+def _config_of_path(transformers: Any, path: str | os.PathLike) -> Any:
+    text = _check.path("load", "model_config", path)
+    try:
+        return transformers.AutoConfig.from_pretrained(text)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"load: model_config is '{text}', expected a folder or hub name with a config.json of "
+            f"transformers ({error})"
+        ) from error
+
+
 def _config_object(model_config: Any, stored: dict[str, Any]) -> Any:
     """A transformers config of one's own, without the quantization of the file."""
     transformers = _transformers()
     if isinstance(model_config, str | os.PathLike):
-        model_config = transformers.AutoConfig.from_pretrained(os.fspath(model_config))
+        model_config = _config_of_path(transformers, model_config)
     if isinstance(model_config, transformers.PretrainedConfig):
         config = type(model_config).from_dict(model_config.to_dict())
     elif model_config is None or isinstance(model_config, dict):
@@ -430,6 +447,10 @@ def load(
     make_linear  layers of a custom adapter, for linear modules whose weight the file has in
                  tensors of its own kind
     """
+    _check.flag("load", "strict", strict)
+    _check.optional(_check.module)("load", "model", model)
+    expected = "a QuantizationConfig or None"
+    _check.optional(_check.is_a(QuantizationConfig, expected))("load", "config", config)
     path = os.fspath(path)
     dtype = None  # a module of the caller's takes what is there
     if model is None:
@@ -457,7 +478,7 @@ def load(
             error.report = report  # type: ignore[attr-defined]
             raise
     elif not report.fits:
-        warnings.warn(f"load: {native.summary()} (file={path})", stacklevel=3)
+        _check.warn(f"load: {native.summary()} (file={path})")
     for line in report.text.splitlines():
         _log.info("%s: %s", path, line)
     wrong = {*report.unexpected, *(name for name, _, _ in report.misshapen)}

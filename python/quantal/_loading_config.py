@@ -33,6 +33,10 @@ class LoadingStrategy(enum.Enum):
         return names[value.lower()]
 
 
+_FLAGS = ["low_memory", "offload_to_cpu", "offload_to_disk", "use_safetensors"]
+_FLAGS += ["use_fast_tokenizer", "use_cache", "trust_remote_code", "verbose"]
+
+
 @dataclass
 class ModelLoadingConfig:
     """What to load, and how.
@@ -78,6 +82,8 @@ class ModelLoadingConfig:
         self.model_name = os.fspath(
             _check.instance(where, "model_name", self.model_name, (str, os.PathLike), "a str")
         )
+        _check.path(where, "model_name", self.model_name)
+        self._check_members(where)
         self.backend = Backend(self.backend)
         self.loading_strategy = LoadingStrategy(self.loading_strategy)
         self.dtype = parse_dtype(self.dtype)
@@ -99,12 +105,24 @@ class ModelLoadingConfig:
             assert self.quantization_config is not None
             self.quant_method = self.quantization_config.method.value.split("_")[0]
 
+    def _check_members(self, where: str) -> None:
+        for name in _FLAGS:
+            _check.flag(where, name, getattr(self, name))
+        _check.dtype(where, "dtype", self.dtype)
+        _check.names(where, "skip_modules", self.skip_modules)
+        _check.text(where, "attn_implementation", self.attn_implementation)
+        _check.optional(_check.mapping)(where, "max_memory", self.max_memory)
+        _check.optional(_check.text)(where, "quant_method", self.quant_method)
+        _check.optional(_check.path)(where, "llama_pro_path", self.llama_pro_path)
+        workers = _check.integer(where, "loading_workers", self.loading_workers)
+        if workers < -1 or workers == 0:
+            raise ConfigError(
+                f"{where}: loading_workers is {workers}, expected -1 (chosen) or at least 1"
+            )
+
     def _choose_device(self) -> None:
         if self.device is not None:
-            try:
-                self.device = torch.device(self.device)
-            except RuntimeError as error:
-                raise ConfigError(f"ModelLoadingConfig: device: {error}") from None
+            self.device = _check.device("ModelLoadingConfig", "device", self.device)
             return
         torch_has_it = self.backend in (Backend.CUDA, Backend.MPS) and is_available(self.backend)
         self.device = torch.device(self.backend.value if torch_has_it else "cpu")

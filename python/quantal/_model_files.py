@@ -84,6 +84,7 @@ def size_in_name(model_name: str) -> float | None:
 
 def model_size_b(model_name: str) -> float | None:
     """Parameters (10^9): counted in the headers of a local folder, else what the name tells."""
+    _check.path("model_size_b", "model_name", model_name)
     if pathlib.Path(model_name).is_dir():
         from safetensors import safe_open
 

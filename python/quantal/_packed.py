@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from . import _core, _ops
+from . import _check, _core, _ops
 from ._dtypes import bytes_of, dtype_name, parse_dtype, tensor_bytes, tensor_from
-from ._errors import ShapeError, UnsupportedError
+from ._errors import DtypeError, ShapeError, UnsupportedError
 from ._lazy import LazyWeight
 
 #: State of a packed module, in order.
 BUFFERS = ("codes", "stats", "shared", "spec")
 _Module = TypeVar("_Module", bound="PackedWeight")
+
+
+def checked_spec(where: str, spec: Any) -> list[int]:
+    """The integers of a spec; what they mean is checked in C++."""
+    if isinstance(spec, str | bytes) or not isinstance(spec, Iterable):
+        raise _check.wrong_type(where, "spec", spec, "a list of integers")
+    return [_check.integer(where, "an entry of spec", value) for value in spec]
+
+
+def checked_parts(where: str, spec: Any, parts: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """What a spec says (``_core.describe``), after a look at the buffers that go with it."""
+    spec = checked_spec(where, spec)
+    layout = _core.layout(spec)  # raises the typed error of a bad spec
+    for name, buffer in parts.items():
+        if buffer.dtype != torch.uint8:
+            raise DtypeError(f"{where}: {name} is {buffer.dtype}, expected torch.uint8")
+        if tuple(buffer.shape) != tuple(layout[name]):
+            raise ShapeError(
+                f"{where}: {name} has shape {list(buffer.shape)}, expected {list(layout[name])}"
+            )
+    return _core.describe(spec)
 
 
 class PackedWeight(nn.Module):
@@ -45,7 +67,7 @@ class PackedWeight(nn.Module):
         self.register_buffer("spec", torch.tensor(self._spec, dtype=torch.int64))
 
     def _set_spec(self, spec: list[int]) -> None:
-        facts = _core.describe(list(spec))
+        facts = _core.describe(checked_spec(type(self).__name__, spec))
         if (facts["rows"], facts["cols"]) != (self._rows, self._cols):
             raise ShapeError(
                 f"{type(self).__name__}: spec is for [{facts['rows']}, {facts['cols']}], expected "
@@ -97,6 +119,7 @@ class PackedWeight(nn.Module):
     def reset_parameters(self) -> None:
         """Nothing to reset: random initialisation of packed codes has no meaning."""
 
+    @_check.arguments("QuantizedLinear.quantize_weights", weights=_check.tensor)
     def quantize_weights(self, weights: torch.Tensor) -> None:
         """Replaces the codes and statistics by those of a dense [rows, cols]."""
         expected = (self._rows, self._cols)
@@ -108,9 +131,12 @@ class PackedWeight(nn.Module):
         device = self.codes.device if self.codes.device.type != "meta" else weights.device
         self._set_buffers(*_ops.quantize(weights.to(device), self._spec))
 
+    @_check.arguments("dequantize_weights", dtype=_check.optional(_check.dtype))
     def dequantize_weights(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The exact decoded values [rows, cols]; a new dense tensor."""
-        return _ops.dequantize(*self._buffers_packed, self._spec, dtype or self.value_dtype)
+        return _ops.dequantize(
+            *self._buffers_packed, self._spec, parse_dtype(dtype or self.value_dtype)
+        )
 
     def _dequantize_rows(self, rows: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Exact values of some rows; needs statistics by row (``_row_runs``)."""
@@ -130,6 +156,14 @@ class PackedWeight(nn.Module):
     # ------------------------------------------------------------------ upstream's tensors
 
     @classmethod
+    @_check.arguments(
+        "from_upstream",
+        tensors=_check.mapping,
+        dialect=_check.text,
+        prefix=_check.text,
+        settings=_check.text,
+        weight_shape=_check.is_a((tuple, list), "a tuple of sizes"),
+    )
     def from_upstream(
         cls: type[_Module],
         tensors: dict[str, torch.Tensor],
@@ -146,6 +180,9 @@ class PackedWeight(nn.Module):
                       "group_size", "mode"}, quanto {"weights": "qint4"}
         weight_shape  of the dense weight, where tensors do not tell (quanto with groups)
         """
+        for name, part in tensors.items():
+            _check.text("from_upstream", "name of a tensor", name)
+            _check.tensor("from_upstream", f"tensor '{name}'", part)
         parts = {n: (dtype_name(t.dtype), list(t.shape), bytes_of(t)) for n, t in tensors.items()}
         spec, codes, stats, shared = _core.import_layer(
             dialect, prefix, parts, settings, list(weight_shape)
@@ -154,6 +191,7 @@ class PackedWeight(nn.Module):
         buffers.append(tensor_from(shared, "u8", [len(shared)]))
         return cls.from_packed(spec, *buffers, **kwargs)  # type: ignore[attr-defined]
 
+    @_check.arguments("to_upstream", prefix=_check.text)
     def to_upstream(self, prefix: str = "") -> dict[str, torch.Tensor]:
         """The tensors of this layer (without its bias) as the upstream package names them."""
         exported = _core.export_layer(self._spec, *map(bytes_of, self._buffers_packed), prefix)

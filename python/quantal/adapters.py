@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import warnings
-from collections.abc import Iterable
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -36,10 +35,11 @@ def _config(where: str, config: Any) -> QuantizationConfig:
 class QuantizationAdapter(ABC):
     """Quantizes models for one backend and config.
 
-    An adapter of one's own implements ``create_quantized_linear`` and ``quantize_model`` and, where the
-    defaults do not fit, ``_validate_backend_support`` (called on construction; raises to refuse)
-    and ``prepare_model_for_training``; ``register_adapter`` gives it a name. ``report`` tells what was done, and what policy changed;
-    ``load_report`` what the last ``load_quantized_model`` found.
+    An adapter of one's own implements ``create_quantized_linear`` and ``quantize_model`` and, where
+    the defaults do not fit, ``_validate_backend_support`` (called on construction; raises to
+    refuse) and ``prepare_model_for_training``; ``register_adapter`` gives it a name. ``report``
+    tells what was done, and what policy changed; ``load_report`` what the last
+    ``load_quantized_model`` found.
     """
 
     #: Of the last load; None before the first.
@@ -124,6 +124,7 @@ class QuantizationAdapter(ABC):
             compute_dtype=layer.compute_dtype,
         )
 
+    @_check.arguments(model=_check.module, save_path=_check.path)
     def save_quantized_model(
         self,
         model: nn.Module,
@@ -163,6 +164,7 @@ class QuantizationAdapter(ABC):
         entry = {"name": name, "backend": self.backend.value, "config": self.config.to_dict()}
         return {ADAPTER_KEY: entry}
 
+    @_check.arguments(model_path=_check.source)
     def load_quantized_model(
         self,
         model_path: str | os.PathLike,
@@ -196,7 +198,7 @@ class QuantizationAdapter(ABC):
         self.report.substitutions += differences
         self._file_settings = differences
         if differences:
-            warnings.warn(self.load_report.settings_text, stacklevel=2)
+            _check.warn(self.load_report.settings_text)
         return loaded
 
     def _make_linear(self) -> MakeLinear | None:
@@ -216,6 +218,7 @@ def _layer_rules(
     config: QuantizationConfig, skip_modules: Iterable[str] | None, custom_method: str = ""
 ) -> _core.LayerRules:
     if skip_modules is not None:
+        _check.names("layer_rules", "skip_modules", skip_modules)
         config = dataclasses.replace(config, skip_modules=skip_modules)  # type: ignore[arg-type]
     return _core.LayerRules(config.to_json(), custom_method)
 
@@ -246,6 +249,7 @@ class _DialectAdapter(QuantizationAdapter):
         if refusal:
             raise ConfigError(refusal)
 
+    @_check.arguments(in_features=_check.size, out_features=_check.size, bias=_check.flag)
     def create_quantized_linear(
         self, in_features: int, out_features: int, bias: bool = True
     ) -> QuantizedLinear:
@@ -283,11 +287,10 @@ class MLXAdapter(_DialectAdapter):
         out = super().quantize_model(model, **kwargs)
         if not self._told:
             self._told = True
-            warnings.warn(
+            _check.warn(
                 "MLX quantization requires model conversion from PyTorch to MLX format: the layers "
                 "were converted and run in torch; save_quantized_model writes the folder that "
-                "mlx-lm loads",
-                stacklevel=2,
+                "mlx-lm loads"
             )
         return out
 
@@ -301,22 +304,23 @@ class FallbackAdapter(QuantizationAdapter):
 
     def _validate_backend_support(self) -> None:
         if self.config.method is not QuantizationMethod.NONE:  # constructed directly
-            warnings.warn(
-                f"No quantization support for {self.backend}, using fallback (no quantization)",
-                stacklevel=4,
+            _check.warn(
+                f"No quantization support for {self.backend}, using fallback (no quantization)"
             )
 
     def _file_entries(self) -> dict[str, Any]:
         return {}
 
+    @_check.arguments(in_features=_check.size, out_features=_check.size, bias=_check.flag)
     def create_quantized_linear(
         self, in_features: int, out_features: int, bias: bool = True
     ) -> nn.Linear:
         return nn.Linear(in_features, out_features, bias)
 
+    @_check.arguments(model=_check.module)
     def quantize_model(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self.config.method is not QuantizationMethod.NONE or self.report.reason:
-            warnings.warn("No quantization applied (fallback mode)", stacklevel=2)
+            _check.warn("No quantization applied (fallback mode)")
         self.report.entries.clear()
         reason = self.report.reason or "method none"
         for name, module in model.named_modules():
@@ -328,6 +332,7 @@ class FallbackAdapter(QuantizationAdapter):
                 )
         return model
 
+    @_check.arguments(model=_check.module)
     def prepare_model_for_training(self, model: nn.Module) -> nn.Module:
         return model
 
@@ -371,7 +376,7 @@ def create_quantization_adapter(
             f"one of {', '.join([*_ADAPTERS, *registered_adapters()])} (register_adapter adds some)"
         )
     for text in decision["warnings"]:
-        warnings.warn(text, UserWarning, stacklevel=2)
+        _check.warn(text)
     resolved = QuantizationConfig.from_json(decision["config"])
     if support is not None:  # the adapter keeps the mode that it was made under
         resolved.backend_options = {**resolved.backend_options, "support": support}

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from . import _core
+from . import _check, _core
 from ._custom import ADAPTER_KEY
 from ._dtypes import as_parts, bytes_of
 from ._errors import ConfigError
@@ -27,6 +27,7 @@ def _packed_bytes(layer: PackedWeight) -> tuple:
     return layer._spec, bytes_of(layer.codes), bytes_of(layer.stats), bytes_of(layer.shared)
 
 
+@_check.arguments(model=_check.module)
 def model_digest(model: nn.Module) -> str:
     """SHA-256 over the names, forms and bytes of all layers and tensors; tied tensors count once.
 
@@ -72,6 +73,7 @@ def _model_config(model: Any, tied: dict[str, str]) -> dict[str, Any]:
 def _tokenizer_texts(tokenizer: Any) -> Texts:
     """The files of a tokenizer: of a folder or GGUF file, or of an object that can save itself."""
     if isinstance(tokenizer, str | os.PathLike):
+        _check.source("save", "tokenizer", tokenizer)
         texts = _core.read_tokenizer(os.fspath(tokenizer))
     elif hasattr(tokenizer, "save_pretrained"):
         with tempfile.TemporaryDirectory() as folder:
@@ -83,7 +85,10 @@ def _tokenizer_texts(tokenizer: Any) -> Texts:
             "folder or a GGUF file"
         )
     if not texts:
-        raise ConfigError(f"save: tokenizer {tokenizer!r} has no files of a tokenizer")
+        raise ConfigError(
+            f"save: tokenizer {tokenizer!r} has no files of a tokenizer, expected tokenizer.json "
+            "or a GGUF file with one"
+        )
     return texts
 
 
@@ -112,14 +117,20 @@ _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 def parse_size(size: int | str | None) -> int:
     """Bytes of 500, "500MB" or "2GiB"; 0 for None."""
-    if isinstance(size, int) or size is None:
-        return size or 0
+    if size is None:
+        return 0
+    if not isinstance(size, str):
+        count = _check.integer("save", "max_shard_size", size)
+        if count < 0:
+            raise ConfigError(f"save: max_shard_size is {count}, expected at least 0")
+        return count
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
     if match is None or match[2].upper() not in _UNITS:
         raise ConfigError(f"size is {size!r}, expected bytes or a number with KB, MB, GB or GiB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
+@_check.arguments(model=_check.is_a((nn.Module, str), "an nn.Module or the name of a dialect"))
 def file_layouts(model: nn.Module | str) -> dict[str, str]:
     """Layouts that a model (or a dialect: "bnb", "hqq", "mlx", "quanto", "gguf", "dense") can be
     written in, {name: description}; the default first."""
@@ -131,6 +142,15 @@ def file_layouts(model: nn.Module | str) -> dict[str, str]:
     return dict(_core.file_layouts(dialect))
 
 
+@_check.arguments(
+    "save",
+    model=_check.module,
+    path=_check.path,
+    layout=_check.text,
+    max_shard_bytes=_check.size,
+    overwrite=_check.flag,
+    config_entries=_check.optional(_check.mapping),
+)
 def save_model(
     model: nn.Module,
     path: str | os.PathLike,
@@ -171,6 +191,7 @@ def save_model(
 # ---------------------------------------------------------------------- loading
 
 
+@_check.arguments(path=_check.source)
 def load_model(
     path: str | os.PathLike,
     model_config: Any = None,
@@ -196,6 +217,7 @@ def load_model(
     return loaded
 
 
+@_check.arguments(path=_check.source, all_tensors=_check.flag)
 def inspect(path: str | os.PathLike, all_tensors: bool = False) -> str:
     """A description of a model file or folder, as the command `quantal inspect` prints it."""
     return _core.inspect_text(os.fspath(path), all_tensors)

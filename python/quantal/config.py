@@ -140,9 +140,7 @@ class QuantizationConfig:
 
     def _check_collections(self) -> None:
         where = "QuantizationConfig"
-        if isinstance(self.skip_modules, str) or not isinstance(self.skip_modules, Iterable):
-            expected = 'a list of names, such as ["lm_head"]'
-            raise _check.wrong_type(where, "skip_modules", self.skip_modules, expected)
+        _check.names(where, "skip_modules", self.skip_modules)
         self.skip_modules = list(self.skip_modules)
         for name in ("layer_configs", "backend_options"):
             value = _check.instance(where, name, getattr(self, name), Mapping, "a dict")

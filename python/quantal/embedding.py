@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import _core, _ops
-from ._errors import UnsupportedError
-from ._packed import PackedWeight
+from . import _check, _ops
+from ._errors import DtypeError, UnsupportedError
+from ._packed import PackedWeight, checked_parts
 
 
 class QuantizedEmbedding(PackedWeight, nn.Embedding):  # type: ignore[override]
@@ -20,6 +20,14 @@ class QuantizedEmbedding(PackedWeight, nn.Embedding):  # type: ignore[override]
     have.
     """
 
+    @_check.arguments(
+        "QuantizedEmbedding",
+        num_embeddings=_check.size,
+        embedding_dim=_check.size,
+        padding_idx=_check.optional(_check.size),
+        compute_dtype=_check.optional(_check.dtype),
+        device=_check.optional(_check.device),
+    )
     def __init__(
         self,
         num_embeddings: int,
@@ -45,6 +53,14 @@ class QuantizedEmbedding(PackedWeight, nn.Embedding):  # type: ignore[override]
             )
 
     @classmethod
+    @_check.arguments(
+        "QuantizedEmbedding.from_packed",
+        codes=_check.tensor,
+        stats=_check.tensor,
+        shared=_check.tensor,
+        padding_idx=_check.optional(_check.size),
+        compute_dtype=_check.optional(_check.dtype),
+    )
     def from_packed(
         cls,
         spec: list[int],
@@ -57,7 +73,8 @@ class QuantizedEmbedding(PackedWeight, nn.Embedding):  # type: ignore[override]
         **_: Any,
     ) -> QuantizedEmbedding:
         """A layer around existing buffers, which it takes over without a copy."""
-        facts = _core.describe(list(spec))
+        buffers = {"codes": codes, "stats": stats, "shared": shared}
+        facts = checked_parts("from_packed", spec, buffers)
         layer = cls(
             facts["rows"],
             facts["cols"],
@@ -70,11 +87,20 @@ class QuantizedEmbedding(PackedWeight, nn.Embedding):  # type: ignore[override]
         return layer
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (torch's name)
+        """The embeddings [..., embedding_dim] of the row numbers `input` [...]."""
+        if not isinstance(input, torch.Tensor):
+            raise _check.wrong_type("QuantizedEmbedding", "input", input, "a torch.Tensor")
+        if input.dtype not in (torch.int32, torch.int64):
+            raise DtypeError(
+                f"QuantizedEmbedding: input is {input.dtype}, expected torch.int64 or torch.int32"
+            )
         rows = self._dequantize_rows(input.reshape(-1), self.value_dtype)
         return rows.to(self.compute_dtype).reshape(*input.shape, self.embedding_dim)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """``x @ W.T``: the head of a model whose embeddings are tied."""
+        if not isinstance(x, torch.Tensor):
+            raise _check.wrong_type("QuantizedEmbedding.logits", "x", x, "a torch.Tensor")
         wide = x.to(self.compute_dtype)
         return _ops.linear(wide, *self._buffers_packed, None, self._spec).to(x.dtype)
 

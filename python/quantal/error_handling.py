@@ -11,6 +11,7 @@ import functools
 import gc
 import importlib
 import logging
+import math
 import re
 import time
 import traceback
@@ -68,7 +69,8 @@ def get_memory_info(device: str = "cpu") -> dict[str, float]:
     """Memory of a device in GB (10^9 bytes): ``total_gb``, ``available_gb`` and, as far as the
     device tells, ``used_gb``, ``percent``, ``allocated_gb``, ``reserved_gb``; empty for a device
     that is not there."""
-    kind = torch.device(_check.text("get_memory_info", "device", device)).type
+    _check.text("get_memory_info", "device", device)
+    kind = _check.device("get_memory_info", "device", device).type
     if kind == "cuda":
         if not torch.cuda.is_available():
             return {}
@@ -87,6 +89,9 @@ def get_memory_info(device: str = "cpu") -> dict[str, float]:
     return out
 
 
+_exception = _check.is_a(BaseException, "an exception")
+_context = _check.is_a(ErrorContext, "an ErrorContext")
+
 #: Words of allocators; whole words, so that "bloom" and "room" are not among them.
 _OUT_OF_MEMORY = re.compile(
     r"\bout of memory\b|\bOOM\b|\b(?:can(?:not|'t)|unable to) allocate memory\b"
@@ -97,6 +102,8 @@ _OUT_OF_MEMORY = re.compile(
 
 def detect_oom_error(exception: BaseException, device: str = "cpu") -> bool:
     """Whether an exception, or what caused it, is a failed allocation."""
+    _exception("detect_oom_error", "exception", exception)
+    _check.device("detect_oom_error", "device", device)
     seen: set[int] = set()
     cause: BaseException | None = exception
     while cause is not None and id(cause) not in seen:
@@ -121,6 +128,7 @@ def free_memory(device: str | None) -> None:
         torch.mps.empty_cache()
 
 
+@_check.arguments(context=_context, memory_info=_check.mapping)
 def suggest_memory_optimization(context: ErrorContext, memory_info: dict[str, float]) -> list[str]:
     """What to change after a lack of memory, the cheapest change first."""
     out = []
@@ -162,11 +170,11 @@ def _context_lines(context: ErrorContext) -> list[str]:
     return [f"{name}: {value}" for name, value in facts.items() if value is not None]
 
 
+@_check.arguments(exception=_exception, context=_context, include_traceback=_check.flag)
 def format_error_message(
     exception: BaseException, context: ErrorContext, include_traceback: bool = True
 ) -> str:
     """A report of a failure: what, where, the memory then, what to try, and the traceback."""
-    _check.instance("format_error_message", "context", context, ErrorContext, "an ErrorContext")
     lines = [_RULER, f"ERROR: {context.operation}", _RULER]
     lines += [f"Exception Type: {type(exception).__name__}", f"Message: {exception}"]
     lines += _context_lines(context)
@@ -182,6 +190,7 @@ def format_error_message(
     return "\n".join([*lines, _RULER])
 
 
+@_check.arguments(context=_context, reraise=_check.flag)
 @contextlib.contextmanager
 def error_handler(context: ErrorContext, reraise: bool = True) -> Iterator[None]:
     """Logs a failure of its block as a report; frees memory after a lack of it.
@@ -206,6 +215,7 @@ def can_change(error: BaseException) -> bool:
     return detect_oom_error(error)
 
 
+@_check.arguments(recover_fn=_check.optional(_check.function), retry_if=_check.function)
 def with_recovery(
     max_retries: int = 3,
     backoff_factor: float = 2.0,
@@ -219,10 +229,10 @@ def with_recovery(
     retry_if    which failures are worth a retry; default: those of memory. Others raise at once"""
     tries = _check.integer("with_recovery", "max_retries", max_retries)
     factor = _check.real("with_recovery", "backoff_factor", backoff_factor)
-    if tries < 1 or factor < 0:
+    if tries < 1 or not 0 <= factor < math.inf:
         raise ConfigError(
             f"with_recovery: max_retries is {tries} and backoff_factor {factor}, expected at least "
-            "1 and 0"
+            "1 and a finite number from 0"
         )
 
     def decorate(function: _Function) -> _Function:
@@ -254,9 +264,16 @@ class ResourceMonitor:
     def __init__(
         self, device: str = "cpu", memory_threshold: float = 0.9, check_interval: float = 10.0
     ) -> None:
-        self.device = _check.text("ResourceMonitor", "device", device)
-        self.memory_threshold = _check.real("ResourceMonitor", "memory_threshold", memory_threshold)
-        self.check_interval = _check.real("ResourceMonitor", "check_interval", check_interval)
+        where = "ResourceMonitor"
+        self.device = _check.text(where, "device", device)
+        _check.device(where, "device", device)
+        self.memory_threshold = _check.real(where, "memory_threshold", memory_threshold)
+        self.check_interval = _check.real(where, "check_interval", check_interval)
+        if not 0 <= self.memory_threshold <= 1 or not 0 <= self.check_interval < math.inf:
+            raise ConfigError(
+                f"{where}: memory_threshold is {memory_threshold} and check_interval "
+                f"{check_interval}, expected a share from 0 to 1 and seconds from 0"
+            )
         self._next_check = 0.0
         self._warned: set[int] = set()
 
@@ -288,6 +305,17 @@ def validate_configuration(config: dict[str, Any]) -> list[str]:
     gradient_checkpointing, model_size (10^9 parameters). Unknown ones are ignored."""
     _check.instance("validate_configuration", "config", config, dict, "a dict")
     issues = []
+    where = "validate_configuration"
+    for name in ("batch_size", "quantization_bits"):
+        if config.get(name) is not None:
+            _check.integer(where, name, config[name])
+    if config.get("model_size") is not None:
+        _check.real(where, "model_size", config["model_size"])
+    for name, kinds in (("dtype", (str, torch.dtype)), ("backend", (str, Backend))):
+        if config.get(name) is not None:
+            _check.instance(where, name, config[name], kinds, f"a {name} or its name")
+    if config.get("gradient_checkpointing") is not None:
+        _check.flag(where, "gradient_checkpointing", config["gradient_checkpointing"])
     batch_size, bits = config.get("batch_size"), config.get("quantization_bits")
     if batch_size is not None and batch_size > 128:
         issues.append(f"Very large batch size ({batch_size}) may run out of memory")
@@ -295,7 +323,7 @@ def validate_configuration(config: dict[str, Any]) -> list[str]:
         issues.append(f"Unusual quantization bits ({bits}), common values are 2, 4, 8 and 16")
     if str(config.get("dtype")).endswith("bfloat16") and str(config.get("backend")) == "mps":
         issues.append("MPS backend doesn't support bfloat16")
-    if config.get("model_size", 0) > 7 and not config.get("gradient_checkpointing"):
+    if (config.get("model_size") or 0) > 7 and not config.get("gradient_checkpointing"):
         issues.append("Models above 7B train with less memory with gradient checkpointing")
     return issues
 
@@ -306,10 +334,15 @@ def handle_import_error(
     install_cmd: str | None = None,
 ) -> Any:
     """The module of this name, else what `fallback` makes, else ImportError with the command."""
+    where = "handle_import_error"
+    if not _check.text(where, "module_name", module_name):
+        raise ConfigError(f"{where}: module_name is empty, expected the name of a module")
+    _check.optional(_check.function)(where, "fallback", fallback)
+    _check.optional(_check.text)(where, "install_cmd", install_cmd)
     try:
-        return importlib.import_module(_check.text("handle_import_error", "name", module_name))
+        return importlib.import_module(module_name)
     except ImportError as error:
-        remedy = f"\nInstall with: {install_cmd}" if install_cmd else ""
+        remedy = f"\nInstall with: {install_cmd}" if install_cmd else "; install it first"
         text = f"Failed to import '{module_name}': {error}{remedy}"
         if fallback is None:
             raise ImportError(text) from error
@@ -326,6 +359,7 @@ def handle_backend_error(
 ) -> str:
     """The backend to use instead of one that failed: `fallback_backend`; without one it raises
     BackendError, naming those of this machine in the order cuda, mps, cpu (mlx, mps, cpu)."""
+    _exception("handle_backend_error", "exception", exception)
     name = Backend(backend).value
     if fallback_backend is not None:
         chosen = Backend(fallback_backend).value

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from . import _ops
-from ._errors import ConfigError
+from . import _check, _ops
 from ._packed import PackedWeight
 
 
 def _packed(where: str, weight: PackedWeight) -> PackedWeight:
     if not isinstance(weight, PackedWeight):
-        raise ConfigError(
-            f"{where}: weight is a {type(weight).__name__}, expected a quantized layer"
-        )
+        raise _check.wrong_type(where, "weight", weight, "a quantized layer")
     return weight
 
 
@@ -30,6 +27,10 @@ def linear(
     `out` (the result's shape and dtype; an empty tensor is resized) it is not, as in torch.
     """
     layer = _packed("linear", weight)
+    _check.tensor("linear", "x", x)
+    for name, value in (("bias", bias), ("out", out)):
+        if value is not None:
+            _check.tensor("linear", name, value)
     if out is None:
         return _ops.linear(x, *layer._buffers_packed, bias, layer._spec)
     return _ops.linear_out(out, x, layer._buffers_packed, bias, layer._spec)
@@ -40,6 +41,9 @@ def matmul(
 ) -> torch.Tensor:
     """``x @ W`` in the dtype of x: [..., rows] to [..., cols]. `out` as in `linear`."""
     layer = _packed("matmul", weight)
+    _check.tensor("matmul", "x", x)
+    if out is not None:
+        _check.tensor("matmul", "out", out)
     if out is None:
         return _ops.matmul(x, *layer._buffers_packed, layer._spec)
     return _ops.matmul_out(out, x, layer._buffers_packed, layer._spec)

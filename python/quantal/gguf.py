@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import _core
+from . import _check, _core
 from ._dtypes import bytes_of, dtype_name, parse_dtype
 from ._errors import CorruptError, UnsupportedError
-from ._loading import assign_tensor, parameters_on_meta
+from ._loading import assign_tensor, dtype_keyword, parameters_on_meta
 
 #: Values of tokenizer.ggml.token_type.
 _CONTROL, _USER = 3, 4
 
 
+@_check.arguments(path=_check.source, dtype=_check.dtype)
 def load_gguf(
     path: str | os.PathLike, dtype: torch.dtype | str = torch.float32
 ) -> tuple[nn.Module, Any]:
@@ -34,7 +34,7 @@ def load_gguf(
     try:
         tokenizer = make_tokenizer(json.loads(source.tokenizer_json))
     except UnsupportedError as error:
-        warnings.warn(f"{error}; the model is loaded without a tokenizer", stacklevel=2)
+        _check.warn(f"{error}; the model is loaded without a tokenizer")
         tokenizer = None
     return model, tokenizer
 
@@ -42,8 +42,15 @@ def load_gguf(
 def _load_model(source: _core.ModelSource, dtype: torch.dtype, path: str) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(**json.loads(source.config_json))
-    config.torch_dtype = dtype
+    values = json.loads(source.config_json)
+    if "model_type" not in values:
+        raise UnsupportedError(
+            f"load_gguf: file is no GGUF model, expected one (quantal.load_model reads other "
+            f"kinds) (file={path})",
+            path,
+        )
+    values.pop("torch_dtype", None)  # that of the file; the caller's counts
+    config = AutoConfig.for_model(**values, **dtype_keyword(dtype))
     with parameters_on_meta():
         model = AutoModelForCausalLM.from_config(config)
     expected = model.state_dict(keep_vars=True)

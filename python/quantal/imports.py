@@ -12,7 +12,6 @@ import importlib.metadata
 import importlib.util
 import io
 import logging
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -84,8 +83,10 @@ class ImportRegistry:
                 raise _check.wrong_type(where, what, function, "a function")
         if not callable(import_func):
             raise _check.wrong_type(where, "import_func", import_func, "a function")
-        if isinstance(backends, str):
-            raise _check.wrong_type(where, "backends", backends, "a list of names")
+        if backends is not None:
+            _check.names(where, "backends", backends)
+        if package is not None:
+            _check.text(where, "package", package)
         listed = tuple(_ALL if backends is None or "all" in (backends := list(backends)) else ())
         names = listed or tuple(Backend(name).value for name in backends or ())
         self._registry[name] = _Entry(import_func, fallback, validator, names, package)
@@ -329,7 +330,7 @@ def get_module(name: str, backend: Backend | str | None = None) -> Any:
             raise result.error
         raise ImportError(f"Import '{name}' failed: {result.error}") from result.error
     for text in result.warnings:
-        warnings.warn(text, UserWarning, stacklevel=2)
+        _check.warn(text)
     return result.module
 
 
@@ -343,9 +344,7 @@ def validate_imports(
 ) -> dict[str, ImportResult]:
     """Imports each package of a list; the outcomes by name."""
     where = "validate_imports"
-    if isinstance(required_imports, str) or not isinstance(required_imports, Iterable):
-        expected = "a list of names"
-        raise _check.wrong_type(where, "required_imports", required_imports, expected)
+    _check.names(where, "required_imports", required_imports)
     return {name: registry.get(name, backend) for name in required_imports}
 
 

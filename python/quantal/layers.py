@@ -12,10 +12,13 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from . import _check
 from .adapters import create_quantization_adapter
 from .backend import Backend
 from .config import QuantizationConfig, QuantizationMethod
 from .linear import PackedLinear
+
+_CONFIG = "a QuantizationConfig or None"
 
 
 class _Form(ABCMeta):
@@ -47,6 +50,7 @@ class _NamedLayer(PackedLinear, metaclass=_Form):
         bits: int | None,
     ) -> None:
         config = config if config is not None else QuantizationConfig()
+        _check.instance(type(self).__name__, "config", config, QuantizationConfig, _CONFIG)
         # None is unset: the method implies the width.
         config = dataclasses.replace(config, method=method, bits=bits)  # type: ignore[arg-type]
         PackedLinear.__init__(self, in_features, out_features, bias, config)
@@ -102,7 +106,7 @@ class HQQLinearWrapper(_NamedLayer):
         config: QuantizationConfig | None = None,
         hqq_module: Any = None,
     ) -> None:
-        bits = config.bits if config is not None else None
+        bits = getattr(config, "bits", None)
         self._init(in_features, out_features, bias, config, QuantizationMethod.HQQ, bits)
 
     @property
@@ -122,7 +126,7 @@ class MLXLinearWrapper(_NamedLayer):
         bias: bool = True,
         config: QuantizationConfig | None = None,
     ) -> None:
-        eight = config is not None and (
+        eight = isinstance(config, QuantizationConfig) and (
             config.method is QuantizationMethod.MLX_INT8 or int(config.bits) == 8
         )
         method = QuantizationMethod.MLX_INT8 if eight else QuantizationMethod.MLX_INT4
@@ -137,6 +141,7 @@ class MLXModelWrapper(nn.Module):
     """A torch model quantized in MLX's format. ``pytorch_model`` and ``mlx_model`` are that model,
     ``save_mlx`` writes the folder that mlx-lm loads."""
 
+    @_check.arguments("MLXModelWrapper", pytorch_model=_check.module)
     def __init__(self, pytorch_model: nn.Module, config: QuantizationConfig) -> None:
         super().__init__()
         self._adapter = create_quantization_adapter(Backend.MLX, config, fallback="error")
@@ -150,6 +155,7 @@ class MLXModelWrapper(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.pytorch_model(*args, **kwargs)
 
+    @_check.arguments(path=_check.path)
     def save_mlx(self, path: str | os.PathLike) -> None:
         """A folder with ``config.json`` and safetensors, in MLX's layout."""
         self._adapter.save_quantized_model(self.pytorch_model, path)

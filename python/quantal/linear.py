@@ -8,12 +8,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import _core, _ops
+from . import _check, _core, _ops
 from ._dtypes import dtype_name, parse_dtype
-from ._errors import ConfigError
-from ._packed import PackedWeight
+from ._errors import ConfigError, ShapeError
+from ._packed import PackedWeight, checked_parts
 from .config import QuantizationConfig
 
+_CONFIG = _check.optional(_check.is_a(QuantizationConfig, "a QuantizationConfig or None"))
+_SHAPE: dict[str, _check.Rule] = {
+    "in_features": _check.size,
+    "out_features": _check.size,
+    "bias": _check.flag,
+    "config": _CONFIG,
+}
 #: Elements that an error measurement or a conversion decodes at a time.
 CHUNK_ELEMENTS = 1 << 20
 
@@ -45,6 +52,7 @@ class QuantizedLinear(nn.Module, ABC):
     def __new__(cls, *args: Any, **kwargs: Any) -> QuantizedLinear:
         return super().__new__(PackedLinear if cls is QuantizedLinear else cls)
 
+    @_check.arguments("QuantizedLinear", **_SHAPE)
     def __init__(
         self,
         in_features: int,
@@ -74,6 +82,13 @@ class QuantizedLinear(nn.Module, ABC):
     # ------------------------------------------------------------------ construction
 
     @classmethod
+    @_check.arguments(
+        "QuantizedLinear.from_linear",
+        linear=_check.is_a(nn.Linear, "an nn.Linear"),
+        options=_check.is_a((_core.QuantizeOptions, QuantizationConfig), "a QuantizationConfig"),
+        config=_CONFIG,
+        compute_dtype=_check.optional(_check.dtype),
+    )
     def from_linear(
         cls,
         linear: nn.Linear,
@@ -99,6 +114,15 @@ class QuantizedLinear(nn.Module, ABC):
         return layer.train(linear.training)
 
     @classmethod
+    @_check.arguments(
+        "QuantizedLinear.from_packed",
+        codes=_check.tensor,
+        stats=_check.tensor,
+        shared=_check.tensor,
+        bias=_check.optional(_check.tensor),
+        config=_CONFIG,
+        compute_dtype=_check.optional(_check.dtype),
+    )
     def from_packed(
         cls,
         spec: list[int],
@@ -111,7 +135,8 @@ class QuantizedLinear(nn.Module, ABC):
         compute_dtype: torch.dtype | None = None,
     ) -> PackedLinear:
         """A layer around existing buffers, which it takes over without a copy."""
-        facts = _core.describe(list(spec))
+        buffers = {"codes": codes, "stats": stats, "shared": shared}
+        facts = checked_parts("from_packed", spec, buffers)
         layer = PackedLinear(
             facts["cols"],
             facts["rows"],
@@ -122,6 +147,10 @@ class QuantizedLinear(nn.Module, ABC):
             device="meta",
         )
         layer._set_buffers(codes, stats, shared)
+        if bias is not None and tuple(bias.shape) != (facts["rows"],):
+            raise ShapeError(
+                f"from_packed: bias has shape {list(bias.shape)}, expected {[facts['rows']]}"
+            )
         if bias is not None:
             layer.bias = nn.Parameter(bias, requires_grad=False)
         return layer
@@ -134,7 +163,7 @@ class QuantizedLinear(nn.Module, ABC):
         return PackedLinear.from_upstream(tensors, *args, **kwargs)
 
 
-class PackedLinear(PackedWeight, QuantizedLinear, nn.Linear):  # type: ignore[override]
+class PackedLinear(PackedWeight, QuantizedLinear, nn.Linear):  # type: ignore[override, misc]
     """``y = x @ W.T + bias`` with W kept as packed codes and statistics.
 
     ``weight``, ``codes``, ``stats``, ``shared`` and ``spec`` are those of PackedWeight. ``forward``
@@ -144,6 +173,13 @@ class PackedLinear(PackedWeight, QuantizedLinear, nn.Linear):  # type: ignore[ov
     config where the form is already known. A new layer holds zeros: call ``quantize_weights``.
     """
 
+    @_check.arguments(
+        "QuantizedLinear",
+        **_SHAPE,
+        compute_dtype=_check.optional(_check.dtype),
+        bias_dtype=_check.optional(_check.dtype),
+        device=_check.optional(_check.device),
+    )
     def __init__(
         self,
         in_features: int,
@@ -179,9 +215,14 @@ class PackedLinear(PackedWeight, QuantizedLinear, nn.Linear):  # type: ignore[ov
 
     # ------------------------------------------------------------------ use
 
+    @_check.arguments(weights=_check.tensor)
     def relative_error(self, weights: torch.Tensor) -> float:
         """``||W - deq(W)|| / ||W||`` (Frobenius), decoded a slice of rows at a time."""
         rows, cols = self.out_features, self.in_features
+        if tuple(weights.shape) != (rows, cols):
+            raise ShapeError(
+                f"relative_error: weights have shape {list(weights.shape)}, expected {[rows, cols]}"
+            )
         step = max(1, CHUNK_ELEMENTS // max(1, cols))
         if not self._row_runs:
             step = rows  # statistics are shared by rows: no slice of rows stands alone
@@ -198,6 +239,9 @@ class PackedLinear(PackedWeight, QuantizedLinear, nn.Linear):  # type: ignore[ov
         return (error / total) ** 0.5 if total > 0 else 0.0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """``x @ W.T + bias``: computed in ``compute_dtype``, returned in the dtype of `x`."""
+        if not isinstance(x, torch.Tensor):
+            raise _check.wrong_type("QuantizedLinear", "input", x, "a torch.Tensor")
         dense = self.__dict__.get("_dense")
         if dense is not None:
             return nn.functional.linear(x.to(dense.dtype), dense, self.bias).to(x.dtype)
@@ -208,6 +252,8 @@ class PackedLinear(PackedWeight, QuantizedLinear, nn.Linear):  # type: ignore[ov
             y = _ops.linear(wide, *packed, bias, self._spec)
         else:
             y = _ops.linear_int8(wide, *packed, bias, self._spec, self.int8_threshold)
+        if x.is_meta:  # autocast does not know this device
+            return y.to(x.dtype)
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             return y.to(torch.get_autocast_dtype(x.device.type))
         return y.to(x.dtype)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import _check
 from ._errors import ConfigError
 from ._packed import PackedWeight
 
@@ -160,6 +161,7 @@ def dense_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
+@_check.arguments(model=_check.module, dtype=_check.optional(_check.dtype))
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Replaces, in place, every quantized layer by a dense one of its exact values.
 

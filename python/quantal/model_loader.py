@@ -11,7 +11,6 @@ import logging
 import os
 import pathlib
 import re
-import warnings
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import nn
 
 from . import _check
 from ._errors import ConfigError, DeviceError, IoError
-from ._loading import assign_tensor, parameters_on_meta
+from ._loading import assign_tensor, dtype_keyword, parameters_on_meta
 from ._loading_config import LoadingStrategy, ModelLoadingConfig
 from ._model_files import (
     is_quantized_on_disk,
@@ -118,7 +117,7 @@ class ModelLoader(ABC):
         with parameters_on_meta():
             return _transformers().AutoModelForCausalLM.from_config(
                 self._create_model_config(),
-                torch_dtype=self.config.dtype,
+                **dtype_keyword(self.config.dtype),
                 trust_remote_code=self.config.trust_remote_code,
             )
 
@@ -127,7 +126,7 @@ class ModelLoader(ABC):
         try:
             return _transformers().AutoModelForCausalLM.from_pretrained(
                 self.config.model_name,
-                torch_dtype=self.config.dtype,
+                **dtype_keyword(self.config.dtype),
                 attn_implementation=self.config.attn_implementation,
                 trust_remote_code=self.config.trust_remote_code,
                 use_safetensors=self.config.use_safetensors or None,
@@ -165,9 +164,8 @@ class StandardModelLoader(ModelLoader):
 
     def _validate_config(self) -> None:
         if self.config.quantizes:
-            warnings.warn(
-                "StandardModelLoader doesn't support quantization, ignoring quantization config",
-                stacklevel=3,
+            _check.warn(
+                "StandardModelLoader doesn't support quantization, ignoring quantization config"
             )
 
     def load_model(self) -> nn.Module:
@@ -294,7 +292,7 @@ class MPSModelLoader(QuantizedModelLoader):
         asked = (config.dtype, quantization.compute_dtype if quantization is not None else None)
         if torch.bfloat16 not in asked:
             return
-        warnings.warn("MPS doesn't support bfloat16, using float16 instead", stacklevel=3)
+        _check.warn("MPS doesn't support bfloat16, using float16 instead")
         config.dtype = torch.float16 if config.dtype is torch.bfloat16 else config.dtype
         if quantization is not None and quantization.compute_dtype is torch.bfloat16:
             config.quantization_config = dataclasses.replace(
@@ -390,6 +388,10 @@ def get_recommended_loader_config(
 
     The size is counted from the model's headers where they are here, else read from its name, else
     7; memory is what the device, or the system, has left now."""
+    where = "get_recommended_loader_config"
+    _check.path(where, "model_name", model_name)
+    if available_memory_gb is not None:
+        _check.real(where, "available_memory_gb", available_memory_gb)
     chosen = detect_backend() if backend is None else Backend(backend)
     if available_memory_gb is None:
         manager = BackendManager(chosen if is_available(chosen) else None, verbose=False)

@@ -7,7 +7,6 @@ import logging
 import os
 import statistics
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +32,7 @@ from .error_handling import (
     with_recovery,
 )
 
+_ADAPTER = _check.is_a(QuantizationAdapter, "a QuantizationAdapter")
 logger = logging.getLogger("quantal")
 
 
@@ -96,6 +96,12 @@ class QuantizationErrorHandler:
 
     # ------------------------------------------------------------------ quantizing
 
+    @_check.arguments(
+        model=_check.module,
+        quantization_adapter=_ADAPTER,
+        batch_size=_check.optional(_check.size),
+        lower_bits=_check.flag,
+    )
     def quantize_model_safe(
         self,
         model: nn.Module,
@@ -174,6 +180,12 @@ class QuantizationErrorHandler:
             return out
         raise error
 
+    @_check.arguments(
+        layer=_check.module,
+        layer_name=_check.text,
+        quantization_fn=_check.function,
+        strict=_check.flag,
+    )
     def quantize_layer_safe(
         self,
         layer: nn.Module,
@@ -196,13 +208,14 @@ class QuantizationErrorHandler:
                 free_memory(self.device)
             if strict:
                 raise
-            warnings.warn(f"layer '{layer_name}' stays as it is: {error}", stacklevel=2)
+            _check.warn(f"layer '{layer_name}' stays as it is: {error}")
             return layer
         self.stats["successful_quantizations"] += 1
         return out
 
     # ------------------------------------------------------------------ files
 
+    @_check.arguments(model=_check.module, save_path=_check.path, quantization_adapter=_ADAPTER)
     def save_quantized_model_safe(
         self,
         model: nn.Module,
@@ -216,6 +229,11 @@ class QuantizationErrorHandler:
                 2, lambda: quantization_adapter.save_quantized_model(model, save_path, **kwargs)
             )
 
+    @_check.arguments(
+        model_path=_check.source,
+        quantization_adapter=_ADAPTER,
+        device=_check.optional(_check.device),
+    )
     def load_quantized_model_safe(
         self,
         model_path: str | os.PathLike,
@@ -236,10 +254,16 @@ class QuantizationErrorHandler:
                     model_path, model_class, **kwargs
                 ),
             )
-            return model if device is None else model.to(device)
+            return model if device is None else model.to(torch.device(device))
 
     # ------------------------------------------------------------------ measuring
 
+    @_check.arguments(
+        model=_check.module,
+        input_shape=_check.is_a((tuple, list), "a tuple of sizes"),
+        quantization_adapter=_check.optional(_ADAPTER),
+        make_input=_check.optional(_check.function),
+    )
     def benchmark_quantization_safe(
         self,
         model: nn.Module,
@@ -316,6 +340,7 @@ def _timed_call(model: nn.Module, value: torch.Tensor) -> float:
         return time.perf_counter() - start
 
 
+@_check.arguments(model=_check.module)
 def memory_usage(model: nn.Module) -> dict[str, float]:
     """Bytes of a model by kind, and bytes per parameter of its packed layers; tied tensors once."""
     packed = [m for m in model.modules() if isinstance(m, PackedWeight)]

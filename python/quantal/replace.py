@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import warnings
 import weakref
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
-from . import _core
+from . import _check, _core
 from ._dtypes import tensor_bytes
 from .linear import PackedLinear, QuantizedLinear
 from .report import Report
@@ -140,7 +139,7 @@ class _Walk:
         self.report.unmatched_patterns = self.rules.unmatched()
         if self.visited and self.report.unmatched_patterns:
             listed = "; ".join(self.report.unmatched_patterns)
-            warnings.warn(f"patterns that match no linear layer: {listed}", stacklevel=4)
+            _check.warn(f"patterns that match no linear layer: {listed}")
 
 
 def _fused_experts(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -148,6 +147,12 @@ def _fused_experts(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     if isinstance(module, nn.modules.conv._ConvNd):
         return []
     return [(n, p) for n, p in module.named_parameters(recurse=False) if p.dim() == 3]
+
+
+def _is_adapter(where: str, name: str, value: Any) -> None:
+    from .adapters import QuantizationAdapter  # which imports this module
+
+    _check.instance(where, name, value, QuantizationAdapter, "a QuantizationAdapter")
 
 
 def _return_free_memory() -> int:
@@ -170,6 +175,12 @@ def _module_bytes(module: nn.Module) -> int:
     return sum(map(tensor_bytes, [*module.parameters(), *module.buffers()]))
 
 
+@_check.arguments(
+    model=_check.module,
+    adapter=_is_adapter,
+    skip_modules=_check.optional(_check.names),
+    progress=_check.flag,
+)
 def replace_linear_with_quantized(
     model: nn.Module,
     adapter: QuantizationAdapter,

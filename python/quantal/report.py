@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from . import _core
+from . import _check, _core
 
 
 class Report:
@@ -15,6 +15,7 @@ class Report:
     bytes_after, relative_error. ``fallback`` tells that nothing is quantized, ``reason`` why.
     """
 
+    @_check.arguments("Report", decision=_check.optional(_check.mapping))
     def __init__(self, decision: dict[str, Any] | None = None) -> None:
         decision = decision or {}
         self.adapter: str = decision.get("adapter", "")
@@ -25,12 +26,24 @@ class Report:
 
     @property
     def fallback(self) -> bool:
+        """Whether the factory had to answer with FallbackAdapter, which quantizes nothing."""
         return self.adapter == "FallbackAdapter"
 
     @property
     def reason(self) -> str:
+        """Why the method that was asked for is not the one that is used; "" if it is."""
         return "; ".join(s["reason"] for s in self.substitutions if s["what"] == "method")
 
+    @_check.arguments(
+        "Report.add",
+        name=_check.text,
+        method=_check.text,
+        reason=_check.text,
+        parameters=_check.size,
+        bytes_before=_check.size,
+        bytes_after=_check.size,
+        relative_error=_check.real,
+    )
     def add(
         self,
         name: str,
@@ -42,6 +55,7 @@ class Report:
         bytes_after: int,
         relative_error: float = 0.0,
     ) -> None:
+        """A row about one layer: what became of it, and its bytes before and after."""
         self.entries.append(
             {
                 "name": name,
@@ -68,9 +82,11 @@ class Report:
         return self._native().to_text()
 
     def to_json(self) -> str:
+        """``to_dict`` as text."""
         return self._native().to_json()
 
     def to_dict(self) -> dict[str, Any]:
+        """Entries, totals, totals by method, substitutions and unmatched patterns."""
         return json.loads(self.to_json())
 
     def __str__(self) -> str:

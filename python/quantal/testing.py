@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from . import _core, _ops
+from . import _check, _core, _ops
 from ._dtypes import dtype_name
 from ._errors import ConfigError
 from .linear import PackedLinear, follow_weight_dtype
@@ -26,6 +26,7 @@ def options(method: str, **settings: Any) -> _core.QuantizeOptions:
               optimize, round_zero, quant_zero, quant_scale, mode, value_dtype (a torch dtype; all
               but HQQ take the weight's own)
     """
+    _check.text("testing.options", "method", method)
     out = _core.QuantizeOptions()
     if method not in _core.dialects() or method == "hqq":
         out.method = method

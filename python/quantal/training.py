@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import _peft
+from . import _check, _peft
 from ._packed import PackedWeight
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -15,6 +15,12 @@ _HALF = (torch.float16, torch.bfloat16)
 _HOOK = "make_inputs_require_grad"
 
 
+@_check.arguments(
+    model=_check.module,
+    use_gradient_checkpointing=_check.flag,
+    use_reentrant=_check.flag,
+    norms_in_float32=_check.flag,
+)
 def prepare_model_for_training(
     model: Any,
     use_gradient_checkpointing: bool = True,
