@@ -37,6 +37,7 @@ from optimum.quanto import (
     quantize,
     requantize,
 )
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -393,6 +394,64 @@ def test_dense_folders(safe, shards, kind, tmp_path):
     save(ours, tmp_path / "b", layout=layout, max_shard_size=shards)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.bfloat16)
     check_same_tensors(theirs.state_dict(), again.state_dict())
+
+
+# ---------------------------------------------------------------------- single files
+
+
+def test_mlx_single_files(tmp_path):
+    """mlx reads the tensors of both kinds of files; what quantal keeps beside them is no tensor."""
+    source = dense_folder(tmp_path, 14, torch.bfloat16, **MLX_SIZES)
+    theirs = {
+        n: mlx_to_torch(t)
+        for n, t in tree_flatten(
+            mlx_folder(source, tmp_path / "theirs", *MLX["mixed"]).parameters()
+        )
+    }
+    ours = load(tmp_path / "theirs")
+    for name in ("m.npz", "m.safetensors"):
+        save(ours, tmp_path / name)
+        found = {n: mlx_to_torch(t) for n, t in mx.load(str(tmp_path / name)).items()}
+        if name.endswith("npz"):  # npy has no bfloat16: mlx writes two raw bytes, and reads them so
+            found = {
+                n: t.view(theirs[n].dtype) if t.element_size() == theirs[n].element_size() else t
+                for n, t in found.items()
+            }
+        check_same_tensors(theirs, found)
+        again = load(tmp_path / name)
+        assert quantal.model_digest(again) == quantal.model_digest(ours), name
+
+
+@pytest.mark.parametrize("kind", ["bnb", "hqq", "quanto"])
+def test_single_safetensors_hold_upstreams_tensors(kind, tmp_path):
+    if kind == "bnb":
+        bnb_folder(tmp_path, "nf4-double")
+    elif kind == "hqq":
+        theirs = hqq_model(5, config=BaseQuantizeConfig(nbits=3, group_size=64, axis=1))
+        AutoHQQHFModel.save_to_safetensors(theirs, str(tmp_path / "theirs"))
+    else:
+        model = llama(13)
+        QuantizedModelForCausalLM.quantize(model, weights=qint4).save_pretrained(
+            tmp_path / "theirs"
+        )
+    ours = load(tmp_path / "theirs")
+    save(ours, tmp_path / "m.safetensors")
+    check_same_tensors(tensors_in(tmp_path / "theirs"), load_file(tmp_path / "m.safetensors"))
+    again = load(tmp_path / "m.safetensors")
+    assert quantal.model_digest(again) == quantal.model_digest(ours)
+
+
+def test_hqq_single_torch_file(tmp_path):
+    """Each layer loads into an HQQLinear from the fields and the meta dictionary of the file."""
+    theirs = hqq_model(6, config=BaseQuantizeConfig(nbits=4, group_size=64, axis=0))
+    AutoHQQHFModel.save_quantized(theirs, str(tmp_path / "theirs"))
+    save(load(tmp_path / "theirs"), tmp_path / "m.pt")
+    state = torch.load(tmp_path / "m.pt", weights_only=False)
+    for name, module in theirs.named_modules():
+        if isinstance(module, HQQLinear):
+            empty = HQQLinear(None, None, torch.float32, device="cpu", initialize=False)
+            empty.load_state_dict({"W_q": state[f"{name}.W_q"], "meta": state[f"{name}.meta"]})
+            assert torch.equal(empty.dequantize(), module.dequantize()), name
 
 
 # ---------------------------------------------------------------------- conversion

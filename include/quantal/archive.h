@@ -34,6 +34,8 @@ class NpzFile {
   /// that is not there. Thread-safe.
   HeldTensor read(const std::string& name) const;
   const std::string& path() const;
+  /// The comment of the archive, which numpy ignores: any bytes, at most 65535.
+  const std::string& comment() const;
 
  private:
   struct State;
@@ -50,7 +52,9 @@ class NpzWriter {
   /// Appends "<name>.npy". Throws Error{kConfig} for a duplicate or illegal name; Error{kDtype} for
   /// types that npy cannot express.
   void put(const std::string& name, const TensorView& tensor);
-  void finish();
+  static constexpr std::size_t kMostComment = 65535;  ///< bytes
+  /// `comment` is NpzFile::comment. Throws Error{kConfig} for a longer one; Error{kIo}.
+  void finish(std::string_view comment = {});
 
  private:
   struct State;

@@ -7,7 +7,8 @@ namespace quantal::checkpoint {
 
 /// File inside every folder that quantal writes; it marks the folder as one that may be replaced.
 inline constexpr const char* kMarker = "quantal.json";
-/// Metadata key of a single safetensors file: JSON object of the texts that a folder would have.
+/// Metadata key of a single safetensors file: JSON object of the texts that a folder would have. A
+/// single npz file has the JSON object {key: texts} as the comment of its archive.
 inline constexpr const char* kEmbeddedTexts = "quantal_texts";
 /// Names in SideTexts of the settings inside a wrapped torch file, and of their key there.
 inline constexpr const char* kEmbedded = "embedded";

@@ -89,13 +89,27 @@ class SafetensorsSink final : public TensorSink {
 
 class NpzSink final : public TensorSink {
  public:
-  explicit NpzSink(const std::string& path) : writer_(path) {}
+  NpzSink(const std::string& path, bool single) : path_(path), single_(single), writer_(path) {}
   void put(const Piece& piece) override {
     if (piece.kind != StateKind::kNone) writer_.put(piece.name(), piece.view);
   }
-  void finish(const SinkEnd&) override { writer_.finish(); }
+  void finish(const SinkEnd& end) override {
+    std::string comment;
+    if (single_ && !end.texts_json.empty()) {
+      comment = std::string("{\"") + kEmbeddedTexts + "\":" + end.texts_json + "}";
+      if (comment.size() > NpzWriter::kMostComment) {
+        fail(Errc::kUnsupported,
+             "save: settings are " + std::to_string(comment.size()) +
+                 " bytes, expected at most 65535 in a single npz file; a folder holds any number",
+             {.path = path_});
+      }
+    }
+    writer_.finish(comment);
+  }
 
  private:
+  std::string path_;
+  bool single_;
   NpzWriter writer_;
 };
 
@@ -126,7 +140,7 @@ std::unique_ptr<TensorSink> open_sink(const FileLayout& layout, const SinkTarget
     case Container::kTorch:
       return open_torch_sink(layout, target);
     case Container::kNpz:
-      return std::make_unique<NpzSink>(path);
+      return std::make_unique<NpzSink>(path, target.folder.empty());
     case Container::kGguf:
       break;
   }

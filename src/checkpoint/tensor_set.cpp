@@ -125,7 +125,7 @@ std::string describe(const Located& where) {
          std::to_string(count) + (count == 1 ? " file" : " files");
 }
 
-/// What save_checkpoint put into a single safetensors file, which has no files beside it.
+/// What save_checkpoint put into a single file, which has no files beside it.
 void unpack_metadata(TensorSet& set) {
   const auto found = set.metadata.find(kEmbeddedTexts);
   if (found == set.metadata.end()) return;
@@ -175,6 +175,13 @@ void add_npz(TensorSet& set, const std::string& path) {
                                                   if (held.owner == nullptr) held.owner = file;
                                                   return held;
                                                 }});
+  }
+  // Any other comment is somebody else's.
+  const std::string begin = std::string("{\"") + kEmbeddedTexts + "\":";
+  if (!file->comment().starts_with(begin)) return;
+  const Json object = parse_json_object(file->comment(), path);
+  if (object.at(kEmbeddedTexts).is_object()) {
+    set.metadata[kEmbeddedTexts] = dump_json(object.at(kEmbeddedTexts), -1);
   }
 }
 

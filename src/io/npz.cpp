@@ -53,6 +53,8 @@ const TensorInfo* NpzFile::find(const std::string& name) const {
 
 const std::string& NpzFile::path() const { return state_->zip.file()->path(); }
 
+const std::string& NpzFile::comment() const { return state_->zip.comment(); }
+
 HeldTensor NpzFile::read(const std::string& name) const {
   const auto found = state_->index.find(name);
   if (found == state_->index.end()) {
@@ -92,6 +94,6 @@ void NpzWriter::put(const std::string& name, const TensorView& tensor) {
                   64);
 }
 
-void NpzWriter::finish() { state_->zip.finish(); }
+void NpzWriter::finish(std::string_view comment) { state_->zip.finish(comment); }
 
 }  // namespace quantal

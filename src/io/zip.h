@@ -40,6 +40,8 @@ class ZipArchive {
   const std::vector<ZipMember>& members() const { return members_; }
   const ZipMember* find(const std::string& name) const;  ///< nullptr if absent
   const std::shared_ptr<MappedFile>& file() const { return file_; }
+  /// The text behind the end record, at most 65535 bytes of anything.
+  const std::string& comment() const { return comment_; }
 
   /// The bytes as they stand in the file.
   std::span<const std::uint8_t> packed(const ZipMember& member) const;
@@ -52,6 +54,7 @@ class ZipArchive {
 
  private:
   std::shared_ptr<MappedFile> file_;
+  std::string comment_;
   std::vector<ZipMember> members_;
   std::map<std::string, std::size_t> index_;
   std::unique_ptr<std::atomic<bool>[]> verified_;
@@ -69,7 +72,8 @@ class ZipWriter {
   void add(const std::string& name, std::span<const std::uint8_t> head,
            std::span<const std::uint8_t> body, std::uint64_t alignment = 1);
   void add(const std::string& name, std::string_view text);
-  void finish();
+  /// Throws Error{kConfig} for a comment of more than 65535 bytes; Error{kIo}.
+  void finish(std::string_view comment = {});
   const std::string& path() const { return path_; }
 
  private:

@@ -32,6 +32,7 @@ struct Directory {
   std::uint64_t entries = 0;
   std::uint64_t bytes = 0;
   std::uint64_t offset = 0;
+  std::uint64_t end = 0;  ///< where the end record is
 };
 
 /// Reads the parts of a directory; every failure names path, member and offset.
@@ -39,8 +40,10 @@ class DirectoryReader {
  public:
   explicit DirectoryReader(const MappedFile& file) : file_(file.bytes()), path_(file.path()) {}
 
-  std::vector<ZipMember> read() {
+  std::vector<ZipMember> read(std::string& comment) {
     const Directory directory = find_directory();
+    const auto behind = file_.subspan(directory.end + kEndBytes);
+    comment.assign(behind.begin(), behind.end());
     ByteReader reader = at(directory.offset);
     const std::uint64_t end = directory.offset + directory.bytes;
     std::vector<ZipMember> members;
@@ -96,6 +99,7 @@ class DirectoryReader {
     const std::uint32_t first_disk = u16(reader, "disk of the directory");
     const std::uint32_t here = u16(reader, "entries on this disk");
     Directory found;
+    found.end = end;
     found.entries = u16(reader, "number of entries");
     found.bytes = reader.u32("directory size");
     found.offset = reader.u32("directory offset");
@@ -403,7 +407,7 @@ void check_growth(const MappedFile& file, const std::vector<ZipMember>& members)
 }  // namespace
 
 ZipArchive::ZipArchive(std::shared_ptr<MappedFile> file)
-    : file_(std::move(file)), members_(DirectoryReader(*file_).read()) {
+    : file_(std::move(file)), members_(DirectoryReader(*file_).read(comment_)) {
   check_growth(*file_, members_);
   for (std::size_t i = 0; i < members_.size(); ++i) {
     if (index_.emplace(members_[i].name, i).second) continue;

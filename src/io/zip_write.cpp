@@ -81,7 +81,8 @@ Fields directory_entry(const ZipMember& member) {
   return out;
 }
 
-Fields end_records(std::uint64_t entries, std::uint64_t bytes, std::uint64_t offset) {
+Fields end_records(std::uint64_t entries, std::uint64_t bytes, std::uint64_t offset,
+                   std::string_view comment) {
   Fields out;
   if (entries >= kFull16 || bytes >= kFull32 || offset >= kFull32) {
     out.put(0x06064b50, 4).put(44, 8).put(45, 2).put(45, 2).put(0, 4).put(0, 4);
@@ -90,7 +91,8 @@ Fields end_records(std::uint64_t entries, std::uint64_t bytes, std::uint64_t off
   }
   out.put(0x06054b50, 4).put(0, 2).put(0, 2);
   out.put(std::min(entries, kFull16), 2).put(std::min(entries, kFull16), 2);
-  out.put(std::min(bytes, kFull32), 4).put(std::min(offset, kFull32), 4).put(0, 2);
+  out.put(std::min(bytes, kFull32), 4).put(std::min(offset, kFull32), 4);
+  out.put(comment.size(), 2).put(comment);
   return out;
 }
 
@@ -127,10 +129,15 @@ void ZipWriter::add(const std::string& name, std::string_view text) {
   add(name, {reinterpret_cast<const std::uint8_t*>(text.data()), text.size()}, {});
 }
 
-void ZipWriter::finish() {
+void ZipWriter::finish(std::string_view comment) {
+  if (comment.size() > kFull16) {
+    fail(Errc::kConfig,
+         "zip: comment is " + std::to_string(comment.size()) + " bytes, expected at most 65535",
+         {.path = path_});
+  }
   const std::uint64_t offset = file_.size();
   for (const ZipMember& member : members_) file_.write(directory_entry(member).bytes());
-  file_.write(end_records(members_.size(), file_.size() - offset, offset).bytes());
+  file_.write(end_records(members_.size(), file_.size() - offset, offset, comment).bytes());
   file_.commit();
 }
 

@@ -229,6 +229,66 @@ TEST_F(Damaged, MissingExtraAndMisshapenTensorsAreNamed) {
       << no_map.what();
 }
 
+/// A single file of safetensors or npz needs nothing beside it: config.json and the settings of the
+/// layers are inside. The suffix chooses it.
+TEST(Save, SingleFilesCarryTheirSettings) {
+  for (const char* model : {"bnb-nf4-double", "hqq-pt-3bit-axis0", "mlx-mixed", "mlx-mxfp4",
+                            "quanto-int4", "dense-bf16"}) {
+    const Checkpoint source = load_checkpoint(golden_path("checkpoints/" + std::string(model)));
+    const bool npz = std::string(model).starts_with("mlx") || source.layers.empty();
+    for (const char* suffix : {".safetensors", ".npz"}) {
+      if (std::string(suffix) == ".npz" && !npz) continue;
+      SCOPED_TRACE(std::string(model) + suffix);
+      const TempFolder temp;
+      const std::string path = temp.path(std::string("m") + suffix);
+      save_checkpoint(path, view_of(source));
+      const Checkpoint again = load_checkpoint(path);
+      EXPECT_TRUE(again.layout.find(" single") != std::string::npos) << again.layout;
+      EXPECT_EQ(checkpoint_digest(view_of(again)), checkpoint_digest(view_of(source)));
+      const auto before = nlohmann::json::parse(source.config_json),
+                 after = nlohmann::json::parse(again.config_json);
+      for (const char* key : {"model_type", "hidden_size", "num_hidden_layers", "vocab_size"}) {
+        EXPECT_EQ(before.at(key), after.at(key)) << key;
+      }
+    }
+  }
+}
+
+TEST(Save, SettingsThatDoNotFitIntoAnNpzFileAreRefused) {
+  const Checkpoint source = load_checkpoint(golden_path("checkpoints/mlx-4bit"));
+  const TempFolder temp;
+  CheckpointView view = view_of(source);
+  auto config = nlohmann::json::parse(source.config_json);
+  config["remarks"] = std::string(70000, 'x');
+  view.config_json = config.dump();
+  const Error error = testing::error_of([&] { save_checkpoint(temp.path("m.npz"), view); });
+  EXPECT_EQ(error.code(), Errc::kUnsupported) << error.what();
+  EXPECT_TRUE(std::filesystem::is_empty(temp.path()));
+  save_checkpoint(temp.path("m"), view, {.layout = "npz"});
+  EXPECT_EQ(load_checkpoint(temp.path("m")).layers.size(), source.layers.size());
+}
+
+TEST(Load, CommentsOfOtherProgramsAreIgnored) {
+  const TempFolder temp;
+  const Tensor one = make_tensor(DType::kF32, {2, 3});
+  for (const char* comment : {"made by hand", "{\"quantal_texts\"", "{\"other\": {}}"}) {
+    NpzWriter writer(temp.path("x.npz"));
+    writer.put("w", one.view());
+    writer.finish(comment);
+    const Checkpoint loaded = load_checkpoint(temp.path("x.npz"));
+    EXPECT_EQ(loaded.config_json, "{}");
+    EXPECT_EQ(loaded.tensors.size(), 1u);
+  }
+  for (const char* comment :
+       {"{\"quantal_texts\":", "{\"quantal_texts\":{\"config.json\": \"[\"}}"}) {
+    NpzWriter writer(temp.path("x.npz"));
+    writer.put("w", one.view());
+    writer.finish(comment);
+    EXPECT_EQ(testing::error_of([&] { load_checkpoint(temp.path("x.npz")); }).code(),
+              Errc::kCorrupt);
+  }
+}
+
 TEST(Load, SingleFileAndUnalignedData) {
   const Checkpoint single =
       load_checkpoint(golden_path("checkpoints/hqq-safetensors/model.safetensors"));

@@ -326,7 +326,7 @@ TEST(MlxSettings, FilesOfEveryLayout) {
   json block = {{"group_size", 64}, {"bits", 4}, {"mode", "affine"}};
   block["a"] = {{"group_size", 32}, {"bits", 8}};
   block["d"] = {{"group_size", 32}, {"bits", 4}, {"mode", "mxfp4"}};
-  ASSERT_EQ(mlx().layouts.size(), 3u);
+  ASSERT_EQ(mlx().layouts.size(), 5u);
   for (const FileLayout& layout : mlx().layouts) {
     SCOPED_TRACE(layout.name);
     const SideFiles files = mlx().side_files(layout, layers, {});

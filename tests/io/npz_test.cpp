@@ -130,6 +130,24 @@ TEST_F(Npz, WriterIsReadInPlace) {
   EXPECT_TRUE(file.find("scalar")->shape.empty());
 }
 
+TEST_F(Npz, CommentsAreKept) {
+  EXPECT_EQ(NpzFile(golden_path("containers/stored.npz")).comment(), "");
+  const std::string path = folder_.path("out.npz");
+  for (const std::string& comment :
+       {std::string(), std::string("{\"a\": 1}"), std::string(NpzWriter::kMostComment, 'x')}) {
+    NpzWriter writer(path);
+    writer.put("w", make_tensor(DType::kF32, {3}).view());
+    writer.finish(comment);
+    const NpzFile file(path);
+    EXPECT_EQ(file.comment(), comment);
+    EXPECT_EQ(file.read("w").view.numel(), 3);
+  }
+  NpzWriter writer(folder_.path("long.npz"));
+  expect_error([&] { writer.finish(std::string(NpzWriter::kMostComment + 1, 'x')); }, Errc::kConfig,
+               "comment is 65536 bytes");
+  EXPECT_FALSE(std::filesystem::exists(folder_.path("long.npz")));
+}
+
 TEST_F(Npz, TheViewOutlivesTheFile) {
   HeldTensor held;
   {

@@ -47,6 +47,7 @@ TEST_F(Zip, ReadsStoredAndDeflated) {
        deflated_entry("also empty", ""), stored_entry("folder/", "")},
       {.comment = "a comment"}));
   EXPECT_EQ(zip.members().size(), 5u);
+  EXPECT_EQ(zip.comment(), "a comment");
   EXPECT_EQ(text(zip, "a/b.txt"), "hello");
   EXPECT_EQ(text(zip, "c"), many);
   EXPECT_EQ(text(zip, "empty"), "");

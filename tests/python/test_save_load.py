@@ -68,6 +68,36 @@ def test_shards_give_the_same_model(dialect, name, tmp_path):
     assert torch.equal(logits(loaded), logits(model))
 
 
+SINGLES = [
+    ("bnb", ".safetensors"),
+    ("hqq", ".safetensors"),
+    ("mlx", ".safetensors"),
+    ("mlx", ".npz"),
+    ("quanto", ".safetensors"),
+    ("bnb", ".pt"),
+    ("hqq", ".pt"),
+    ("quanto", ".pth"),
+]
+
+
+@pytest.mark.parametrize(
+    "dialect, name, suffix", [(d, n, s) for d, s in SINGLES for n in FORMS[d]], ids=str
+)
+def test_single_files(dialect, name, suffix, tmp_path):
+    """The suffix chooses the layout; safetensors and npz files hold config.json too."""
+    model, adapter = quantized(FORMS[dialect][name], bias=True)
+    path = tmp_path / f"m{suffix}"
+    adapter.save_quantized_model(model, path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    if suffix in (".safetensors", ".npz"):
+        loaded = adapter.load_quantized_model(path)
+    else:
+        loaded = adapter.load_quantized_model(path, model.config)
+    assert adapter.load_report.settings == []
+    assert quantal.model_digest(loaded) == quantal.model_digest(model)
+    assert torch.equal(logits(loaded), logits(model))
+
+
 def test_size_limits_are_read_and_refused(tmp_path):
     model, adapter = quantized(hqq())
     for size in ("12 parsecs", "MB", "-5", -5):

@@ -17,7 +17,7 @@ PackedMatrix import_layer(const std::string& prefix, const TensorLookup& lookup,
 
 /// "transformers": folder with config.json (quantization_config); "guide": pytorch_model.bin and
 /// quantization_config.json; "single": one torch file without settings.
-extern const std::array<FileLayout, 3> kLayouts;
+extern const std::array<FileLayout, 4> kLayouts;
 
 /// Settings follow from the layers' specs. Throws Error{kUnsupported} where transformers' config
 /// cannot say what the layers are (4 and 8 bits in one model).

@@ -5,6 +5,8 @@
 //                 layers are quantized, and the block size, are in the tensors
 //   guide         quantization_config.json: {"bits", "quant_type", "compute_dtype"}; a hint
 //   single        nothing
+//   single-safetensors
+//                 as guide, in the metadata of the file
 #include <algorithm>
 #include <cmath>
 
@@ -94,12 +96,14 @@ std::string layer_settings(const nlohmann::json& config, const std::string& file
 
 }  // namespace
 
-const std::array<FileLayout, 3> kLayouts = {{
+const std::array<FileLayout, 4> kLayouts = {{
     {"transformers", "folder with config.json and model.safetensors, as transformers writes it",
      Container::kSafetensors, "model.safetensors", StateTree::kFlat},
     {"guide", "folder with pytorch_model.bin and quantization_config.json", Container::kTorch,
      "pytorch_model.bin", StateTree::kFlat},
     {"single", "one torch file of the state dict", Container::kTorch, "", StateTree::kFlat},
+    {"single-safetensors", "one safetensors file with its settings inside", Container::kSafetensors,
+     "", StateTree::kFlat},
 }};
 
 SideFiles side_files(const FileLayout& layout, std::span<const LayerEntry> layers,
@@ -119,7 +123,7 @@ SideFiles side_files(const FileLayout& layout, std::span<const LayerEntry> layer
     out.config_patch =
         Json{{"quantization_config", transformers_config(settings_of(layers, four_bit), dense)}}
             .dump();
-  } else if (layout.name == "guide") {
+  } else if (layout.name != "single") {
     out.texts["quantization_config.json"] =
         guide_config(settings_of(layers, four_bit)).dump(4) + "\n";
   }

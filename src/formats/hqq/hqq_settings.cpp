@@ -150,7 +150,7 @@ std::map<std::string, std::string> transformers_settings(const nlohmann::json& q
 
 }  // namespace
 
-const std::array<FileLayout, 4> kLayouts = {{
+const std::array<FileLayout, 6> kLayouts = {{
     {.name = "transformers",
      .title = "folder with config.json and model.safetensors, as transformers writes it",
      .container = Container::kSafetensors,
@@ -172,6 +172,16 @@ const std::array<FileLayout, 4> kLayouts = {{
      .container = Container::kTorch,
      .weights = "hqq_model.pt",
      .tree = StateTree::kMetaDict},
+    {.name = "single",
+     .title = "one torch file of the state dict, as hqq_model.pt",
+     .container = Container::kTorch,
+     .weights = {},
+     .tree = StateTree::kMetaDict},
+    {.name = "single-safetensors",
+     .title = "one safetensors file with its settings inside",
+     .container = Container::kSafetensors,
+     .weights = {},
+     .tree = StateTree::kFlat},
 }};
 
 SideFiles side_files(const FileLayout& layout, std::span<const LayerEntry> layers,
@@ -183,7 +193,8 @@ SideFiles side_files(const FileLayout& layout, std::span<const LayerEntry> layer
     return out;
   }
   out.config_patch = Json{{"quantization_config", nullptr}}.dump();
-  if (layout.name == "guide") out.texts[kGuideFile] = guide_config(layers).dump(4) + "\n";
+  if (layout.name == "guide" || layout.name == "single-safetensors")
+    out.texts[kGuideFile] = guide_config(layers).dump(4) + "\n";
   return out;
 }
 

@@ -18,7 +18,7 @@
 
 namespace quantal::hqq {
 
-extern const std::array<FileLayout, 4> kLayouts;
+extern const std::array<FileLayout, 6> kLayouts;
 SideFiles side_files(const FileLayout& layout, std::span<const LayerEntry> layers,
                      std::span<const std::string> dense);
 std::map<std::string, std::string> read_settings(const SideTexts& texts);

@@ -21,7 +21,7 @@ PackedMatrix import_layer(const std::string& prefix, const TensorLookup& lookup,
                           const LayerFacts& facts);
 
 /// mlx-lm, npz, guide.
-extern const std::array<FileLayout, 3> kLayouts;
+extern const std::array<FileLayout, 5> kLayouts;
 SideFiles side_files(const FileLayout& layout, std::span<const LayerEntry> layers,
                      std::span<const std::string> dense);
 /// From `quantization` (or its copy `quantization_config`) of config.json, else from

@@ -126,13 +126,16 @@ Json block_of(std::span<const LayerEntry> layers, bool with_mode) {
 
 }  // namespace
 
-const std::array<FileLayout, 3> kLayouts = {{
+const std::array<FileLayout, 5> kLayouts = {{
     {"mlx-lm", "folder with config.json and model.safetensors, as mlx-lm writes it",
      Container::kSafetensors, "model.safetensors", StateTree::kFlat, true},
     {"npz", "folder with config.json and weights.npz (older mlx-lm)", Container::kNpz,
      "weights.npz", StateTree::kFlat},
     {"guide", "folder with mlx_model.npz and mlx_config.json", Container::kNpz, "mlx_model.npz",
      StateTree::kFlat},
+    {"single", "one safetensors file with its settings inside", Container::kSafetensors, "",
+     StateTree::kFlat},
+    {"single-npz", "one npz file with its settings inside", Container::kNpz, "", StateTree::kFlat},
 }};
 
 SideFiles side_files(const FileLayout& layout, std::span<const LayerEntry> layers,

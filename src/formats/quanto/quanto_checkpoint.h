@@ -16,7 +16,7 @@ bool recognizes(const std::function<bool(const std::string& suffix)>& has);
 PackedMatrix import_layer(const std::string& prefix, const TensorLookup& lookup,
                           const LayerFacts& facts);
 
-extern const std::array<FileLayout, 3> kLayouts;
+extern const std::array<FileLayout, 4> kLayouts;
 SideFiles side_files(const FileLayout& layout, std::span<const LayerEntry> layers,
                      std::span<const std::string> dense);
 std::map<std::string, std::string> read_settings(const SideTexts& texts);

@@ -133,13 +133,15 @@ void read_common(const nlohmann::json& settings, const std::string& where,
 
 }  // namespace
 
-constinit const std::array<FileLayout, 3> kLayouts = {{
+constinit const std::array<FileLayout, 4> kLayouts = {{
     {"quanto", "optimum-quanto folder: model.safetensors and quanto_qmap.json",
      Container::kSafetensors, "model.safetensors", StateTree::kFlat},
     {"guide", "folder with pytorch_model.bin and quantization_config in config.json",
      Container::kTorch, "pytorch_model.bin", StateTree::kFlat},
     {"single", "one torch file {state_dict, quanto_config}", Container::kTorch, "",
      StateTree::kFlat},
+    {"single-safetensors", "one safetensors file with its settings inside", Container::kSafetensors,
+     "", StateTree::kFlat},
 }};
 
 bool shape_is_evident(const PackedSpec& spec) {
@@ -171,7 +173,7 @@ LayerSettings parse_layer_settings(const std::string& text, const std::string& w
 SideFiles side_files(const FileLayout& layout, std::span<const LayerEntry> layers,
                      std::span<const std::string> /*dense*/) {
   SideFiles out;
-  if (layout.name == "quanto") {
+  if (layout.container == Container::kSafetensors) {
     out.texts[kMapName] = map_of(layers, Shapes::kUnlessModule).dump(4);
     out.metadata["format"] = "pt";
     Json patch = {{"quantization_config", nullptr}};
