@@ -18,7 +18,7 @@ const Dialect* target_dialect(const std::string& name) {
 }
 
 std::string layouts_text(const std::string& target, const std::string& before) {
-  constexpr std::size_t kWidth = 14;
+  constexpr std::size_t kWidth = 20;
   std::string text;
   for (const FileLayout& layout : file_layouts(target_dialect(target))) {
     const std::string name(layout.name);
@@ -37,7 +37,7 @@ std::string formats_text() {
     const std::string title(dialect == nullptr ? "unquantized" : dialect->title);
     const std::string reads(dialect == nullptr ? "float32, float16, bfloat16" : dialect->reads);
     const std::string writes(dialect == nullptr ? reads : dialect->writes);
-    text += name + ": " + title + "\n  reads   " + reads + "\n  writes  " +
+    text += name + ": " + title + "\n  reads   " + reads + "\n  makes   " +
             (reads == writes ? "the same" : writes) + "\n  files\n" + layouts_text(name, "    ") +
             "\n";
   }

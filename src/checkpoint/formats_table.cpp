@@ -36,7 +36,8 @@ std::string formats_markdown() {
                 [](const FileLayout& layout) { return "`" + std::string(layout.name) + "`"; });
   };
   std::string out =
-      "| format | reads | writes | files | becomes, without loss |\n|---|---|---|---|---|\n";
+      "| format | reads | quantizes to | files, read and written | converts to all others, without "
+      "loss to |\n|---|---|---|---|---|\n";
   for (const Dialect* dialect : dialects()) {
     const std::string name(dialect->name);
     const auto found = targets.find(name);
