@@ -73,15 +73,15 @@ void bind_convert(py::module_& m) {
       .def_readwrite("skip_modules", &A::skip_modules);
   m.def(
       "plan_convert",
-      [](const std::string& from, const A& arguments) {
+      [](const std::string& from, const A& arguments, const std::string& to_path) {
         ConvertReport report;
         {
           py::gil_scoped_release released;
-          report = plan_convert(from, convert_options(arguments));
+          report = plan_convert(from, convert_options(arguments), to_path);
         }
         return to_dict(report);
       },
-      py::arg("path"), py::arg("options"));
+      py::arg("path"), py::arg("options"), py::arg("to_path") = "");
   m.def(
       "convert",
       [](const std::string& from, const std::string& to_path, const A& arguments,

@@ -150,7 +150,7 @@ def convert(
         raise ConfigError("convert: progress is True with plan=True, expected one of them")
     options = _options(to, locals())
     if plan:
-        return _report(_core.plan_convert(os.fspath(path), options))
+        return _report(_core.plan_convert(os.fspath(path), options, os.fspath(to_path)))
     if callable(progress) or not progress:
         call = progress or None
         return _report(_core.convert(os.fspath(path), os.fspath(to_path), options, call))
