@@ -165,7 +165,7 @@ struct ConvertOptions {
   /// the source.
   std::optional<DType> value_dtype{};
   SaveOptions save{};
-  bool lossless_only = false;        ///< Error{kUnsupported} naming the first layer that would lose
+  bool lossless_only = false;  ///< Error{kUnsupported} naming the first layer that would lose
   /// Of weights that are decoded: by "dense", and embeddings by others. Unset: that of the model by
   /// its config.json, else that of the values. Set with "dense", config.json names it.
   std::optional<DType> dense_dtype{};

@@ -20,8 +20,8 @@ std::vector<std::pair<std::string, std::string>> companions_of(const std::string
 /// Adds tokenizer files, as far as they are there.
 void add_tokenizer_texts(const std::string& folder, SideTexts& texts);
 
-/// The texts among `texts` that are written beside the weights: the tokenizer, in whatever form, and
-/// generation settings.
+/// The texts among `texts` that are written beside the weights: the tokenizer, in whatever form,
+/// and generation settings.
 SideTexts carried_texts(const SideTexts& texts);
 
 }  // namespace quantal::checkpoint

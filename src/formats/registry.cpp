@@ -14,11 +14,7 @@ namespace {
 
 // In order of their ids, which are stored in files: 1 bnb, 2 hqq, 3 mlx, 4 quanto, 5 gguf.
 constinit const std::array kDialects = {
-    &bnb::kDialect,
-    &hqq::kDialect,
-    &mlx::kDialect,
-    &quanto::kDialect,
-    &gguf::kDialect,
+    &bnb::kDialect, &hqq::kDialect, &mlx::kDialect, &quanto::kDialect, &gguf::kDialect,
 };
 
 std::string built_methods() {

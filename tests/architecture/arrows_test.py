@@ -40,6 +40,8 @@ PUBLIC_ROOMS = {
     "archive": "io",
     "backend": "policy",
     "ggml": "formats",
+    "model_fit": "checkpoint",
+    "plan": "checkpoint",
     "safetensors": "io",
     "transcode": "formats",
 }
