@@ -11,6 +11,7 @@ namespace quantal::tools {
 std::shared_ptr<void> add_inspect(CLI::App& app);
 std::shared_ptr<void> add_convert(CLI::App& app);
 std::shared_ptr<void> add_formats(CLI::App& app);
+std::shared_ptr<void> add_plan(CLI::App& app);
 
 /// Names of all dialects, and "dense".
 std::vector<std::string> target_names();

@@ -28,6 +28,7 @@ int main(int argc, char** argv) {
   app.footer("Run 'quantal COMMAND --help' for the options and examples of a command.");
   const auto inspect = quantal::tools::add_inspect(app);
   const auto convert = quantal::tools::add_convert(app);
+  const auto plan = quantal::tools::add_plan(app);
   const auto formats = quantal::tools::add_formats(app);
   try {
     app.parse(argc, argv);

@@ -36,6 +36,7 @@ struct OutlineTensor {
   /// Name of an earlier kLinear that has the same weight: quantized once, held twice.
   std::string tied_to{};
   bool trainable = false;  ///< an adapter that the model has already
+  bool saved = true;       ///< false: a buffer that no file holds
 };
 
 /// A model as the planner sees it: names, shapes and types.
@@ -55,12 +56,13 @@ ModelOutline outline_of(const std::string& path);
 // ------------------------------------------------------------------ the question
 
 enum class PlanMode : std::uint8_t { kInference, kQlora };
-enum class PlanOptimizer : std::uint8_t { kAdamW, kSgd };  ///< two float32 states, or none
+/// Two states of the adapters' size, or none.
+enum class PlanOptimizer : std::uint8_t { kAdamW, kSgd };
 enum class PlanAttention : std::uint8_t { kSdpa, kEager };
-std::string_view plan_mode_name(PlanMode mode) noexcept;     ///< "inference", "qlora"
-PlanMode parse_plan_mode(std::string_view name);             ///< throws Error{kConfig}
-PlanOptimizer parse_plan_optimizer(std::string_view name);   ///< "adamw", "sgd"
-PlanAttention parse_plan_attention(std::string_view name);   ///< "sdpa", "eager"
+std::string_view plan_mode_name(PlanMode mode) noexcept;    ///< "inference", "qlora"
+PlanMode parse_plan_mode(std::string_view name);            ///< throws Error{kConfig}
+PlanOptimizer parse_plan_optimizer(std::string_view name);  ///< "adamw", "sgd"
+PlanAttention parse_plan_attention(std::string_view name);  ///< "sdpa", "eager"
 
 struct PlanOptions {
   Backend backend = Backend::CPU;
@@ -102,7 +104,7 @@ struct PlanLayer {
   std::vector<std::int64_t> shape;
   bool quantized = false;
   std::int64_t parameters = 0;
-  std::int64_t stored_bytes = 0;  ///< as it lies in the file or module now
+  std::int64_t stored_bytes = 0;                  ///< as it lies in the file or module now
   std::int64_t codes = 0, stats = 0, shared = 0;  ///< buffers of a quantized layer
   std::int64_t bytes = 0;                         ///< resident, with the spec of the layer
   std::int64_t rank_bytes = 0;                    ///< share of a rank
@@ -137,10 +139,11 @@ struct PlanPhase {
 
 /// Weight bytes of the whole model beside the rule of thumb of the documentation.
 struct PlanRule {
-  std::string width;             ///< "fp16", "int8", "int4"
-  std::string method;            ///< what was counted: "bnb_nf4 4-bit g64 double"
-  double bytes_per_parameter = 0;  ///< of the rule: 2, 1, 0.5
-  std::int64_t exact_bytes = 0;
+  std::string width;               ///< "fp16", "int8", "int4", "int2"
+  std::string method;              ///< what was counted: "bnb_nf4 4-bit g64 double"
+  double bytes_per_parameter = 0;  ///< of the rule: 2, 1, 0.5, 0.25
+  std::int64_t exact_bytes = 0;    ///< of the model, what stays dense in 16 bits
+  std::int64_t quantized_parameters = 0, quantized_bytes = 0;  ///< of its quantized layers
   double rule_gigabytes = 0;  ///< bytes_per_parameter x parameters, rounded to whole billions
 };
 
@@ -148,7 +151,7 @@ struct PlanRule {
 struct PlanCandidate {
   QuantizationConfig config;
   std::string label;
-  double relative_error = 0;  ///< of normally distributed weights
+  double relative_error = 0;                        ///< of normally distributed weights
   std::int64_t resident_bytes = 0, peak_bytes = 0;  ///< per rank
   bool fits = false;
 };
@@ -163,11 +166,12 @@ struct PlanSizes {
 
 struct Plan {
   std::string source;
-  PlanOptions options;        ///< as asked
-  Decision decision;          ///< what policy made of the config
-  bool recommended = false;   ///< the config is the planner's own choice
-  bool fits = true;           ///< peak <= usable memory, or memory unknown
-  std::int64_t usable_bytes = 0;  ///< of options.memory_bytes; 0: unknown
+  PlanOptions options;             ///< as asked
+  Decision decision;               ///< what policy made of the config
+  bool recommended = false;        ///< the config is the planner's own choice
+  bool fits = true;                ///< peak <= usable memory, or memory unknown
+  std::int64_t usable_bytes = 0;   ///< of options.memory_bytes; 0: unknown
+  std::int64_t largest_batch = 0;  ///< sequences of a rank that fit; 0: none, or unknown
   std::vector<PlanLayer> layers;
   std::vector<PlanPhase> phases;
   std::vector<PlanRule> rules;
@@ -179,7 +183,7 @@ struct Plan {
   std::int64_t parameters = 0, adapter_parameters = 0;
   std::int64_t stored_bytes = 0, resident_bytes = 0, rank_bytes = 0, file_bytes = 0;
 
-  const PlanPhase& peak() const;  ///< the largest phase after loading, or loading itself
+  const PlanPhase& peak() const;  ///< the largest phase
   std::string label() const;      ///< "hqq 4-bit g64", "as stored", "none"
   /// Report for a terminal, at most 100 columns.
   std::string to_text() const;

@@ -146,6 +146,10 @@ std::string adapter_refusal(std::string_view adapter, Backend backend,
 /// has bf16 instructions, else fp32.
 DType default_compute_dtype(Backend backend, bool cuda_has_bf16 = true);
 
+/// Share of the memory that a model may take: 0.65 on MPS and MLX, where the system lives in it
+/// too, else 1.
+double usable_memory_share(Backend backend) noexcept;
+
 /// The documented rule of thumb, from weights alone (B = model size in 10^9 parameters, A = memory
 /// in GB). CUDA: NONE if A >= 2.4 B, BNB_NF4 if A < 1.5 B, else BNB_INT8. MPS, MLX, with 0.65 A
 /// usable: NONE if 2 B fits, MLX_INT8 if 1.5 B fits, else MLX_INT4. CPU: HQQ 8-bit if A < 2 B, else

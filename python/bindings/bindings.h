@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <utility>
@@ -13,6 +14,7 @@
 
 #include "quantal/core.h"
 #include "quantal/kernels.h"
+#include "quantal/policy.h"
 
 namespace quantal::python {
 
@@ -60,10 +62,16 @@ class BytesIn {
   py::buffer_info info_;
 };
 
+/// "documented" or "extended"; throws Error{kConfig}.
+std::optional<Support> parse_support(const std::optional<std::string>& text);
+/// "none", "nearest" or "error"; throws Error{kConfig}.
+std::optional<Fallback> parse_fallback(const std::optional<std::string>& text);
+
 void bind_backend(py::module_& m);
 void bind_policy(py::module_& m);
 void bind_layers(py::module_& m);
 void bind_models(py::module_& m);
 void bind_convert(py::module_& m);
+void bind_plan(py::module_& m);
 
 }  // namespace quantal::python

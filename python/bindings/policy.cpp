@@ -7,9 +7,6 @@
 #include "quantal/formats.h"
 
 namespace quantal::python {
-namespace {
-
-using Strings = std::vector<std::string>;
 
 std::optional<Support> parse_support(const std::optional<std::string>& text) {
   if (!text) return std::nullopt;
@@ -27,6 +24,10 @@ std::optional<Fallback> parse_fallback(const std::optional<std::string>& text) {
   fail(Errc::kConfig,
        "policy: fallback is \"" + *text + "\", expected \"none\", \"nearest\" or \"error\"");
 }
+
+namespace {
+
+using Strings = std::vector<std::string>;
 
 py::dict to_dict(const Substitution& s) {
   return py::dict(py::arg("what") = s.what, py::arg("asked") = s.asked, py::arg("used") = s.used,

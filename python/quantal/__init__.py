@@ -18,6 +18,7 @@ from ._errors import (
     ShapeError,
     UnsupportedError,
 )
+from ._plan import Plan, plan
 from .adapters import (
     BitsAndBytesAdapter,
     FallbackAdapter,
@@ -95,6 +96,7 @@ __all__ = [
     "MergeReport",
     "NotFoundError",
     "PackedLinear",
+    "Plan",
     "QuantalError",
     "QuantizationAdapter",
     "QuantizationConfig",
@@ -124,6 +126,7 @@ __all__ = [
     "merge_report",
     "merge_to_full_precision",
     "model_digest",
+    "plan",
     "prepare_model_for_training",
     "register_adapter",
     "registered_adapters",

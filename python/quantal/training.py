@@ -41,7 +41,7 @@ def prepare_model_for_training(
     that are there already keep their state, so that a second call changes nothing.
     """
     _peft.install()
-    adapters = _adapter_parameters(model)
+    adapters = adapter_parameters(model)
     for parameter in model.parameters():
         if id(parameter) not in adapters:
             parameter.requires_grad_(False)
@@ -54,7 +54,7 @@ def prepare_model_for_training(
     return model
 
 
-def _adapter_parameters(model: nn.Module) -> set[int]:
+def adapter_parameters(model: nn.Module) -> set[int]:
     """Parameters that PEFT added, by id; none where PEFT is not in use."""
     import sys
 

@@ -15,6 +15,7 @@ using checkpoint::InspectedTensor;
 using checkpoint::Inspection;
 using checkpoint::Json;
 
+using checkpoint::printable;
 using checkpoint::Row;
 using checkpoint::table;
 
@@ -42,23 +43,6 @@ std::string decimal(double value) {
   char text[32];
   std::snprintf(text, sizeof text, "%.4f", value);
   return text;
-}
-
-/// File names and metadata may hold anything: control characters must not reach a terminal. Cut to
-/// about `most` bytes, between characters of UTF-8.
-std::string printable(const std::string& text, std::size_t most) {
-  std::string out;
-  for (const char c : text) {
-    const auto byte = static_cast<unsigned char>(c);
-    const bool continues = (byte & 0xC0u) == 0x80u;
-    if (out.size() >= most && !continues) return out + "...";
-    if (c == '\n') {
-      out += "\\n";
-    } else {
-      out += byte < 0x20 || byte == 0x7F ? '?' : c;
-    }
-  }
-  return out;
 }
 
 Row totals_row(const std::string& name, const Totals& totals) {

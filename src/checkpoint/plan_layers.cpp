@@ -42,7 +42,11 @@ class Builder {
     for (const OutlineTensor& tensor : model_.tensors) {
       PlanLayer row = row_of(tensor);
       add_adapter(tensor, row);
-      if (files_ != nullptr && row.file_bytes == 0 && row.bytes > 0) row.file_bytes = row.bytes;
+      if (!tensor.saved || !tensor.tied_to.empty()) {
+        row.file_bytes = 0;
+      } else if (files_ != nullptr && !row.quantized) {
+        row.file_bytes = row.bytes;
+      }
       sum(tensor, row);
       plan_.layers.push_back(std::move(row));
     }
@@ -69,9 +73,10 @@ class Builder {
     } else if (tensor.kind == Kind::kLinear) {
       linear_row(tensor, row);
     } else {
-      dense_row(tensor, row, tensor.shape.size() > 2 ? "parameter of " +
-                                 std::to_string(tensor.shape.size()) +
-                                 " dimensions, not a linear layer" : "not a linear layer");
+      dense_row(tensor, row,
+                tensor.shape.size() > 2 ? "parameter of " + std::to_string(tensor.shape.size()) +
+                                              " dimensions, not a linear layer"
+                                        : "not a linear layer");
     }
     return row;
   }
@@ -96,16 +101,17 @@ class Builder {
 
   void linear_row(const OutlineTensor& tensor, PlanLayer& row) {
     if (as_stored()) {
-      return dense_row(tensor, row, plan_.decision.substitutions.empty()
-                                        ? "method is none"
-                                        : plan_.decision.substitutions.front().reason);
+      return dense_row(tensor, row,
+                       plan_.decision.substitutions.empty()
+                           ? "method is none"
+                           : plan_.decision.substitutions.front().reason);
     }
     if (!tensor.tied_to.empty()) return tied_row(tensor, row);
     auto choice = rules_.choose(row.name, tensor.shape[0], tensor.shape[1]);
     if (choice.quantize && !is_weight_dtype(tensor.dtype)) {
       choice.quantize = false;
-      choice.reason = "stored as " + std::string(dtype_name(tensor.dtype)) +
-                      ", expected f32, f16 or bf16";
+      choice.reason =
+          "stored as " + std::string(dtype_name(tensor.dtype)) + ", expected f32, f16 or bf16";
     }
     if (!choice.quantize) return dense_row(tensor, row, choice.reason);
     const Dialect& dialect = dialect_of(choice.options.method);
@@ -164,8 +170,8 @@ class Builder {
   bool is_head(const PlanLayer& row) const {
     if (!row.unit.empty()) return false;
     const std::string_view last = last_part(row.name);
-    return last == "lm_head" || (plan_.sizes.vocabulary != 0 &&
-                                 row.shape[0] == plan_.sizes.vocabulary);
+    return last == "lm_head" ||
+           (plan_.sizes.vocabulary != 0 && row.shape[0] == plan_.sizes.vocabulary);
   }
 
   bool targeted(const PlanLayer& row) {

@@ -1,8 +1,10 @@
 // The steps of a plan.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -56,6 +58,8 @@ PlanSizes sizes_of(const ModelOutline& model, const PlanOptions& options, DType 
 void add_layers(const ModelOutline& model, Plan& plan, FileBytes* files);
 /// Phases from the rows. Needs plan.sizes and plan.layers.
 void add_phases(const ModelOutline& model, Plan& plan);
+/// The batch that just fits, where memory is known.
+void add_largest_batch(const ModelOutline& model, Plan& plan);
 /// Weight bytes beside the rule of thumb.
 void add_rules(const ModelOutline& model, Plan& plan);
 

@@ -22,4 +22,19 @@ std::string table(const std::vector<Row>& rows, const std::vector<bool>& right) 
   return out;
 }
 
+std::string printable(const std::string& text, std::size_t most) {
+  std::string out;
+  for (const char c : text) {
+    const auto byte = static_cast<unsigned char>(c);
+    const bool continues = (byte & 0xC0u) == 0x80u;
+    if (out.size() >= most && !continues) return out + "...";
+    if (c == '\n') {
+      out += "\\n";
+    } else {
+      out += byte < 0x20 || byte == 0x7F ? '?' : c;
+    }
+  }
+  return out;
+}
+
 }  // namespace quantal::checkpoint

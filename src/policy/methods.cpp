@@ -221,7 +221,9 @@ bool method_built(QuantizationMethod method) {
 
 std::string describe_options(const QuantizeOptions& options) {
   std::string text(method_name(options.method));
-  text += " " + std::to_string(options.bits) + "-bit g" + std::to_string(options.group_size);
+  text += " " + std::to_string(options.bits) + "-bit";
+  if (options.method == QuantizationMethod::BNB_INT8) return text;  // a scale per row
+  text += " g" + std::to_string(options.group_size);
   if (policy::is_bnb(options.method)) {
     if (options.quant_type != "nf4") text += " " + options.quant_type;
     if (options.double_quant) text += " double";

@@ -46,13 +46,17 @@ QuantizationConfig recommend_cuda(const WeightSizes& size, double available, boo
 
 /// The system and the activations live in the same memory as the weights there.
 QuantizationConfig recommend_apple(const WeightSizes& size, double available) {
-  const double usable = 0.65 * available;
+  const double usable = usable_memory_share(Backend::MPS) * available;
   if (size.fp16 <= usable) return no_quantization();
   if (1.5 * size.int8 <= usable) return make(M::MLX_INT8, 8, DType::kF16);
   return make(M::MLX_INT4, 4, DType::kF16);
 }
 
 }  // namespace
+
+double usable_memory_share(Backend backend) noexcept {
+  return backend == Backend::MPS || backend == Backend::MLX ? 0.65 : 1.0;
+}
 
 DType default_compute_dtype(Backend backend, bool cuda_has_bf16) {
   switch (backend) {

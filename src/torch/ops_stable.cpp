@@ -20,6 +20,7 @@
 #include <string>
 #include <tuple>
 
+#include "kernels/panels.h"
 #include "torch/ops_link.h"
 #include "torch/stable_executor.h"
 #include "torch/stable_tensor.h"
@@ -31,12 +32,6 @@ void link_torch_ops() noexcept { link_weight_ops(); }
 namespace quantal::stable_ops {
 namespace {
 
-/// Bytes of decoded weights that a product holds at a time. Half of a usual last-level cache slice:
-/// larger panels gain nothing, smaller ones lose to the fixed cost of a product.
-constexpr std::int64_t kPanelBytes = 8 << 20;
-/// Below these, products of panels were measured 1.2 to 1.5 times slower.
-constexpr std::int64_t kMinPanelRows = 256;
-constexpr std::int64_t kMinPanelCols = 128;
 /// Panels begin at multiples of this column (contract of quantal::dequantize).
 constexpr std::int64_t kColumnUnit = 128;
 
