@@ -124,7 +124,7 @@ struct EngineStatus {
 };
 /// One entry per dialect. quantal's own kernels run each of them; no other package is asked.
 std::vector<EngineStatus> engine_status(const Machine& machine = probe_machine());
-/// The same as lines of text, indented by two spaces.
+/// The same as a table of at most 100 columns, indented by two spaces.
 std::string engine_text(const Machine& machine = probe_machine());
 
 }  // namespace quantal

@@ -59,14 +59,18 @@ class QuantizationAdapter(ABC):
     def create_quantized_linear(
         self, in_features: int, out_features: int, bias: bool = True
     ) -> nn.Module:
-        """A layer of this adapter's kind; it holds zeros until ``quantize_weights`` is called."""
+        """A layer of this adapter's kind; its weights are zero until ``quantize_weights`` is called.
+
+        in_features, out_features, bias  as those of ``nn.Linear``"""
 
     @abstractmethod
     def quantize_model(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        """Quantizes `model` in place and returns it."""
+        """Quantizes the linear layers of `model` in place and returns it; a model that is itself one
+        linear layer is returned as a new layer. What was done stands in ``report``."""
 
     def prepare_model_for_training(self, model: nn.Module) -> nn.Module:
-        """Freezes the base so that only adapters attached afterwards are trained."""
+        """Freezes the base so that only adapters attached afterwards are trained; see
+        ``quantal.prepare_model_for_training``, which has more settings."""
         return prepare_model_for_training(model)
 
     def quantize_linear(self, linear: nn.Linear, choice: _core.Choice) -> nn.Module:
@@ -243,9 +247,8 @@ class _DialectAdapter(QuantizationAdapter):
         return None
 
     def _validate_backend_support(self) -> None:
-        refusal = _core.adapter_refusal(
-            type(self).__name__, self.backend.value, self.config.to_json()
-        )
+        kind = next(c.__name__ for c in type(self).__mro__ if c in _ADAPTERS.values())
+        refusal = _core.adapter_refusal(kind, self.backend.value, self.config.to_json())
         if refusal:
             raise ConfigError(refusal)
 
@@ -303,10 +306,15 @@ class FallbackAdapter(QuantizationAdapter):
     """Quantizes nothing; ``report`` says why, and what would."""
 
     def _validate_backend_support(self) -> None:
-        if self.config.method is not QuantizationMethod.NONE:  # constructed directly
-            _check.warn(
-                f"No quantization support for {self.backend}, using fallback (no quantization)"
-            )
+        if self.config.method is QuantizationMethod.NONE:
+            return
+        # Constructed directly, for a method that somebody asked for.
+        decision = _core.decide_adapter(self.backend.value, self.config.to_json())
+        refused = decision["adapter"] == type(self).__name__
+        self.report = Report({**decision, "adapter": type(self).__name__})
+        usual = f"FallbackAdapter quantizes nothing, although {decision['adapter']} would"
+        for text in decision["warnings"] if refused else [usual]:
+            _check.warn(text)
 
     def _file_entries(self) -> dict[str, Any]:
         return {}
@@ -315,10 +323,13 @@ class FallbackAdapter(QuantizationAdapter):
     def create_quantized_linear(
         self, in_features: int, out_features: int, bias: bool = True
     ) -> nn.Linear:
+        """A dense layer with torch's own initial values."""
         return nn.Linear(in_features, out_features, bias)
 
     @_check.arguments(model=_check.module)
     def quantize_model(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        """Returns `model` as it is, with a warning if something else was asked for; ``report`` lists
+        its linear layers as dense, with the reason."""
         if self.config.method is not QuantizationMethod.NONE or self.report.reason:
             _check.warn("No quantization applied (fallback mode)")
         self.report.entries.clear()
@@ -334,6 +345,7 @@ class FallbackAdapter(QuantizationAdapter):
 
     @_check.arguments(model=_check.module)
     def prepare_model_for_training(self, model: nn.Module) -> nn.Module:
+        """Returns `model` as it is: a dense model is trained whole."""
         return model
 
     def _make_linear(self) -> None:

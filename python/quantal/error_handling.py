@@ -23,7 +23,8 @@ import torch
 
 from . import _check
 from ._errors import ConfigError, QuantalError
-from .backend import Backend, available_backends, host_memory_info
+from .backend import Backend, BackendManager, available_backends, host_memory_info
+from .config import QuantizationConfig, QuantizationMethod
 
 logger = logging.getLogger("quantal")
 
@@ -47,7 +48,7 @@ class ErrorContext:
 
 
 class MemoryError(QuantalError, builtins.MemoryError):  # noqa: A001 (the documented name)
-    """An allocation failed."""
+    """An allocation failed; also the built-in ``MemoryError``."""
 
     code = "Device"
 
@@ -300,6 +301,15 @@ class ResourceMonitor:
 # ------------------------------------------------------------------ settings and fallbacks
 
 
+def _is_usual_width(bits: int) -> bool:
+    """Whether a config of any method may have this width."""
+    try:
+        QuantizationConfig(QuantizationMethod.NONE, bits)
+    except ConfigError:
+        return False
+    return True
+
+
 def validate_configuration(config: dict[str, Any]) -> list[str]:
     """Remarks about the settings of a training run: batch_size, quantization_bits, dtype, backend,
     gradient_checkpointing, model_size (10^9 parameters). Unknown ones are ignored."""
@@ -319,10 +329,12 @@ def validate_configuration(config: dict[str, Any]) -> list[str]:
     batch_size, bits = config.get("batch_size"), config.get("quantization_bits")
     if batch_size is not None and batch_size > 128:
         issues.append(f"Very large batch size ({batch_size}) may run out of memory")
-    if bits is not None and bits not in (2, 4, 8, 16):
+    if bits is not None and not _is_usual_width(bits):
         issues.append(f"Unusual quantization bits ({bits}), common values are 2, 4, 8 and 16")
-    if str(config.get("dtype")).endswith("bfloat16") and str(config.get("backend")) == "mps":
-        issues.append("MPS backend doesn't support bfloat16")
+    if str(config.get("dtype")).endswith("bfloat16") and config.get("backend"):
+        name = Backend(config["backend"])
+        if not BackendManager.CAPABILITIES[name].supports_bfloat16:
+            issues.append(f"{name.name} backend doesn't support bfloat16")
     if (config.get("model_size") or 0) > 7 and not config.get("gradient_checkpointing"):
         issues.append("Models above 7B train with less memory with gradient checkpointing")
     return issues

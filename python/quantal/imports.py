@@ -239,8 +239,7 @@ class _Package:
 
     module: str
     distribution: str
-    needed_for: str = "nothing"
-    methods: tuple[str, ...] = ()
+    needed_for: str = "nothing: quantal has these formats itself"
     backends: tuple[str, ...] = _ALL
     import_func: Callable[[], Any] | None = None
     fallback: Callable[[], Any] | None = None
@@ -251,7 +250,6 @@ _PACKAGES = {
     "bitsandbytes": _Package(
         "bitsandbytes",
         "bitsandbytes",
-        methods=("bnb_nf4", "bnb_int8"),
         backends=("cuda",),
         import_func=_import_bitsandbytes,
         fallback=lambda: _StandIn("bitsandbytes", f"Please install bitsandbytes {_OTHER_METHOD}"),
@@ -260,14 +258,12 @@ _PACKAGES = {
     "hqq": _Package(
         "hqq",
         "hqq",
-        methods=("hqq",),
         import_func=_import_hqq,
         fallback=lambda: _StandIn("hqq", f"Please install HQQ {_OTHER_METHOD}"),
     ),
     "quanto": _Package(
         "optimum.quanto",
         "optimum-quanto",
-        methods=("quanto_int2", "quanto_int4", "quanto_int8"),
         fallback=lambda: _StandIn(
             "quanto", "Install with: pip install optimum-quanto, " + _OTHER_METHOD
         ),
@@ -275,7 +271,6 @@ _PACKAGES = {
     "mlx": _Package(
         "mlx.core",
         "mlx",
-        methods=("mlx_int4", "mlx_int8"),
         backends=("mlx", "mps"),
         import_func=_import_mlx,
         fallback=lambda: _StandIn("mlx", "Please install MLX: pip install mlx mlx-lm"),
@@ -365,8 +360,7 @@ def _package_lines(name: str, backend: str | None) -> list[str]:
         status += _version(known.distribution)
     elif known.fallback is not None:
         status += " (fallback)"
-    own = f" (quantal's own kernels run {', '.join(known.methods)})" if known.methods else ""
-    lines = [f"{name:20} {status}", f"    needed for: {known.needed_for}{own}"]
+    lines = [f"{name:20} {status:27} needed for {known.needed_for}"]
     if backend is not None and backend not in known.backends and _is_installed(known.module):
         lines.append(f"    ⚠ Import '{name}' is not supported on backend '{backend}'")
     return lines
@@ -379,7 +373,10 @@ def report_import_status(backend: Backend | str | None = None) -> str:
     lines = ["Import Status Report", "=" * 50, f"Backend: {chosen or 'not specified'}", ""]
     lines.append(f"quantal {_core.version} on torch {torch.__version__}; its own engine:")
     lines.append(_core.engine_text(machine()).rstrip("\n"))
-    lines += [f"Methods of this build: {', '.join(_core.built_methods())}", "", "Other packages:"]
+    custom = _core.custom_methods()
+    if custom:
+        lines.append(f"  registered here: {', '.join(custom)}")
+    lines += ["", "Other packages (quantizing, saving and loading need none of them):"]
     for name in registry.names():
         lines += _package_lines(name, chosen)
     return "\n".join(lines)

@@ -111,6 +111,7 @@ class HQQLinearWrapper(_NamedLayer):
 
     @property
     def linear_layer(self) -> PackedLinear:
+        """The layer itself, by the name that earlier programs use."""
         return self
 
 
@@ -134,6 +135,7 @@ class MLXLinearWrapper(_NamedLayer):
 
     @property
     def quantized(self) -> bool:
+        """Whether weights have been quantized into the layer."""
         return bool(self.stats.any())
 
 
@@ -150,9 +152,11 @@ class MLXModelWrapper(nn.Module):
 
     @property
     def mlx_model(self) -> nn.Module:
+        """The model whose layers hold MLX's form; the same object as ``pytorch_model``."""
         return self.pytorch_model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the quantized model."""
         return self.pytorch_model(*args, **kwargs)
 
     @_check.arguments(path=_check.path)

@@ -160,7 +160,8 @@ class ModelLoader(ABC):
 
 
 class StandardModelLoader(ModelLoader):
-    """Loads a model as it is."""
+    """Loads a model as it is, dense, by means of transformers; warns where a quantization config was
+    given."""
 
     def _validate_config(self) -> None:
         if self.config.quantizes:
@@ -271,7 +272,7 @@ class _in_dtype:
 
 
 class CUDAModelLoader(QuantizedModelLoader):
-    """Loads for a CUDA device."""
+    """Loads for a CUDA device; raises DeviceError where there is none."""
 
     def _validate_config(self) -> None:
         if not is_available(Backend.CUDA):
@@ -290,7 +291,7 @@ class MPSModelLoader(QuantizedModelLoader):
         config = self.config
         quantization = config.quantization_config
         asked = (config.dtype, quantization.compute_dtype if quantization is not None else None)
-        if torch.bfloat16 not in asked:
+        if torch.bfloat16 not in asked or BackendManager.CAPABILITIES[Backend.MPS].supports_bfloat16:
             return
         _check.warn("MPS doesn't support bfloat16, using float16 instead")
         config.dtype = torch.float16 if config.dtype is torch.bfloat16 else config.dtype
@@ -309,7 +310,7 @@ class MLXModelLoader(QuantizedModelLoader):
 
 
 class CPUModelLoader(QuantizedModelLoader):
-    """Loads for the CPU."""
+    """Loads for the CPU; every config can be loaded there."""
 
     def _validate_config(self) -> None:
         """Every config can be loaded on the CPU."""

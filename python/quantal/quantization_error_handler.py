@@ -371,6 +371,7 @@ class SafeQuantizationAdapter(QuantizationAdapter):
     def create_quantized_linear(
         self, in_features: int, out_features: int, bias: bool = True
     ) -> nn.Module:
+        """``base_adapter.create_quantized_linear``."""
         return self.base_adapter.create_quantized_linear(in_features, out_features, bias)
 
     def quantize_model(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -378,11 +379,15 @@ class SafeQuantizationAdapter(QuantizationAdapter):
         return self.error_handler.quantize_model_safe(model, self.base_adapter, **kwargs)
 
     def prepare_model_for_training(self, model: nn.Module) -> nn.Module:
+        """``base_adapter.prepare_model_for_training``."""
         return self.base_adapter.prepare_model_for_training(model)
 
     def save_quantized_model(
         self, model: nn.Module, save_path: str | os.PathLike, **kwargs: Any
     ) -> None:
+        """``base_adapter.save_quantized_model``, in two tries where memory is short.
+
+        kwargs  those of the base adapter"""
         handler = self.error_handler
         handler.save_quantized_model_safe(model, save_path, self.base_adapter, **kwargs)
 

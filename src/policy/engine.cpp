@@ -1,4 +1,5 @@
 // Which code runs a dialect here: one answer for reports, the cli and Python.
+#include <algorithm>
 #include <array>
 #include <string>
 
@@ -31,6 +32,20 @@ std::string engine_of(Backend backend, const Machine& machine) {
 constexpr std::array<Backend, kNumBackends> kAll = {Backend::CUDA, Backend::MPS, Backend::MLX,
                                                     Backend::CPU};
 
+/// "cuda: no device; mps: no device; ..."
+std::string engines_line(const EngineStatus& status) {
+  std::string text;
+  for (std::size_t i = 0; i < status.engines.size(); ++i) {
+    text += (i == 0 ? "" : "; ") + std::string(backend_name(kAll[i])) + ": " + status.engines[i];
+  }
+  return text;
+}
+
+/// At least one blank after the text.
+std::string padded(const std::string& text, std::size_t width) {
+  return text + std::string(text.size() < width ? width - text.size() : 1, ' ');
+}
+
 }  // namespace
 
 std::vector<EngineStatus> engine_status(const Machine& machine) {
@@ -50,19 +65,20 @@ std::vector<EngineStatus> engine_status(const Machine& machine) {
 }
 
 std::string engine_text(const Machine& machine) {
-  std::string text;
-  for (const EngineStatus& status : engine_status(machine)) {
+  const std::vector<EngineStatus> all = engine_status(machine);
+  const bool alike = std::all_of(all.begin(), all.end(), [&](const EngineStatus& status) {
+    return status.engines == all.front().engines;
+  });
+  std::string text = alike ? "  " + engines_line(all.front()) + "\n" : "";
+  for (const EngineStatus& status : all) {
     std::string methods;
     for (const std::string& method : status.methods) {
       methods += (methods.empty() ? "" : ", ") + method;
     }
     if (methods.empty()) methods = "from and to files";
-    text +=
-        "  " + status.title + ": " + methods + " (bits " + policy::join(status.bits) + ")\n    ";
-    for (std::size_t i = 0; i < status.engines.size(); ++i) {
-      text += (i == 0 ? "" : "; ") + std::string(backend_name(kAll[i])) + ": " + status.engines[i];
-    }
-    text += "\n";
+    text += "  " + padded(status.title, 14) + padded(methods, 40) + policy::join(status.bits) +
+            " bits\n";
+    if (!alike) text += "    " + engines_line(status) + "\n";
   }
   return text + "  kernel sets of this CPU, best first: " + policy::join(available_cpu_kernels()) +
          "\n";

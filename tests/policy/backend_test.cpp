@@ -8,6 +8,7 @@
 #include <cstring>
 #include <limits>
 #include <map>
+#include <sstream>
 
 #include "policy/probe.h"
 #include "quantal/kernels.h"
@@ -370,6 +371,8 @@ TEST(Engine, NamesTheKernelSetOfEveryDialect) {
   EXPECT_NE(text.find("best first: " + std::string(available_cpu_kernels().front())),
             std::string::npos)
       << text;
+  std::istringstream lines(text);
+  for (std::string line; std::getline(lines, line);) EXPECT_LE(line.size(), 100u) << line;
   for (const MethodInfo& method : methods()) {
     if (method.method == QuantizationMethod::NONE) continue;
     EXPECT_NE(text.find(std::string(method.name)), std::string::npos) << method.name;

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import quantal
-from quantal import ConfigError, DtypeError, get_recommended_config
+from quantal import ConfigError, DtypeError, _core, get_recommended_config
 from quantization_wrapper import QuantizationConfig, QuantizationMethod
 
 FIELDS = {
@@ -38,6 +38,17 @@ def test_fields_their_order_and_defaults():
     assert config.double_quant is True and isinstance(config.bits, int)
     parameters = inspect.signature(QuantizationConfig).parameters
     assert list(parameters) == list(FIELDS)
+
+
+def test_names_and_defaults_are_those_of_the_library():
+    """The dataclass and the enumeration are declarations; what they say is decided in C++."""
+    assert [m.name for m in QuantizationMethod] == _core.method_names()
+    ours = QuantizationConfig(bits=None, double_quant=None).to_dict()
+    theirs = json.loads(_core.normalize_config("{}"))
+    for name in ("bits", "double_quant"):
+        assert ours.pop(name) is None and theirs.pop(f"{name}_set") is False
+        assert theirs.pop(name) == getattr(QuantizationConfig(), name)
+    assert ours == theirs
 
 
 def test_positional_use_follows_the_document():

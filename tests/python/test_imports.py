@@ -181,15 +181,18 @@ def test_report_tells_engine_and_packages():
     assert lines[:3] == ["Import Status Report", "=" * 50, "Backend: cuda"]
     assert f"quantal {quantal.__version__} on torch {torch.__version__}" in report
     active = _core.engine_status(quantal.backend.machine())[0]["engines"]["cpu"]
-    for title in ("bitsandbytes", "HQQ", "MLX", "Quanto", "GGUF"):
-        row = next(i for i, line in enumerate(lines) if line.startswith(f"  {title}: "))
-        assert f"cpu: {active}" in lines[row + 1] and "cuda: " in lines[row + 1]
-    for name, methods in (("bitsandbytes", "bnb_nf4, bnb_int8"), ("hqq", "hqq")):
+    engines = next(line for line in lines if line.startswith("  cuda: "))
+    assert engines.endswith(f"cpu: {active}")
+    for title, bits in (("bitsandbytes", "4, 8"), ("HQQ", "1, 2, 3, 4, 5, 6, 8"), ("GGUF", "8")):
+        row = next(line for line in lines if line.startswith(f"  {title} "))
+        assert row.endswith(f"{bits} bits")
+    assert max(map(len, lines)) <= 100
+    for name in ("bitsandbytes", "hqq", "mlx", "quanto", "gguf"):
         row = next(i for i, line in enumerate(lines) if line.startswith(f"{name:20} "))
         assert ("✓ Available" in lines[row]) == check_import_availability(name, "cuda")
-        assert f"needed for: nothing (quantal's own kernels run {methods})" in lines[row + 1]
+        assert lines[row].endswith("needed for nothing: quantal has these formats itself")
     transformers = next(line for line in lines if line.startswith("transformers "))
-    assert transformers.endswith(f"✓ Available {__import__('transformers').__version__}")
+    assert f"✓ Available {__import__('transformers').__version__} " in transformers
     assert "Backend: not specified" in report_import_status()
 
 

@@ -230,8 +230,8 @@ print(peak[0] - before)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_peak_memory_of_quantizing_on_the_way(folder, tmp_path):
-    """Anonymous memory grows by the packed model, a layer and what the allocator keeps, far less
-    than by the dense model."""
+    """W23: anonymous memory grows by the packed model, a layer and what the allocator keeps, far
+    less than by the dense model."""
     model = tiny_llama(hidden=2048)
     layers = sum(p.numel() for p in model.model.layers.parameters())
     rest = sum(p.numel() for p in model.parameters()) - layers

@@ -130,3 +130,16 @@ with error_handler(ErrorContext("x"), reraise=False):
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
     handlers = logging.getLogger("quantal").handlers
     assert any(isinstance(h, logging.NullHandler) for h in handlers)
+
+
+def test_adapters_of_the_library_may_be_subclassed(model):
+    class Counting(quantization_wrapper.HQQAdapter):
+        layers = 0
+
+        def quantize_linear(self, linear, choice):
+            self.layers += 1
+            return super().quantize_linear(linear, choice)
+
+    adapter = Counting("cpu", hqq())
+    adapter.quantize_model(model)
+    assert adapter.layers == 14

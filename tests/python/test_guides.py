@@ -1,0 +1,54 @@
+"""The guides: every block of every page runs, in the order of the page, as it is printed."""
+
+import logging
+import pathlib
+import re
+import warnings
+
+import pytest
+
+from quantal import _custom
+
+DOCS = pathlib.Path(__file__).parents[2] / "docs"
+PAGES = [DOCS / "quantization_model_loading.md", *sorted((DOCS / "guide").glob("*.md"))]
+PAGES.append(DOCS / "python.md")
+
+
+def blocks(page: pathlib.Path) -> list[tuple[int, str]]:
+    """(line, code) of the Python blocks."""
+    text = page.read_text(encoding="utf-8")
+    found = re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [(text.count("\n", 0, m.start()) + 1, m[1]) for m in found]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_blocks_of_the_page_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(_custom, "_classes", {})
+    monkeypatch.setattr(logging.getLogger("quantal"), "level", logging.WARNING)
+    namespace: dict = {"__name__": "guide"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for line, code in blocks(page):
+            exec(compile("\n" * line + code, str(page), "exec"), namespace)
+
+
+def headings(page: pathlib.Path) -> list[str]:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return re.findall(r"^#{1,4} (.+)$", text, re.MULTILINE)
+
+
+def test_the_guide_has_every_heading_of_the_document():
+    wanted = headings(DOCS / "api.md")[1:]
+    found = [heading for page in (DOCS / "guide").glob("*.md") for heading in headings(page)]
+    assert [h for h in wanted if h not in found] == []
+
+
+def test_the_index_names_every_page():
+    index = (DOCS / "guide" / "README.md").read_text(encoding="utf-8")
+    for page in (DOCS / "guide").glob("*.md"):
+        assert page.name == "README.md" or f"]({page.name})" in index, page.name
+
+
+def test_every_page_has_code():
+    assert [p.name for p in PAGES if p.name != "README.md" and not blocks(p)] == ["future.md"]
