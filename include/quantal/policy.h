@@ -136,9 +136,9 @@ struct Decision {
 Decision decide_adapter(Backend backend, const QuantizationConfig& config,
                         std::optional<Support> support = {}, std::optional<Fallback> fallback = {});
 
-/// Why an adapter cannot be constructed directly for this backend (not documented for it, or none
-/// of its methods is built); empty if it can. Uses backend_options "support" of the config. Throws
-/// Error{kConfig} for an unknown adapter name.
+/// Why an adapter cannot be constructed directly for this backend and config (not documented for
+/// it, none of its methods is built, a method or width of others); empty if it can. Uses
+/// backend_options "support" of the config. Throws Error{kConfig} for an unknown adapter name.
 std::string adapter_refusal(std::string_view adapter, Backend backend,
                             const QuantizationConfig& config);
 

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -59,14 +59,14 @@ class QuantizationAdapter(ABC):
     def create_quantized_linear(
         self, in_features: int, out_features: int, bias: bool = True
     ) -> nn.Module:
-        """A layer of this adapter's kind; its weights are zero until ``quantize_weights`` is called.
+        """A layer of this adapter's kind; its weights are zero until ``quantize_weights``.
 
         in_features, out_features, bias  as those of ``nn.Linear``"""
 
     @abstractmethod
     def quantize_model(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        """Quantizes the linear layers of `model` in place and returns it; a model that is itself one
-        linear layer is returned as a new layer. What was done stands in ``report``."""
+        """Quantizes the linear layers of `model` in place and returns it; a model that is itself
+        one linear layer is returned as a new layer. What was done stands in ``report``."""
 
     def prepare_model_for_training(self, model: nn.Module) -> nn.Module:
         """Freezes the base so that only adapters attached afterwards are trained; see
@@ -246,6 +246,12 @@ class _DialectAdapter(QuantizationAdapter):
     def _make_linear(self) -> None:
         return None
 
+    #: What a config that is not given means.
+    DEFAULT: ClassVar[QuantizationMethod]
+
+    def __init__(self, backend: Backend | str, config: QuantizationConfig | None = None) -> None:
+        super().__init__(backend, QuantizationConfig(self.DEFAULT) if config is None else config)
+
     def _validate_backend_support(self) -> None:
         kind = next(c.__name__ for c in type(self).__mro__ if c in _ADAPTERS.values())
         refusal = _core.adapter_refusal(kind, self.backend.value, self.config.to_json())
@@ -272,9 +278,13 @@ class _DialectAdapter(QuantizationAdapter):
 class BitsAndBytesAdapter(_DialectAdapter):
     """bitsandbytes NF4 and FP4, with and without double quantization, and LLM.int8."""
 
+    DEFAULT = QuantizationMethod.BNB_NF4
+
 
 class HQQAdapter(_DialectAdapter):
-    """Half-quadratic quantization."""
+    """Half-quadratic quantization: 1 to 6 and 8 bits, zero points fitted to the weights."""
+
+    DEFAULT = QuantizationMethod.HQQ
 
 
 class MLXAdapter(_DialectAdapter):
@@ -283,6 +293,7 @@ class MLXAdapter(_DialectAdapter):
     The model that ``quantize_model`` returns is a torch model whose layers hold MLX's codes and
     scales; a warning, once per adapter, says so."""
 
+    DEFAULT = QuantizationMethod.MLX_INT4
     _told = False
 
     def quantize_model(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -299,7 +310,9 @@ class MLXAdapter(_DialectAdapter):
 
 
 class QuantoAdapter(_DialectAdapter):
-    """Quanto int2, int4 and int8."""
+    """Quanto int2, int4 and int8; its optimizers through ``backend_options={"mode": "hqq"}``."""
+
+    DEFAULT = QuantizationMethod.QUANTO_INT8
 
 
 class FallbackAdapter(QuantizationAdapter):

@@ -332,9 +332,9 @@ def validate_configuration(config: dict[str, Any]) -> list[str]:
     if bits is not None and not _is_usual_width(bits):
         issues.append(f"Unusual quantization bits ({bits}), common values are 2, 4, 8 and 16")
     if str(config.get("dtype")).endswith("bfloat16") and config.get("backend"):
-        name = Backend(config["backend"])
-        if not BackendManager.CAPABILITIES[name].supports_bfloat16:
-            issues.append(f"{name.name} backend doesn't support bfloat16")
+        kind = Backend(config["backend"])
+        if not BackendManager.CAPABILITIES[kind].supports_bfloat16:
+            issues.append(f"{kind.name} backend doesn't support bfloat16")
     if (config.get("model_size") or 0) > 7 and not config.get("gradient_checkpointing"):
         issues.append("Models above 7B train with less memory with gradient checkpointing")
     return issues

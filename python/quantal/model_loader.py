@@ -291,7 +291,10 @@ class MPSModelLoader(QuantizedModelLoader):
         config = self.config
         quantization = config.quantization_config
         asked = (config.dtype, quantization.compute_dtype if quantization is not None else None)
-        if torch.bfloat16 not in asked or BackendManager.CAPABILITIES[Backend.MPS].supports_bfloat16:
+        if (
+            torch.bfloat16 not in asked
+            or BackendManager.CAPABILITIES[Backend.MPS].supports_bfloat16
+        ):
             return
         _check.warn("MPS doesn't support bfloat16, using float16 instead")
         config.dtype = torch.float16 if config.dtype is torch.bfloat16 else config.dtype

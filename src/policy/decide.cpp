@@ -257,6 +257,37 @@ Decision decide_adapter(Backend backend, const QuantizationConfig& config,
   return Factory(backend, config, support, fallback).run();
 }
 
+namespace {
+
+/// Why a config means nothing to the adapter of a family: another family's method, or a width that
+/// none of its methods has.
+std::string settings_refusal(const policy::FamilyFacts& family, const QuantizationConfig& config) {
+  if (config.method == M::NONE) return {};
+  std::string legal;
+  bool has_width = false;
+  for (const MethodInfo& method : methods()) {
+    if (method.dialect != family.dialect) continue;
+    legal += (legal.empty() ? "" : ", ") + std::string(method.name);
+    has_width = has_width || policy::has_width(policy::built_bits(method.method), config.bits);
+  }
+  if (policy::family_of(config.method).dialect != family.dialect) {
+    return std::string(family.adapter) + ": method is " + std::string(method_name(config.method)) +
+           ", expected " + legal;
+  }
+  if (policy::bits_given(config) && !has_width) {
+    return std::string(family.title) + " doesn't support " + std::to_string(config.bits) +
+           "-bit quantization";
+  }
+  const std::string conflict = policy::bits_conflict(config);
+  if (!conflict.empty()) {
+    return std::string(family.adapter) + ": " + conflict +
+           ", expected bits unset or a method that has them";
+  }
+  return {};
+}
+
+}  // namespace
+
 std::string adapter_refusal(std::string_view adapter, Backend backend,
                             const QuantizationConfig& config) {
   if (adapter == "FallbackAdapter") return {};
@@ -278,7 +309,7 @@ std::string adapter_refusal(std::string_view adapter, Backend backend,
            std::string(family->direct_on);
   }
   if (!built) return std::string(family->title) + " is not built in this version of quantal";
-  return {};
+  return settings_refusal(*family, config);
 }
 
 }  // namespace quantal

@@ -217,12 +217,28 @@ TEST(AdapterRefusal, DirectConstruction) {
   EXPECT_EQ(adapter_refusal("BitsAndBytesAdapter", Backend::CUDA, config), "");
   EXPECT_EQ(adapter_refusal("MLXAdapter", Backend::CUDA, config),
             "MLX quantization is only supported on Apple Silicon (MLX/MPS backends)");
-  EXPECT_EQ(adapter_refusal("HQQAdapter", Backend::CPU, config), "");
+  EXPECT_EQ(adapter_refusal("HQQAdapter", Backend::CPU, make(M::HQQ)), "");
   EXPECT_EQ(adapter_refusal("FallbackAdapter", Backend::CPU, config), "");
   EXPECT_THROW(adapter_refusal("Nobody", Backend::CPU, config), Error);
   QuantizationConfig extended;
   extended.backend_options["support"] = "extended";
   EXPECT_EQ(adapter_refusal("BitsAndBytesAdapter", Backend::CPU, extended), "");
+}
+
+TEST(AdapterRefusal, MethodsAndWidthsOfOthers) {
+  EXPECT_EQ(adapter_refusal("HQQAdapter", Backend::CPU, make(M::BNB_NF4)),
+            "HQQAdapter: method is bnb_nf4, expected hqq");
+  EXPECT_EQ(adapter_refusal("HQQAdapter", Backend::CPU, make(M::NONE)), "");
+  QuantizationConfig config = make(M::BNB_NF4);
+  config.bits = 2;
+  EXPECT_EQ(adapter_refusal("BitsAndBytesAdapter", Backend::CUDA, config),
+            "bitsandbytes doesn't support 2-bit quantization");
+  config.bits = 8;
+  EXPECT_EQ(
+      adapter_refusal("BitsAndBytesAdapter", Backend::CUDA, config),
+      "BitsAndBytesAdapter: method bnb_nf4 has 4 bits, not 8, expected bits unset or a method "
+      "that has them");
+  EXPECT_EQ(adapter_refusal("BitsAndBytesAdapter", Backend::CUDA, make(M::BNB_INT8)), "");
 }
 
 }  // namespace

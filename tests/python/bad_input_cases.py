@@ -145,7 +145,7 @@ def cases(folder: str, gguf: str, free: str) -> dict[str, Call]:
         quantal.FallbackAdapter,
     ):
         backend = "cuda" if cls is quantal.BitsAndBytesAdapter else "mps"
-        add(cls.__name__, cls, {"backend": backend, "config": hqq()})
+        add(cls.__name__, cls, {"backend": backend, "config": None})
     add("QuantizationAdapter", Own, {"backend": "cpu", "config": hqq()})
     linear = {**SIZES, "bias": True}
     for make, of in ((adapter, "adapter"), (lambda: quantal.FallbackAdapter("cpu"), "fallback")):

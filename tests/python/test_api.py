@@ -167,6 +167,16 @@ def test_direct_construction_agrees_with_the_factory():
     with pytest.raises(ValueError, match="only supported on CUDA"):
         quantal.BitsAndBytesAdapter(Backend.CPU, QuantizationConfig())
     assert quantal.BitsAndBytesAdapter("cpu", nf4()).backend is Backend.CPU
+    assert quantal.HQQAdapter("cpu").create_quantized_linear(64, 64).dialect == "hqq"
+    with pytest.raises(ValueError, match="method is bnb_nf4, expected hqq"):
+        quantal.HQQAdapter("cpu", QuantizationConfig())
+    for bits, text in ((2, "bitsandbytes doesn't support 2-bit quantization"), (8, "has 4 bits")):
+        with pytest.raises(ValueError, match=text):
+            quantal.BitsAndBytesAdapter("cuda", QuantizationConfig("bnb_nf4", bits=bits))
+    with pytest.warns(UserWarning, match="No quantization support for cpu, using fallback"):
+        assert quantal.FallbackAdapter("cpu", QuantizationConfig()).report.reason
+    with pytest.warns(UserWarning, match="although HQQAdapter would"):
+        quantal.FallbackAdapter("cpu", hqq())
 
 
 class MyQuantizedLinear(quantal.PackedLinear):
@@ -271,3 +281,26 @@ def test_import_report_names_stand_ins():
 def test_compatibility_matrix_is_the_documented_one():
     table = quantal.compatibility_matrix_markdown()
     assert "| CPU     | ✗       | ✗        | ✓   |" in table
+
+
+@pytest.mark.parametrize("kind", ["GptOss", "Llama4Text"])
+def test_fused_experts_are_reported_by_name_with_their_bytes(kind):
+    import transformers
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 128}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    config = getattr(transformers, f"{kind}Config")(**sizes, **heads, num_local_experts=4)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    adapter = create_quantization_adapter("cpu", hqq())
+    adapter.quantize_model(model)
+    rows = {e["name"]: e for e in adapter.report.entries if "gate_up_proj" in e["name"]}
+    fused = {n: p for n, p in model.named_parameters() if "gate_up_proj" in n and p.dim() == 3}
+    assert len(fused) == 2
+    for name, parameter in fused.items():
+        assert rows[name]["bytes_after"] == parameter.nbytes and rows[name]["method"] == "dense"
+        assert str(list(parameter.shape)) in rows[name]["reason"]
+    everything = sum(p.nbytes for p in model.parameters())
+    reported = sum(e["bytes_after"] for e in adapter.report.entries)
+    assert reported == pytest.approx(everything, abs=256 * 200), "nothing is left out"
+    assert "experts.gate_up_proj" in adapter.report.to_text()
