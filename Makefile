@@ -6,7 +6,6 @@
 #   make bench        tables of bench/results, measured against the rivals on this machine
 #   make lint         clang-format, clang-tidy, ruff, mypy
 #   make sanitize     C++ tests under AddressSanitizer and UBSan
-#   make docs         reference of the interfaces as HTML, build/docs/html
 #   make install      C++ library, cli and CMake package into PREFIX (default build/install)
 #   make clean
 
@@ -20,7 +19,7 @@ CTEST := $(VENV)/bin/ctest
 BUILD := build/release
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: demo test test-cpp test-python conformance bench lint sanitize docs install configure package setup clean
+.PHONY: demo test test-cpp test-python conformance bench lint sanitize install configure package setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -69,9 +68,6 @@ sanitize: setup
 	$(CMAKE) --preset asan-ubsan -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja > build/asan-ubsan.log
 	$(CMAKE) --build build/asan-ubsan
 	$(CTEST) --test-dir build/asan-ubsan --output-on-failure -j 2
-
-docs: package
-	bash scripts/docs.sh
 
 install: configure
 	$(CMAKE) --build $(BUILD)

@@ -341,8 +341,8 @@ class FallbackAdapter(QuantizationAdapter):
 
     @_check.arguments(model=_check.module)
     def quantize_model(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        """Returns `model` as it is, with a warning if something else was asked for; ``report`` lists
-        its linear layers as dense, with the reason."""
+        """Returns `model` as it is, with a warning if something else was asked for; ``report``
+        lists its linear layers as dense, with the reason."""
         if self.config.method is not QuantizationMethod.NONE or self.report.reason:
             _check.warn("No quantization applied (fallback mode)")
         self.report.entries.clear()

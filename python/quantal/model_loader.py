@@ -160,8 +160,8 @@ class ModelLoader(ABC):
 
 
 class StandardModelLoader(ModelLoader):
-    """Loads a model as it is, dense, by means of transformers; warns where a quantization config was
-    given."""
+    """Loads a model as it is, dense, by means of transformers; warns where a quantization config
+    was given."""
 
     def _validate_config(self) -> None:
         if self.config.quantizes:

@@ -144,7 +144,7 @@ class _Walk:
 
 def _fused_experts(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Parameters [experts, rows, columns] of a mixture of experts that holds them in one tensor."""
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
         return []
     return [(n, p) for n, p in module.named_parameters(recurse=False) if p.dim() == 3]
 

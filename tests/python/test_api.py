@@ -275,7 +275,7 @@ def test_backend_manager_and_capabilities(monkeypatch):
 def test_import_report_names_stand_ins():
     text = report_import_status(backend="cuda")
     assert "Import Status Report" in text and "Backend: cuda" in text
-    assert "bitsandbytes" in text and "Methods of this build: bnb_nf4" in text
+    assert "bitsandbytes" in text and "bnb_nf4, bnb_int8" in text
 
 
 def test_compatibility_matrix_is_the_documented_one():
@@ -304,3 +304,20 @@ def test_fused_experts_are_reported_by_name_with_their_bytes(kind):
     reported = sum(e["bytes_after"] for e in adapter.report.entries)
     assert reported == pytest.approx(everything, abs=256 * 200), "nothing is left out"
     assert "experts.gate_up_proj" in adapter.report.to_text()
+
+
+def test_a_layer_is_never_quantized_twice(model):
+    adapter = create_quantization_adapter("cpu", hqq())
+    digest = quantal.model_digest(adapter.quantize_model(model))
+    again = create_quantization_adapter("cpu", hqq(8)).quantize_model(model)
+    assert again is model and quantal.model_digest(model) == digest
+    assert all(layer.bits == 4 for layer in model.modules() if isinstance(layer, QuantizedLinear))
+
+
+def test_signatures_are_the_documented_ones():
+    import inspect
+
+    order = ["in_features", "out_features", "bias", "config"]
+    assert list(inspect.signature(QuantizedLinear).parameters) == order
+    assert list(inspect.signature(QuantizationAdapter).parameters) == ["backend", "config"]
+    assert inspect.isabstract(QuantizedLinear)

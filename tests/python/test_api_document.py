@@ -10,6 +10,7 @@ import enum
 import inspect
 import pathlib
 import re
+import types
 import typing
 import warnings
 from typing import Any
@@ -94,6 +95,15 @@ def test_method_enum_is_the_declared_one():
     assert [(m.name, m.value) for m in real] == [(m.name, m.value) for m in declared]
 
 
+def plain(annotation: Any) -> str:
+    """One spelling of Optional[torch.dtype] and torch.dtype | None, of List[str] and list[str]."""
+    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    if isinstance(annotation, types.GenericAlias):
+        text = str(annotation)
+    text = re.sub(r"typing\.Optional\[([\w.]+)\]", r"\1 | None", text).split(".")[-1]
+    return re.sub(r"typing\.|quantal\.config\.", "", text).lower()
+
+
 def test_config_begins_with_the_declared_fields():
     types = {name: getattr(typing, name) for name in ("Any", "Dict", "List", "Optional")}
     namespace = names("QuantizationMethod", dataclass=dataclasses.dataclass, **types)
@@ -105,6 +115,9 @@ def test_config_begins_with_the_declared_fields():
         assert ours.default == theirs.default, ours.name
         if theirs.default_factory is not dataclasses.MISSING:
             assert ours.default_factory() == theirs.default_factory(), ours.name
+    hints = typing.get_type_hints(public.QuantizationConfig)
+    for field in declared:
+        assert plain(hints[field.name]) == plain(field.type), field.name
     assert [f.name for f in real[len(declared) :]] == ["block_size", "quant_zero", "quant_scale"]
 
 
@@ -122,6 +135,10 @@ def test_adapter_has_the_declared_methods():
         shared = list(ours.values())[: len(theirs)]
         assert [p.name for p in shared] == list(theirs), name
         assert [p.default for p in shared] == [p.default for p in theirs.values()], name
+        hints = typing.get_type_hints(getattr(real, name))
+        for parameter in list(theirs.values())[1:]:
+            if parameter.annotation is not parameter.empty and parameter.kind < 4:
+                assert hints[parameter.name] is parameter.annotation, (name, parameter.name)
         for extra in list(ours.values())[len(theirs) :]:
             assert extra.default is not extra.empty or extra.kind in (
                 extra.VAR_KEYWORD,
