@@ -27,7 +27,7 @@ WRONG: dict[str, Callable[[], Any]] = {
     "real": lambda: 0.5,
     "nan": lambda: float("nan"),
     "infinity": lambda: float("inf"),
-    "text": lambda: "nonsense",
+    "text": lambda: "no such thing",
     "empty": lambda: "",
     "bytes": lambda: b"x",
     "list": lambda: [],

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 
+import quantal
 from quantal import _custom
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
@@ -52,3 +53,16 @@ def test_the_index_names_every_page():
 
 def test_every_page_has_code():
     assert [p.name for p in PAGES if p.name != "README.md" and not blocks(p)] == ["future.md"]
+
+
+def test_the_matrix_of_the_guide_is_the_generated_one():
+    page = (DOCS / "guide" / "compatibility.md").read_text(encoding="utf-8")
+    assert quantal.compatibility_matrix_markdown().strip() in page
+
+
+def test_layouts_of_the_loading_guide_are_those_of_the_library():
+    page = (DOCS / "quantization_model_loading.md").read_text(encoding="utf-8")
+    section = page.split("## What each adapter writes")[1].split("\n## ")[0]
+    for dialect in ("bnb", "hqq", "mlx", "quanto", "gguf", "dense"):
+        for layout in quantal.file_layouts(dialect):
+            assert f"`{layout}`" in section, (dialect, layout)
