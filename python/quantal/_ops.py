@@ -7,6 +7,8 @@ import pathlib
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import is_grad_enabled
+from torch.compiler import is_compiling
 
 from . import _core
 from ._errors import DeviceError, DtypeError, QuantalError, ShapeError, UnsupportedError
@@ -40,8 +42,12 @@ def _bias_gradient(ctx, grad):
     """Gradients of all inputs after x: only a bias can have one."""
     grad_bias = None
     if ctx.bias_dtype is not None and ctx.needs_input_grad[4]:
-        grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+        grad_bias = _sum_rows(grad, ctx.bias_dtype)
     return None, None, None, grad_bias, None
+
+
+def _sum_rows(grad, dtype):
+    return grad.flatten(0, -2).sum(0).to(dtype)
 
 
 def _setup_int8(ctx, inputs, output) -> None:
@@ -75,39 +81,44 @@ torch.library.register_autograd(
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
-def _product(x, codes, stats, shared, bias, spec, threshold):
-    if threshold is None:
-        return torch.ops.quantal.linear(x, codes, stats, shared, bias, spec)
-    return torch.ops.quantal.linear_int8(x, codes, stats, shared, bias, spec, threshold)
+# Overloads, found once: looking one up costs as much as a small product.
+_linear = torch.ops.quantal.linear.default
+_linear_int8 = torch.ops.quantal.linear_int8.default
+_linear_grad_input = torch.ops.quantal.linear_grad_input.default
 
 
 class _EagerLinear(torch.autograd.Function):
     """The gradient of ``quantal::linear`` and, with a threshold, of ``quantal::linear_int8`` in
     eager mode; compiled graphs use the registered ones.
 
-    The packed buffers hang on ctx instead of going through save_for_backward. They are frozen, so
-    nothing is lost, and a checkpointed block whose last layer this is need not compute it again
-    (non-reentrant checkpointing stops where the last saved tensor is back)."""
+    The packed buffers come in a tuple and hang on ctx instead of going through save_for_backward.
+    They are frozen, so nothing is lost, and a checkpointed block whose last layer this is need not
+    compute it again (non-reentrant checkpointing stops where the last saved tensor is back). Under
+    FSDP2 they are the unsharded parameters, whose storage is freed after forward and filled again
+    before backward."""
 
     @staticmethod
-    def forward(ctx, x, codes, stats, shared, bias, spec, threshold):
-        ctx.buffers = codes, stats, shared
-        ctx.spec = spec
+    def forward(ctx, x, bias, packed):
+        codes, stats, shared, spec, threshold = ctx.packed = packed
         ctx.bias_dtype = None if bias is None else bias.dtype
         with _below_autograd():
-            return _product(x, codes, stats, shared, bias, spec, threshold)
+            if threshold is None:
+                return _linear(x, codes, stats, shared, bias, spec)
+            return _linear_int8(x, codes, stats, shared, bias, spec, threshold)
 
     @staticmethod
     def backward(ctx, grad):
-        grad_x = None
+        codes, stats, shared, spec, _ = ctx.packed
+        grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            product = torch.ops.quantal.linear_grad_input
-            if torch.is_grad_enabled() and grad.requires_grad:  # differentiated once more
-                grad_x = product(grad, *ctx.buffers, ctx.spec)
+            if is_grad_enabled() and grad.requires_grad:  # differentiated once more
+                grad_x = _linear_grad_input(grad, codes, stats, shared, spec)
             else:
                 with _below_autograd():
-                    grad_x = product(grad, *ctx.buffers, ctx.spec)
-        return grad_x, *_bias_gradient(ctx, grad), None
+                    grad_x = _linear_grad_input(grad, codes, stats, shared, spec)
+        if ctx.needs_input_grad[1]:
+            grad_bias = _sum_rows(grad, ctx.bias_dtype)
+        return grad_x, grad_bias, None
 
 
 _WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -180,18 +191,8 @@ def dequantize(
         return torch.ops.quantal.dequantize(codes, stats, shared, spec, dtype)
 
 
-def _differentiable_product(x, buffers: Buffers, bias, spec: Spec, threshold: float | None):
-    if torch.compiler.is_compiling():
-        return _product(x, *buffers, bias, spec, threshold)
-    try:
-        trained = x.requires_grad or (bias is not None and bias.requires_grad)
-        if trained and torch.is_grad_enabled():
-            return _EagerLinear.apply(x, *buffers, bias, spec, threshold)
-        with _below_autograd():
-            return _product(x, *buffers, bias, spec, threshold)
-    except RuntimeError:
-        with _typed(x, buffers, spec, int(spec[2])):
-            raise
+def _needs_gradient(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    return is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
 
 
 def linear(
@@ -203,7 +204,16 @@ def linear(
     spec: Spec,
 ) -> torch.Tensor:
     """``x @ W.T + bias`` from packed codes, differentiable in x and bias."""
-    return _differentiable_product(x, (codes, stats, shared), bias, spec, None)
+    if is_compiling():
+        return _linear(x, codes, stats, shared, bias, spec)
+    try:
+        if _needs_gradient(x, bias):
+            return _EagerLinear.apply(x, bias, (codes, stats, shared, spec, None))
+        with _below_autograd():
+            return _linear(x, codes, stats, shared, bias, spec)
+    except RuntimeError:
+        with _typed(x, (codes, stats, shared), spec, int(spec[2])):
+            raise
 
 
 def linear_int8(
@@ -220,7 +230,16 @@ def linear_int8(
 
     The gradient passes the rounding straight through: ``dx = dy @ W`` with the dequantized W, exact
     for the outlier columns and bitsandbytes' choice for the others."""
-    return _differentiable_product(x, (codes, stats, shared), bias, spec, threshold)
+    if is_compiling():
+        return _linear_int8(x, codes, stats, shared, bias, spec, threshold)
+    try:
+        if _needs_gradient(x, bias):
+            return _EagerLinear.apply(x, bias, (codes, stats, shared, spec, threshold))
+        with _below_autograd():
+            return _linear_int8(x, codes, stats, shared, bias, spec, threshold)
+    except RuntimeError:
+        with _typed(x, (codes, stats, shared), spec, int(spec[2])):
+            raise
 
 
 def matmul(
@@ -233,7 +252,7 @@ def matmul(
 
 def _check_out(out: torch.Tensor, operands: Sequence[torch.Tensor | None]) -> None:
     """torch's rule for out=, with torch's words."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
+    if is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
         raise RuntimeError(
             "functions with out=... arguments don't support automatic differentiation, but one of "
             "the arguments requires grad"

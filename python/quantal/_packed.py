@@ -88,7 +88,11 @@ class PackedWeight(nn.Module):
 
     @property
     def _buffers_packed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.codes, self.stats, self.shared
+        try:  # past nn.Module.__getattr__, which costs as much as a small product
+            parameters = self._parameters
+            return parameters["codes"], parameters["stats"], self._buffers["shared"]  # type: ignore[return-value]
+        except KeyError:  # FSDP1 hangs plain tensors on the module
+            return self.codes, self.stats, self.shared
 
     # ------------------------------------------------------------------ the weight
 

@@ -24,6 +24,8 @@ _SHAPE: dict[str, _check.Rule] = {
 }
 #: Elements that an error measurement or a conversion decodes at a time.
 CHUNK_ELEMENTS = 1 << 20
+#: Whether autocast is on for any device; costs nothing where it is not.
+_any_autocast = torch._C._is_any_autocast_enabled
 
 
 def default_config() -> QuantizationConfig:
@@ -249,18 +251,22 @@ class PackedLinear(PackedWeight, QuantizedLinear, nn.Linear):  # type: ignore[ov
         dense = self.__dict__.get("_dense")
         if dense is not None:
             return nn.functional.linear(x.to(dense.dtype), dense, self.bias).to(x.dtype)
-        wide = x.to(self.compute_dtype)
-        bias = None if self.bias is None else self.bias.to(self.compute_dtype)
-        packed = self.codes, self.stats, self.shared
+        dtype, parameters = self.compute_dtype, self._parameters
+        bias = parameters["bias"] if "bias" in parameters else self.bias
+        wide = x if x.dtype is dtype else x.to(dtype)
+        if bias is not None and bias.dtype is not dtype:
+            bias = bias.to(dtype)
+        packed = self._buffers_packed
         if self.int8_threshold is None:
             y = _ops.linear(wide, *packed, bias, self._spec)
         else:
             y = _ops.linear_int8(wide, *packed, bias, self._spec, self.int8_threshold)
-        if x.is_meta:  # autocast does not know this device
-            return y.to(x.dtype)
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            return y.to(torch.get_autocast_dtype(x.device.type))
-        return y.to(x.dtype)
+        expected = x.dtype
+        if _any_autocast() and not x.is_meta and expected is not torch.float64:
+            device = x.device.type
+            if torch.is_autocast_enabled(device):
+                expected = torch.get_autocast_dtype(device)
+        return y if y.dtype is expected else y.to(expected)
 
     def extra_repr(self) -> str:
         return (

@@ -142,67 +142,79 @@ Tensor dequantize_cpu(Tensor codes, Tensor stats, Tensor shared, Ints spec_ints,
   return out;
 }
 
-/// Checks a bias and returns it contiguous, in `type`, without history.
-std::optional<Tensor> bias_as(const std::optional<Tensor>& bias, std::int64_t rows,
-                              ScalarType type) {
-  if (!bias || !bias->defined()) return std::nullopt;
-  check_cpu("quantal::linear: bias", *bias);
-  weight_dtype("quantal::linear: bias", bias->scalar_type());
-  if (bias->dim() != 1 || bias->size(0) != rows) {
-    fail(Errc::kShape, "quantal::linear: bias has shape " + sizes_string(*bias) + ", expected [" +
+/// Throws Error{kDevice}, Error{kDtype} or Error{kShape}.
+void check_bias(const Tensor& bias, std::int64_t rows) {
+  check_cpu("quantal::linear: bias", bias);
+  weight_dtype("quantal::linear: bias", bias.scalar_type());
+  if (bias.dim() != 1 || bias.size(0) != rows) {
+    fail(Errc::kShape, "quantal::linear: bias has shape " + sizes_string(bias) + ", expected [" +
                            std::to_string(rows) + "]");
   }
+}
+
+bool given(const std::optional<Tensor>& bias) { return bias && bias->defined(); }
+
+/// A checked bias as the framework's products take it: contiguous, in `type`, without history.
+std::optional<Tensor> bias_as(const std::optional<Tensor>& bias, std::int64_t rows,
+                              ScalarType type) {
+  if (!given(bias)) return std::nullopt;
+  check_bias(*bias, rows);
   return stable::contiguous(stable::to(detached(*bias), type));
 }
 
-/// y [m, rows] = rows_of_x @ w^T + bias.
-void linear_into(const Packed& w, Tensor& x, const std::optional<Tensor>& bias, Tensor& y) {
+/// A checked bias as kernels take it, float32; `wide` holds it where it has another form.
+const float* bias_values(const std::optional<Tensor>& bias, std::int64_t rows,
+                         std::vector<float>& wide) {
+  if (!given(bias)) return nullptr;
+  check_bias(*bias, rows);
+  const Tensor b = bias->is_contiguous() ? *bias : stable::contiguous(*bias);
+  const DType dtype = weight_dtype("quantal::linear: bias", b.scalar_type());
+  if (dtype == DType::kF32 && bias->is_contiguous()) {
+    return static_cast<const float*>(b.const_data_ptr());
+  }
+  wide.resize(static_cast<std::size_t>(rows));
+  widen_to_f32(dtype, b.const_data_ptr(), rows, wide.data());
+  return wide.data();
+}
+
+/// y [m, rows] = x @ w^T + bias.
+void linear_into(const Packed& w, const Rows& x, const std::optional<Tensor>& bias, Rows& y) {
   const PackedSpec& spec = w.view.spec;
   const DType dtype = weight_dtype("quantal::linear: x", x.scalar_type());
-  const std::int64_t m = x.size(0);
-  const bool packed = use_packed_product(spec, dtype, m);
-  auto b = bias_as(bias, spec.rows, packed ? ScalarType::Float : x.scalar_type());
-  if (m > 0 && packed) {
-    const auto* b_data = b ? static_cast<const float*>(b->const_data_ptr()) : nullptr;
-    matmul(w.view, dtype, x.const_data_ptr(), m, b_data, y.mutable_data_ptr(), stable_executor());
-  } else if (m > 0) {
-    linear_by_panels(w.view, dtype, x, b, y);
+  const std::int64_t m = x.count();
+  if (use_packed_product(spec, dtype, m)) {
+    std::vector<float> wide;
+    const float* b = bias_values(bias, spec.rows, wide);
+    if (m > 0) matmul(w.view, dtype, x.data(), m, b, y.mutable_data(), stable_executor());
+    return;
   }
+  auto b = bias_as(bias, spec.rows, x.scalar_type());
+  Tensor operand = x.matrix(), result = y.matrix();
+  if (m > 0) linear_by_panels(w.view, dtype, operand, b, result);
 }
 
 /// dx [m, cols] = g @ w.
-void grad_input_into(const Packed& w, Tensor& g, Tensor& dx) {
+void grad_input_into(const Packed& w, const Rows& g, Rows& dx) {
   const PackedSpec& spec = w.view.spec;
   const DType dtype = weight_dtype("quantal::linear_grad_input: grad", g.scalar_type());
-  const std::int64_t m = g.size(0);
-  if (m > 0 && use_packed_product(spec, dtype, m)) {
-    matmul_transposed(w.view, dtype, g.const_data_ptr(), m, dx.mutable_data_ptr(),
-                      stable_executor());
-  } else if (m > 0) {
-    grad_by_panels(w.view, dtype, g, dx);
+  const std::int64_t m = g.count();
+  if (m == 0) return;
+  if (use_packed_product(spec, dtype, m)) {
+    matmul_transposed(w.view, dtype, g.data(), m, dx.mutable_data(), stable_executor());
+    return;
   }
-}
-
-/// A result and its elements as a matrix [m, width] that kernels fill. The result itself is not a
-/// view: autograd refuses in-place changes of views that a custom function returned.
-struct Result {
-  Tensor tensor, matrix;
-};
-
-Result make_result(const Tensor& x, std::int64_t m, std::int64_t width) {
-  Tensor tensor = empty_like_of(x, sizes_with_last(x, width), x.scalar_type());
-  const Ints matrix{m, width};
-  return {tensor, stable::view(tensor, {matrix.data(), matrix.size()})};
+  Tensor operand = g.matrix(), result = dx.matrix();
+  grad_by_panels(w.view, dtype, operand, result);
 }
 
 Tensor linear_cpu(Tensor x, Tensor codes, Tensor stats, Tensor shared, std::optional<Tensor> bias,
                   Ints spec_ints) {
   const Packed w = packed_of(codes, stats, shared, spec_ints);
   weight_dtype("quantal::linear: x", x.scalar_type());
-  Tensor rows = as_matrix("quantal::linear: x", x, w.view.spec.cols);
-  Result y = make_result(x, rows.size(0), w.view.spec.rows);
-  linear_into(w, rows, bias, y.matrix);
-  return y.tensor;
+  const Rows rows("quantal::linear: x", x, w.view.spec.cols);
+  Rows y = Rows::fresh(x, w.view.spec.rows);
+  linear_into(w, rows, bias, y);
+  return y.tensor();
 }
 
 /// The product of LLM.int8 (quantal/kernels.h, matmul_int8).
@@ -211,24 +223,23 @@ Tensor linear_int8_cpu(Tensor x, Tensor codes, Tensor stats, Tensor shared,
   const Packed w = packed_of(codes, stats, shared, spec_ints);
   const PackedSpec& spec = w.view.spec;
   const DType dtype = weight_dtype("quantal::linear_int8: x", x.scalar_type());
-  Tensor rows = as_matrix("quantal::linear_int8: x", x, spec.cols);
-  const std::int64_t m = rows.size(0);
-  Result y = make_result(x, m, spec.rows);
-  auto b = bias_as(bias, spec.rows, ScalarType::Float);
-  matmul_int8(w.view, dtype, rows.const_data_ptr(), m,
-              b ? static_cast<const float*>(b->const_data_ptr()) : nullptr,
-              static_cast<float>(threshold), y.matrix.mutable_data_ptr(), stable_executor());
-  return y.tensor;
+  const Rows rows("quantal::linear_int8: x", x, spec.cols);
+  Rows y = Rows::fresh(x, spec.rows);
+  std::vector<float> wide;
+  const float* b = bias_values(bias, spec.rows, wide);
+  matmul_int8(w.view, dtype, rows.data(), rows.count(), b, static_cast<float>(threshold),
+              y.mutable_data(), stable_executor());
+  return y.tensor();
 }
 
 Tensor linear_grad_input_cpu(Tensor grad, Tensor codes, Tensor stats, Tensor shared,
                              Ints spec_ints) {
   const Packed w = packed_of(codes, stats, shared, spec_ints);
   weight_dtype("quantal::linear_grad_input: grad", grad.scalar_type());
-  Tensor rows = as_matrix("quantal::linear_grad_input: grad", grad, w.view.spec.rows);
-  Result dx = make_result(grad, rows.size(0), w.view.spec.cols);
-  grad_input_into(w, rows, dx.matrix);
-  return dx.tensor;
+  const Rows rows("quantal::linear_grad_input: grad", grad, w.view.spec.rows);
+  Rows dx = Rows::fresh(grad, w.view.spec.cols);
+  grad_input_into(w, rows, dx);
+  return dx.tensor();
 }
 
 // ------------------------------------------------------------------ products into a given tensor
@@ -246,11 +257,11 @@ bool share_memory(const Tensor& a, const Tensor& b) {
   return a0 < b1 && b0 < a1;
 }
 
-/// Checks `out` and calls `product` with a contiguous matrix [m, width]: out itself, or a fresh one
-/// that is copied where out has gaps or shares memory with an operand.
+/// Checks `out` and calls `product` with contiguous rows: those of out itself, or fresh ones that
+/// are copied where out has gaps or shares memory with an operand.
 template <class Product>
 void write_into(const char* what, Tensor& out, const Tensor& x, const std::optional<Tensor>& bias,
-                std::int64_t m, std::int64_t width, Product product) {
+                std::int64_t width, Product product) {
   check_cpu(what, out);
   const Ints sizes = sizes_with_last(x, width);
   const auto actual = out.sizes();
@@ -262,34 +273,33 @@ void write_into(const char* what, Tensor& out, const Tensor& x, const std::optio
     fail(Errc::kShape, std::string(what) + " has shape " + sizes_string(out) + ", expected " +
                            shape_string(sizes));
   }
-  Tensor target = detached(out);
-  const Ints matrix{m, width};
   if (out.is_contiguous() && !share_memory(out, x) && !(bias && share_memory(out, *bias))) {
-    Tensor y = stable::view(target, {matrix.data(), matrix.size()});
+    Rows y(what, out, width);
     product(y);
     return;
   }
-  Tensor y = empty_like_of(x, matrix, x.scalar_type());
+  Rows y = Rows::fresh(x, width);
   product(y);
-  stable::copy_(target, stable::view(y, {sizes.data(), sizes.size()}));
+  Tensor target = detached(out);
+  stable::copy_(target, y.tensor());
 }
 
 void linear_out_cpu(Tensor x, Tensor codes, Tensor stats, Tensor shared, std::optional<Tensor> bias,
                     Ints spec_ints, Tensor out) {
   const Packed w = packed_of(codes, stats, shared, spec_ints);
   weight_dtype("quantal::linear: x", x.scalar_type());
-  Tensor rows = as_matrix("quantal::linear: x", x, w.view.spec.cols);
-  write_into("quantal::linear: out", out, x, bias, rows.size(0), w.view.spec.rows,
-             [&](Tensor& y) { linear_into(w, rows, bias, y); });
+  const Rows rows("quantal::linear: x", x, w.view.spec.cols);
+  write_into("quantal::linear: out", out, x, bias, w.view.spec.rows,
+             [&](Rows& y) { linear_into(w, rows, bias, y); });
 }
 
 void linear_grad_input_out_cpu(Tensor grad, Tensor codes, Tensor stats, Tensor shared,
                                Ints spec_ints, Tensor out) {
   const Packed w = packed_of(codes, stats, shared, spec_ints);
   weight_dtype("quantal::linear_grad_input: grad", grad.scalar_type());
-  Tensor rows = as_matrix("quantal::linear_grad_input: grad", grad, w.view.spec.rows);
-  write_into("quantal::linear_grad_input: out", out, grad, std::nullopt, rows.size(0),
-             w.view.spec.cols, [&](Tensor& y) { grad_input_into(w, rows, y); });
+  const Rows rows("quantal::linear_grad_input: grad", grad, w.view.spec.rows);
+  write_into("quantal::linear_grad_input: out", out, grad, std::nullopt, w.view.spec.cols,
+             [&](Rows& dx) { grad_input_into(w, rows, dx); });
 }
 
 // ------------------------------------------------------------------ meta kernels

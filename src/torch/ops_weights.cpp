@@ -34,12 +34,12 @@ Tensor merge_survival_cpu(Tensor codes, Tensor stats, Tensor shared, Tensor new_
   const Packed after = packed_of(new_codes, new_stats, new_shared, spec_ints);
   const PackedSpec& spec = before.view.spec;
   weight_dtype("quantal::merge_survival: target", target.scalar_type());
-  Tensor dense = as_matrix("quantal::merge_survival: target", target, spec.cols);
-  if (dense.size(0) != spec.rows) {
-    fail(Errc::kShape, "quantal::merge_survival: target has " + std::to_string(dense.size(0)) +
+  const Rows rows("quantal::merge_survival: target", target, spec.cols);
+  if (rows.count() != spec.rows) {
+    fail(Errc::kShape, "quantal::merge_survival: target has " + std::to_string(rows.count()) +
                            " rows, expected " + std::to_string(spec.rows));
   }
-  dense = stable::to(dense, ScalarType::Float);
+  const Tensor dense = stable::to(rows.matrix(), ScalarType::Float);
   const Survival s =
       measure_survival(before.view, after.view, static_cast<const float*>(dense.const_data_ptr()),
                        stable_executor());

@@ -1,7 +1,9 @@
 #include "torch/stable_tensor.h"
 
+#include <algorithm>
 #include <array>
 #include <span>
+#include <utility>
 
 namespace quantal::stable_ops {
 namespace {
@@ -74,7 +76,19 @@ void check_cpu(const char* what, const Tensor& t) {
 }
 
 Tensor empty_like_of(const Tensor& like, const Ints& sizes, ScalarType type) {
-  return stable::new_empty(like, {sizes.data(), sizes.size()}, type);
+  if (!like.is_cpu()) return stable::new_empty(like, {sizes.data(), sizes.size()}, type);
+  // Without the dispatcher's look-up by name, which costs as much as a small product.
+  Ints strides(sizes.size());
+  std::int64_t stride = 1;
+  for (std::size_t d = sizes.size(); d-- > 0; stride *= std::max<std::int64_t>(sizes[d], 1)) {
+    strides[d] = stride;
+  }
+  const auto dtype = stable::detail::to<std::int32_t>(stable::detail::from(type));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<std::int64_t>(sizes.size()),
+                                                  sizes.data(), strides.data(), dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
 Packed packed_of(const Tensor& codes, const Tensor& stats, const Tensor& shared, const Ints& spec) {
@@ -87,15 +101,25 @@ Packed packed_of(const Tensor& codes, const Tensor& stats, const Tensor& shared,
   return p;
 }
 
-Tensor as_matrix(const char* what, const Tensor& t, std::int64_t width) {
+Rows::Rows(Tensor tensor, std::int64_t width)
+    : tensor_(std::move(tensor)), width_(width), count_(width == 0 ? 0 : tensor_.numel() / width) {}
+
+Rows::Rows(const char* what, const Tensor& t, std::int64_t width) : Rows(t, width) {
   check_cpu(what, t);
   if (t.dim() < 1 || t.size(t.dim() - 1) != width) {
     fail(Errc::kShape, std::string(what) + " has shape " + sizes_string(t) +
                            ", expected last dimension " + std::to_string(width));
   }
-  const std::int64_t m = width == 0 ? 0 : t.numel() / width;
-  const std::array<std::int64_t, 2> shape{m, width};
-  return stable::reshape(stable::contiguous(detached(t)), {shape.data(), shape.size()});
+  if (!t.is_contiguous()) tensor_ = stable::contiguous(t);
+}
+
+Rows Rows::fresh(const Tensor& like, std::int64_t width) {
+  return {empty_like_of(like, sizes_with_last(like, width), like.scalar_type()), width};
+}
+
+Tensor Rows::matrix() const {
+  const std::array<std::int64_t, 2> shape{count_, width_};
+  return stable::view(detached(tensor_), {shape.data(), shape.size()});
 }
 
 Ints sizes_with_last(const Tensor& t, std::int64_t last) {

@@ -47,8 +47,30 @@ struct [[gnu::visibility("hidden")]] Packed {  // as torch::stable::Tensor is
 /// Throws Error{kDevice}, Error{kDtype} or Error{kShape} for buffers that do not fit `spec`.
 Packed packed_of(const Tensor& codes, const Tensor& stats, const Tensor& shared, const Ints& spec);
 
-/// Checks the last dimension and returns `t` as a contiguous matrix [m, width] without history.
-Tensor as_matrix(const char* what, const Tensor& t, std::int64_t width);
+/// A tensor [..., width] as m contiguous rows. Views pass through the dispatcher and cost more than
+/// a small product, so kernels read `data()`, and only the framework's products ask for `matrix()`.
+class [[gnu::visibility("hidden")]] Rows {
+ public:
+  /// Copies a tensor that has gaps. Throws Error{kDevice} or Error{kShape}.
+  Rows(const char* what, const Tensor& t, std::int64_t width);
+  /// Uninitialised, with the device, dtype and leading sizes of `like`. `tensor()` is no view:
+  /// autograd refuses in-place changes of views that a custom function returned.
+  static Rows fresh(const Tensor& like, std::int64_t width);
+
+  std::int64_t count() const { return count_; }
+  ScalarType scalar_type() const { return tensor_.scalar_type(); }
+  const Tensor& tensor() const { return tensor_; }
+  const void* data() const { return tensor_.const_data_ptr(); }
+  void* mutable_data() { return tensor_.mutable_data_ptr(); }
+  /// [m, width], a view without history.
+  Tensor matrix() const;
+
+ private:
+  Rows(Tensor tensor, std::int64_t width);
+
+  Tensor tensor_;
+  std::int64_t width_, count_;
+};
 /// Sizes of `t` with the last one replaced.
 Ints sizes_with_last(const Tensor& t, std::int64_t last);
 
