@@ -98,9 +98,16 @@ class CheckpointReader {
   /// Throws Error{kConfig} for a name that is not in the list; Error{kCorrupt} / Error{kShape} for
   /// a layer that contradicts itself.
   virtual PackedMatrix read_layer(const std::string& name) const = 0;
+  /// Form of a layer, without reading it where another layer of the same form was read before.
+  virtual PackedSpec layer_spec(const std::string& name) const = 0;
   /// dtype and shape only; `bytes` is empty.
   virtual TensorView describe_tensor(const std::string& name) const = 0;
   virtual Tensor read_tensor(const std::string& name) const = 0;
+  /// Copies entries [begin, end) of the first dimension of a tensor, in its own dtype, into `out`
+  /// of exactly that many bytes. Other entries are not touched where the file is mapped. Throws
+  /// Error{kShape} for a range outside of the tensor and for another size of `out`.
+  virtual void read_rows(const std::string& name, std::int64_t begin, std::int64_t end,
+                         std::span<std::uint8_t> out) const = 0;
 };
 
 /// The tokenizer of a folder (tokenizer.json, vocab.json, chat_template.jinja ..., by file name;
@@ -141,6 +148,18 @@ std::vector<FileLayout> file_layouts(const Dialect* dialect);
 void save_checkpoint(const std::string& path, const CheckpointView& view,
                      const SaveOptions& options = {});
 
+/// The digest of a model whose layers are seen one at a time, in any order: SHA-256 over the sorted
+/// names, each with the SHA-256 of its content: layers (spec, codes, stats, shared), then tensors
+/// (dtype, shape, bytes).
+class ModelDigest {
+ public:
+  void add_layer(const std::string& name, const PackedView& layer);
+  void add_tensor(const std::string& name, const TensorView& tensor);
+  std::string hex() const;
+
+ private:
+  std::map<std::string, std::string> layers_, tensors_;
+};
 /// SHA-256 (hex) over names, specs and bytes of all layers and tensors, in name order; equal
 /// digests mean equal models.
 std::string checkpoint_digest(const CheckpointView& view);

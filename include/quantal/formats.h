@@ -166,6 +166,10 @@ struct LayerEntry {
   bool shape_known = true;
 };
 
+/// Where a quantizer needs a fact about all rows of a matrix: takes one value for each row at hand
+/// and returns one for each row of the whole matrix, in order. Called from one thread.
+using RowGather = std::function<std::vector<double>(std::vector<double> own)>;
+
 /// One dialect. All functions are pure and thread-safe.
 struct Dialect {
   int id;                  ///< stored in PackedSpec::dialect; never reused
@@ -195,6 +199,11 @@ struct Dialect {
   /// first NaN or infinite weight (row, column); nothing is promised about the buffers then.
   void (*quantize)(const PackedSpec& spec, DType dtype, const void* weights, std::uint8_t* codes,
                    std::uint8_t* stats, std::uint8_t* shared, const Executor& executor);
+  /// The same for rows that are a part of a larger matrix, where its bytes depend on other rows
+  /// through sums or maxima by row; null where they do not. See shards.h.
+  void (*quantize_part)(const PackedSpec& spec, DType dtype, const void* weights,
+                        std::uint8_t* codes, std::uint8_t* stats, std::uint8_t* shared,
+                        const RowGather& gather, const Executor& executor) = nullptr;
 
   /// Upstream's tensors for one layer, names beginning with `prefix`
   /// ("model.layers.0.mlp.up_proj.").

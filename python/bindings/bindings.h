@@ -73,5 +73,6 @@ void bind_layers(py::module_& m);
 void bind_models(py::module_& m);
 void bind_convert(py::module_& m);
 void bind_plan(py::module_& m);
+void bind_reader(py::module_& m);
 
 }  // namespace quantal::python

@@ -54,4 +54,5 @@ PYBIND11_MODULE(_core, m) {
   quantal::python::bind_models(m);
   quantal::python::bind_convert(m);
   quantal::python::bind_plan(m);
+  quantal::python::bind_reader(m);
 }

@@ -15,6 +15,8 @@ from ._lazy import LazyWeight
 
 #: State of a packed module, in order.
 BUFFERS = ("codes", "stats", "shared", "spec")
+#: Dtypes that packed bytes may be seen as; see quantal.fsdp.convert_storage_.
+STORAGE_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
 _Module = TypeVar("_Module", bound="PackedWeight")
 
 
@@ -39,6 +41,26 @@ def checked_parts(where: str, spec: Any, parts: dict[str, torch.Tensor]) -> dict
     return _core.describe(spec)
 
 
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor that FSDP shards, on every rank (a collective call); others as they
+    are."""
+    full = getattr(tensor, "full_tensor", None)
+    return tensor if full is None else full()
+
+
+def view_bytes(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Bytes seen as `dtype`: a view by row where rows are whole elements, else a flat one, padded
+    with zeros at the end."""
+    data = data.detach().contiguous()
+    size = dtype.itemsize
+    if data.shape[-1] % size == 0 and data.data_ptr() % size == 0:
+        return data.view(dtype)
+    flat = data.reshape(-1)
+    padded = flat.new_zeros((flat.numel() + size - 1) // size * size)
+    padded[: flat.numel()] = flat
+    return padded.view(dtype)
+
+
 class PackedWeight(nn.Module):
     """A [rows, cols] weight kept as packed codes and statistics.
 
@@ -54,6 +76,10 @@ class PackedWeight(nn.Module):
     spec: torch.Tensor
     _rows: int
     _cols: int
+    #: What ``codes`` and ``stats`` are viewed as; never a conversion of values.
+    _storage: torch.dtype = torch.uint8
+    #: Set while adapters are attached to a model whose weights are read later.
+    _awaits_weights: bool = False
 
     def _init_packed(self, spec: list[int], device: torch.device | str | None) -> None:
         """Zero-filled buffers of this form."""
@@ -81,6 +107,8 @@ class PackedWeight(nn.Module):
 
     def _set_buffers(self, codes: torch.Tensor, stats: torch.Tensor, shared: torch.Tensor) -> None:
         for name, data in (("codes", codes), ("stats", stats)):
+            if data.dtype is not self._storage:
+                data = view_bytes(data, self._storage)
             if not isinstance(data, nn.Parameter):
                 data = nn.Parameter(data, requires_grad=False)
             setattr(self, name, data)  # a Parameter stays the same object: tied layers share it
@@ -88,11 +116,47 @@ class PackedWeight(nn.Module):
 
     @property
     def _buffers_packed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """codes, stats and shared as uint8. Raises where a rank holds only a part of them."""
         try:  # past nn.Module.__getattr__, which costs as much as a small product
             parameters = self._parameters
-            return parameters["codes"], parameters["stats"], self._buffers["shared"]  # type: ignore[return-value]
+            codes, stats = parameters["codes"], parameters["stats"]
+            shared = self._buffers["shared"]
         except KeyError:  # FSDP1 hangs plain tensors on the module
-            return self.codes, self.stats, self.shared
+            codes, stats, shared = self.codes, self.stats, self.shared
+        if self._awaits_weights:
+            raise UnsupportedError(
+                f"{type(self).__name__}: weights are not read yet, expected adapters that start "
+                "without them while load_sharded attaches (init_lora_weights=True, not one that is "
+                "computed from the weights such as pissa or olora)"
+            )
+        if self._storage is not torch.uint8:
+            return self._bytes_of("codes", codes), self._bytes_of("stats", stats), shared
+        if type(codes).__name__ == "DTensor":
+            self._refuse_part("codes")
+        return codes, stats, shared  # type: ignore[return-value]
+
+    def _bytes_of(self, name: str, data: torch.Tensor) -> torch.Tensor:
+        """The uint8 matrix behind a parameter that is stored under another dtype."""
+        if type(data).__name__ == "DTensor":
+            self._refuse_part(name)
+        if data.dtype is not self._storage:
+            raise DtypeError(
+                f"{type(self).__name__}: {name} were converted to {data.dtype}, which destroys "
+                f"packed bytes; expected storage_dtype {self._storage} to equal the dtype that the "
+                "model is cast to (param_dtype of FSDP's mixed precision)"
+            )
+        rows, columns = _core.layout(self._spec)[name]
+        flat = data.detach().reshape(-1).view(torch.uint8)
+        if flat.numel() < rows * columns:
+            self._refuse_part(name)
+        return flat[: rows * columns].view(rows, columns)
+
+    def _refuse_part(self, name: str) -> None:
+        raise UnsupportedError(
+            f"{type(self).__name__}: {name} are sharded and this rank holds a part of them, "
+            "expected the whole (use the layer inside the forward of its FSDP unit, or "
+            "quantal.fsdp.gathered(layer) on all ranks)"
+        )
 
     # ------------------------------------------------------------------ the weight
 
@@ -101,11 +165,13 @@ class PackedWeight(nn.Module):
         dense = self.__dict__.get("_dense")
         if dense is not None:  # an adapter is being merged
             return dense
-        buffers = self._buffers_packed
         spec, dtype = self._spec, self.value_dtype
+        whole = self._storage is torch.uint8 and type(self.codes).__name__ != "DTensor"
+        whole = whole and not self._awaits_weights
+        buffers = self._buffers_packed if whole else None
 
         def decode() -> torch.Tensor:
-            return _ops.dequantize(*buffers, spec, dtype)
+            return _ops.dequantize(*(buffers or self._buffers_packed), spec, dtype)
 
         shape = self._rows, self._cols
         return LazyWeight(decode, shape, dtype, self.codes.device, self.codes)
@@ -144,10 +210,11 @@ class PackedWeight(nn.Module):
 
     def _dequantize_rows(self, rows: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Exact values of some rows; needs statistics by row (``_row_runs``)."""
-        codes, stats = self.codes[rows], self.stats[rows]
+        codes, stats, shared = self._buffers_packed
         part = [*self._spec]
+        codes, stats = codes[rows], stats[rows]
         part[1] = codes.shape[0]
-        return _ops.dequantize(codes, stats, self.shared, part, dtype)
+        return _ops.dequantize(codes, stats, shared, part, dtype)
 
     @property
     def _row_runs(self) -> bool:
@@ -203,6 +270,41 @@ class PackedWeight(nn.Module):
 
     # ------------------------------------------------------------------ state
 
+    def _whole_bytes(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """codes, stats and shared as uint8, gathered from all ranks where they are sharded."""
+        if type(self.codes).__name__ != "DTensor":
+            return self._buffers_packed
+        codes, stats = whole_tensor(self.codes), whole_tensor(self.stats)
+        if self._storage is not torch.uint8:
+            codes, stats = self._bytes_of("codes", codes), self._bytes_of("stats", stats)
+        return codes, stats, self.shared
+
+    def _apply(self, fn, recurse=True):
+        """Moves and casts of the module reach packed bytes as bytes, whatever they are seen as."""
+        storage = self._storage
+        seen = [self._parameters.get(name) for name in ("codes", "stats")]
+        plain = [p for p in seen if p is not None and type(p).__name__ != "DTensor"]
+        if storage is torch.uint8 or len(plain) < 2 or any(p.dtype is not storage for p in plain):
+            return super()._apply(fn, recurse)
+        shapes = [p.shape for p in plain]
+        for p in plain:
+            p.data = p.data.view(torch.uint8)
+        super()._apply(fn, recurse)
+        for name, shape in zip(("codes", "stats"), shapes, strict=True):
+            p = self._parameters[name]
+            p.data = p.data.view(storage).view(shape)
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        """State dicts hold bytes, whatever a layer sees them as."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._storage is torch.uint8:
+            return
+        for name in ("codes", "stats"):
+            data = destination.get(prefix + name)
+            if data is not None and type(data).__name__ != "DTensor" and not data.is_meta:
+                destination[prefix + name] = self._bytes_of(name, data)
+
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
     ) -> None:
@@ -216,6 +318,18 @@ class PackedWeight(nn.Module):
                 k: v for k, v in state_dict.items() if k not in {prefix + n for n in BUFFERS}
             }
             strict = False
+        state_dict = self._with_storage(state_dict, prefix)
+        self.__dict__.pop("_row_squares", None)  # norms of the bytes that were there
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing, unexpected, errors
         )
+
+    def _with_storage(self, state_dict, prefix):
+        """The state dict with the bytes of this layer seen as the layer sees them."""
+        seen = {}
+        for name in ("codes", "stats"):
+            data = state_dict.get(prefix + name)
+            if data is not None and type(data).__name__ != "DTensor":
+                if data.dtype is torch.uint8 and self._storage is not torch.uint8:
+                    seen[prefix + name] = view_bytes(data, self._storage)
+        return {**state_dict, **seen} if seen else state_dict

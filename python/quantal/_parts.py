@@ -75,7 +75,9 @@ def saved_parts(model: nn.Module) -> SavedParts:
         else:
             out.layers[name] = module
     for name, tensor in _dense_state(model, modules).items():
-        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        key: Any = id(tensor)  # sharded tensors have no memory of their own
+        if not hasattr(tensor, "full_tensor"):
+            key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         first = seen.setdefault(key, name) if tensor.numel() else name
         if first != name and share:
             out.tied[name] = first

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import layer as lora_layer
 from peft.tuners.lora import variants
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
@@ -178,9 +179,49 @@ def _whole(weight: torch.Tensor, shape: tuple[int, int]) -> bool:
     return tuple(weight.shape) == shape and type(weight).__name__ != "DTensor"
 
 
+#: Attribute by which FullyShardedDataParallel holds the module of a unit.
+_UNIT = "_fsdp_wrapped_module"
+
+
+class PackedDoraLayer(DoraLinearLayer):  # type: ignore[misc]
+    """PEFT's holder of a magnitude. Called without arguments it returns the magnitude, which is how
+    the module that trains it reads one that FullyShardedDataParallel keeps in a unit of its own."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args or kwargs:
+            return super().forward(*args, **kwargs)
+        return self.weight.clone()
+
+
+class _SeenWeight:
+    """The weight of a linear layer as it is inside its next forward; FSDP holds a part outside."""
+
+    def __init__(self, module: Any) -> None:
+        self.weight: Any = None
+        inner = getattr(module, _UNIT, module)
+        self._handle = inner.register_forward_pre_hook(self._keep)
+
+    def _keep(self, module: Any, args: Any) -> None:
+        self._handle.remove()
+        self.weight = module.weight.detach().clone()
+
+
 class PackedDora(variants.DoraLinearVariant):
     """DoRA whose column norms come from packed codes: PEFT's way makes three dense matrices of the
     weight's size at each step."""
+
+    @staticmethod
+    def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
+        base: Any = module.get_base_layer()
+        if not getattr(base, "_awaits_weights", False):
+            variants.DoraLinearVariant.init(module, adapter_name, **kwargs)
+            module.lora_magnitude_vector[adapter_name].__class__ = PackedDoraLayer
+            return
+        if not module.lora_magnitude_vector:
+            module.adapter_layer_names = (*module.adapter_layer_names, "lora_magnitude_vector")
+        layer: Any = PackedDoraLayer(fan_in_fan_out=False)
+        layer.weight = nn.Parameter(torch.zeros(module.out_features))  # set when weights are there
+        module.lora_magnitude_vector[adapter_name] = layer
 
     @staticmethod
     def forward(
@@ -188,14 +229,16 @@ class PackedDora(variants.DoraLinearVariant):
     ) -> torch.Tensor:
         base: Any = module.get_base_layer()
         lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        magnitude = module.lora_magnitude_vector[active_adapter]
+        units = any(hasattr(m, _UNIT) for m in (lora_a, lora_b, magnitude))
         r = module.r[active_adapter]
-        whole = _whole(lora_a.weight, (r, module.in_features))
-        whole = whole and _whole(lora_b.weight, (module.out_features, r))
+        whole = units or (
+            _whole(lora_a.weight, (r, module.in_features))
+            and _whole(lora_b.weight, (module.out_features, r))
+        )
         if not isinstance(base, PackedWeight) or _is_decoded(base) or not whole:
             return variants.DoraLinearVariant.forward(module, active_adapter, x, result, **kwargs)
         scaling = module.scaling[active_adapter]
-        norm = packed_weight_norm(base, lora_a.weight, lora_b.weight, scaling)
-        scale = module.lora_magnitude_vector[active_adapter].weight / norm
         dropout = module.lora_dropout[active_adapter]
         if isinstance(dropout, nn.Identity) or not module.training:
             product = result
@@ -205,7 +248,11 @@ class PackedDora(variants.DoraLinearVariant):
         bias: Any = base.bias
         if bias is not None:
             product = product - bias
-        return result + (scale - 1) * product + scale * lora_b(lora_a(x)) * scaling
+        seen = (_SeenWeight(lora_a), _SeenWeight(lora_b)) if units else (lora_a, lora_b)
+        change = lora_b(lora_a(x))
+        norm = packed_weight_norm(base, seen[0].weight, seen[1].weight, scaling)
+        scale = (magnitude() if units else magnitude.weight) / norm
+        return result + (scale - 1) * product + scale * change * scaling
 
 
 @torch.no_grad()

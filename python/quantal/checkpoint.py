@@ -16,7 +16,7 @@ from ._custom import ADAPTER_KEY
 from ._dtypes import as_parts, bytes_of
 from ._errors import ConfigError
 from ._loading import TEXTS_KEY, TIED_KEY, LoadReport, load, read_tensor
-from ._packed import PackedWeight
+from ._packed import PackedWeight, whole_tensor
 from ._parts import is_transformers, saved_parts, ties_by_config
 from .config import QuantizationConfig
 
@@ -24,19 +24,30 @@ Texts = dict[str, bytes]
 
 
 def _packed_bytes(layer: PackedWeight) -> tuple:
-    return layer._spec, bytes_of(layer.codes), bytes_of(layer.stats), bytes_of(layer.shared)
+    return layer._spec, *map(bytes_of, layer._whole_bytes())
 
 
 @_check.arguments(model=_check.module)
 def model_digest(model: nn.Module) -> str:
     """SHA-256 over the names, forms and bytes of all layers and tensors; tied tensors count once.
 
-    Equal digests mean equal models."""
+    Equal digests mean equal models. A model that is sharded (FSDP2) has the digest that it has as
+    a whole; all ranks must ask for it, and one tensor at a time is gathered."""
     parts = saved_parts(model)
-    return _core.checkpoint_digest(
-        [(name, _packed_bytes(layer)) for name, layer in parts.layers.items()],
-        [(name, as_parts(tensor)) for name, tensor in parts.tensors.items()],
-    )
+    digest = _core.ModelDigest()
+    for name, layer in parts.layers.items():
+        digest.add_layer(name, _packed_bytes(layer))
+    for name, tensor in parts.tensors.items():
+        digest.add_tensor(name, as_parts(whole_tensor(tensor)))
+    return digest.hex()
+
+
+def _refuse_shards(model: nn.Module) -> None:
+    if any(hasattr(p, "full_tensor") for p in model.parameters()):
+        raise ConfigError(
+            "save: model is sharded, expected a whole one (the base is read-only: keep its folder "
+            "and save adapters; docs/fsdp.md)"
+        )
 
 
 def _refuse_adapters(model: nn.Module) -> None:
@@ -174,6 +185,7 @@ def save_model(
     It appears whole or not at all; what exists and was not written by quantal is refused unless
     ``overwrite``."""
     _refuse_adapters(model)
+    _refuse_shards(model)
     parts = saved_parts(model)
     _core.save_checkpoint(
         os.fspath(path),

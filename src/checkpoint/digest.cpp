@@ -1,10 +1,10 @@
-#include "checkpoint/digest.h"
-
 #include "checkpoint/sha256.h"
+#include "quantal/checkpoint.h"
 
 namespace quantal {
-namespace checkpoint {
 namespace {
+
+using checkpoint::Sha256;
 
 /// Length before content: no two different sequences of fields give the same bytes.
 void hash_field(Sha256& hash, std::span<const std::uint8_t> bytes) {
@@ -54,10 +54,8 @@ std::string ModelDigest::hex() const {
   return hash.hex();
 }
 
-}  // namespace checkpoint
-
 std::string checkpoint_digest(const CheckpointView& view) {
-  checkpoint::ModelDigest digest;
+  ModelDigest digest;
   for (const auto& [name, layer] : view.layers) digest.add_layer(name, layer);
   for (const auto& [name, tensor] : view.tensors) digest.add_tensor(name, tensor);
   return digest.hex();

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cstring>
 #include <filesystem>
 #include <optional>
 
@@ -81,6 +82,25 @@ void verify_digest(const Checkpoint& checkpoint, const std::string& folder) {
 }  // namespace
 
 namespace checkpoint {
+
+void ModelReader::read_rows(const std::string& name, std::int64_t begin, std::int64_t end,
+                            std::span<std::uint8_t> out) const {
+  const HeldTensor held = lend_tensor(name);
+  const TensorView& view = held.view;
+  const std::int64_t rows = view.shape.empty() ? 1 : view.shape.front();
+  const ErrorSite site{.tensor = name};
+  if (begin < 0 || begin > end || end > rows) {
+    fail(Errc::kShape,
+         "read_rows: range is [" + std::to_string(begin) + ", " + std::to_string(end) +
+             "), expected within [0, " + std::to_string(rows) + ")",
+         site);
+  }
+  const std::size_t row_bytes = rows == 0 ? 0 : view.bytes.size() / static_cast<std::size_t>(rows);
+  const std::size_t wanted = row_bytes * static_cast<std::size_t>(end - begin);
+  check_size("read_rows: bytes of the target", out.size(), wanted, site);
+  if (wanted == 0) return;
+  std::memcpy(out.data(), view.bytes.data() + row_bytes * static_cast<std::size_t>(begin), wanted);
+}
 
 std::unique_ptr<ModelReader> open_model(const std::string& path, const LoadOptions& options) {
   const Located where = locate(path);

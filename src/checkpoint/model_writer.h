@@ -7,7 +7,6 @@
 #include <string>
 #include <vector>
 
-#include "checkpoint/digest.h"
 #include "checkpoint/folder.h"
 #include "checkpoint/gguf.h"
 #include "checkpoint/sink.h"

@@ -15,8 +15,8 @@ class ModelReader : public CheckpointReader {
  public:
   /// Without a copy where the file allows it; the owner keeps a mapping or a buffer alive.
   virtual HeldTensor lend_tensor(const std::string& name) const = 0;
-  /// Form of a layer. May take it from another layer of the same form instead of reading this one.
-  virtual PackedSpec layer_spec(const std::string& name) const = 0;
+  void read_rows(const std::string& name, std::int64_t begin, std::int64_t end,
+                 std::span<std::uint8_t> out) const final;
   /// Bytes of the layer in the file.
   virtual std::int64_t layer_bytes(const std::string& name) const = 0;
   /// Folder of the model; empty for a single file.

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <string>
 
@@ -120,16 +121,23 @@ struct RowEncoder {
   }
 };
 
-float mean_of(std::span<const float> values) {
+/// Mean of the absmax of all blocks of the matrix that these rows are a part of. In double: the
+/// blocks that begin in a row are added first, then rows in order, so that any cut gives it.
+float mean_of(const PackedSpec& spec, std::span<const float> absmax, const RowGather& gather) {
+  std::vector<double> rows(static_cast<std::size_t>(spec.rows));
+  for (std::size_t i = 0; i < absmax.size(); ++i) {
+    const std::int64_t row = static_cast<std::int64_t>(i) * spec.group_size / spec.cols;
+    rows[static_cast<std::size_t>(row)] += static_cast<double>(absmax[i]);
+  }
+  if (gather) rows = gather(std::move(rows));
   double sum = 0;
-  for (const float v : values) sum += static_cast<double>(v);
-  return static_cast<float>(sum / static_cast<double>(values.size()));
+  for (const double row : rows) sum += row;
+  const std::int64_t blocks = ceil_div(std::ssize(rows) * spec.cols, spec.group_size);
+  return static_cast<float>(sum / static_cast<double>(blocks));
 }
 
-void write_nested(const PackedSpec& spec, std::vector<float>& absmax,
-                  std::optional<float> given_offset, std::uint8_t* stats, std::uint8_t* shared,
-                  const Executor& executor) {
-  const float offset = given_offset ? *given_offset : mean_of(absmax);
+void write_nested(const PackedSpec& spec, std::vector<float>& absmax, float offset,
+                  std::uint8_t* stats, std::uint8_t* shared, const Executor& executor) {
   for (float& a : absmax) a -= offset;
   const Nested nested = quantize_dynamic(absmax);
   spread_stats(spec, {nested.codes.data(), nullptr, nested.absmax.data()}, 0, stats, executor);
@@ -239,23 +247,27 @@ PackedSpec make_spec(std::int64_t rows, std::int64_t cols, const QuantizeOptions
   return spec;
 }
 
-void quantize_with_offset(const PackedSpec& spec, DType dtype, const void* weights,
-                          std::optional<float> nested_offset, std::uint8_t* codes,
-                          std::uint8_t* stats, std::uint8_t* shared, const Executor& executor) {
-  if (!is_weight_dtype(dtype)) {
-    fail(Errc::kDtype, "bnb: weights have dtype " + std::string(dtype_name(dtype)) +
+namespace {
+
+/// Mean of absmax of the matrix; called once, with the first level of these rows.
+using OffsetOf = std::function<float(std::span<const float> absmax)>;
+
+void quantize_blocks(const PackedSpec& spec, WeightRun weights, const OffsetOf& offset_of,
+                     std::uint8_t* codes, std::uint8_t* stats, std::uint8_t* shared,
+                     const Executor& executor) {
+  if (!is_weight_dtype(weights.dtype)) {
+    fail(Errc::kDtype, "bnb: weights have dtype " + std::string(dtype_name(weights.dtype)) +
                            ", expected one of f32, f16, bf16");
   }
-  if (is_int8(spec)) return quantize_int8(spec, dtype, weights, codes, stats, executor);
+  if (is_int8(spec)) {
+    return quantize_int8(spec, weights.dtype, weights.data, codes, stats, executor);
+  }
   const PackedLayout layout = layout_of(spec);
   const std::int64_t numel = checked_mul(spec.rows, spec.cols, "bnb: elements");
   std::vector<float> absmax(static_cast<std::size_t>(ceil_div(numel, spec.group_size)));
-  const RowEncoder encoder{spec,
-                           {dtype, weights},
-                           table_quantizer(spec.code_map == CodeMap::kFp4),
-                           quantize_kernels(),
-                           absmax.data(),
-                           numel};
+  const RowEncoder encoder{
+      spec,          weights, table_quantizer(spec.code_map == CodeMap::kFp4), quantize_kernels(),
+      absmax.data(), numel};
   std::atomic<bool> finite{true};
   executor.parallel_for(0, spec.rows, rows_per_task(spec.cols),
                         [&](std::int64_t begin, std::int64_t end) {
@@ -263,18 +275,38 @@ void quantize_with_offset(const PackedSpec& spec, DType dtype, const void* weigh
                             finite.store(false, std::memory_order_relaxed);
                           }
                         });
-  if (!finite) refuse_not_finite("bnb", {dtype, weights}, spec.rows, spec.cols);
+  if (!finite) refuse_not_finite("bnb", weights, spec.rows, spec.cols);
   if (spec.scale == ScaleSource::kNestedU8) {
-    write_nested(spec, absmax, nested_offset, stats, shared, executor);
+    write_nested(spec, absmax, offset_of(absmax), stats, shared, executor);
     return;
   }
   const auto* scales = reinterpret_cast<const std::uint8_t*>(absmax.data());
   spread_stats(spec, {scales, nullptr, nullptr}, 0, stats, executor);
 }
 
+}  // namespace
+
+void quantize_with_offset(const PackedSpec& spec, DType dtype, const void* weights,
+                          std::optional<float> nested_offset, std::uint8_t* codes,
+                          std::uint8_t* stats, std::uint8_t* shared, const Executor& executor) {
+  const auto offset_of = [&](std::span<const float> absmax) {
+    return nested_offset ? *nested_offset : mean_of(spec, absmax, {});
+  };
+  quantize_blocks(spec, {dtype, weights}, offset_of, codes, stats, shared, executor);
+}
+
+void quantize_part(const PackedSpec& spec, DType dtype, const void* weights, std::uint8_t* codes,
+                   std::uint8_t* stats, std::uint8_t* shared, const RowGather& gather,
+                   const Executor& executor) {
+  const auto offset_of = [&](std::span<const float> absmax) {
+    return mean_of(spec, absmax, gather);
+  };
+  quantize_blocks(spec, {dtype, weights}, offset_of, codes, stats, shared, executor);
+}
+
 void quantize(const PackedSpec& spec, DType dtype, const void* weights, std::uint8_t* codes,
               std::uint8_t* stats, std::uint8_t* shared, const Executor& executor) {
-  quantize_with_offset(spec, dtype, weights, std::nullopt, codes, stats, shared, executor);
+  quantize_part(spec, dtype, weights, codes, stats, shared, {}, executor);
 }
 
 }  // namespace quantal::bnb

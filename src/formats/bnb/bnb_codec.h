@@ -24,6 +24,11 @@ void quantize_with_offset(const PackedSpec& spec, DType dtype, const void* weigh
 void quantize(const PackedSpec& spec, DType dtype, const void* weights, std::uint8_t* codes,
               std::uint8_t* stats, std::uint8_t* shared, const Executor& executor);
 
+/// Dialect::quantize_part: the offset is the mean over all rows.
+void quantize_part(const PackedSpec& spec, DType dtype, const void* weights, std::uint8_t* codes,
+                   std::uint8_t* stats, std::uint8_t* shared, const RowGather& gather,
+                   const Executor& executor);
+
 /// Second level: u8 codes of `values` and one absmax per kNestedBlock of them.
 struct Nested {
   std::vector<std::uint8_t> codes;

@@ -14,7 +14,7 @@
 namespace quantal::hqq {
 namespace {
 
-/// Groups that one task handles: its sums are added in this unit, whatever the number of threads.
+/// Groups that one task handles.
 constexpr std::int64_t kRunsPerChunk = 256;
 
 /// A matrix of weights seen as groups.
@@ -91,11 +91,10 @@ bool initialize_chunk(const Groups& g, std::int64_t chunk, bool round_zero, Grou
   return finite;
 }
 
-/// One round over the groups of a chunk: replaces their zeros, returns their sum of residuals.
-double step_chunk(const Groups& g, std::int64_t chunk, GroupParameters& p) {
+/// One round over the groups of a chunk: replaces their zeros and sets their residuals.
+void step_chunk(const Groups& g, std::int64_t chunk, GroupParameters& p, double* residuals) {
   const std::int64_t begin = chunk * g.per_chunk(), end = g.end_of(chunk);
   const auto size = static_cast<double>(g.spec.group_size);
-  double error = 0;
   if (g.columns()) {
     std::array<SolverSums, kColumnBlock> sums;
     g.kernels.solver_step_columns(g.chunk_columns(chunk), g.grouping.rows, g.stride, end - begin,
@@ -104,9 +103,9 @@ double step_chunk(const Groups& g, std::int64_t chunk, GroupParameters& p) {
     for (std::int64_t i = begin; i < end; ++i) {
       const SolverSums& s = sums[static_cast<std::size_t>(i - begin)];
       p.zero[static_cast<std::size_t>(i)] = static_cast<float>(s.zero / size);
-      error += s.error;
+      residuals[i] = s.error;
     }
-    return error;
+    return;
   }
   for (std::int64_t i = begin; i < end; ++i) {
     const auto k = static_cast<std::size_t>(i);
@@ -114,9 +113,22 @@ double step_chunk(const Groups& g, std::int64_t chunk, GroupParameters& p) {
         g.kernels.solver_step(g.weights.at(i * g.spec.group_size), g.spec.group_size,
                               {p.scale[k], p.zero[k], g.max_code});
     p.zero[k] = static_cast<float>(s.zero / size);
-    error += s.error;
+    residuals[k] = s.error;
   }
-  return error;
+}
+
+/// Mean residual of the matrix that these rows are a part of.
+float mean_residual(const Groups& g, std::span<const double> residuals, const RowGather& gather) {
+  const std::int64_t step = g.columns() ? 1 : g.spec.group_size;  // between first elements
+  std::vector<double> rows(static_cast<std::size_t>(g.spec.rows));
+  for (std::size_t i = 0; i < residuals.size(); ++i) {
+    const std::int64_t row = static_cast<std::int64_t>(i) * step / g.spec.cols;
+    rows[static_cast<std::size_t>(row)] += residuals[i];
+  }
+  if (gather) rows = gather(std::move(rows));
+  double sum = 0;
+  for (const double row : rows) sum += row;
+  return static_cast<float>(sum / static_cast<double>(std::ssize(rows) * g.spec.cols));
 }
 
 /// Codes of row `r`, one per byte.
@@ -260,7 +272,8 @@ PackedSpec make_spec(std::int64_t rows, std::int64_t cols, const QuantizeOptions
   return spec;
 }
 
-GroupParameters solve(const PackedSpec& spec, WeightRun weights, const Executor& executor) {
+GroupParameters solve(const PackedSpec& spec, WeightRun weights, const Executor& executor,
+                      const RowGather& gather) {
   Groups g = groups_of(spec, weights);
   const Flags flags = Flags::from_int(spec.dialect_flags);
   std::vector<std::uint8_t> tiles;
@@ -280,17 +293,15 @@ GroupParameters solve(const PackedSpec& spec, WeightRun weights, const Executor&
   if (!finite) refuse_not_finite("hqq", weights, spec.rows, spec.cols);
   if (!flags.optimize) return p;
 
-  std::vector<double> errors(static_cast<std::size_t>(g.chunks()));
+  std::vector<double> residuals(p.scale.size());
   float best = std::numeric_limits<float>::infinity();
   for (int round = 0; round < kSolverRounds; ++round) {
     executor.parallel_for(0, g.chunks(), kGrain, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t c = begin; c < end; ++c) {
-        errors[static_cast<std::size_t>(c)] = step_chunk(g, c, p);
+        step_chunk(g, c, p, residuals.data());
       }
     });
-    double sum = 0;
-    for (const double e : errors) sum += e;
-    const auto error = static_cast<float>(sum / static_cast<double>(spec.rows * spec.cols));
+    const float error = mean_residual(g, residuals, gather);
     p.errors.push_back(error);
     if (!(error < best)) break;  // the zeros of this round are kept
     best = error;
@@ -298,15 +309,16 @@ GroupParameters solve(const PackedSpec& spec, WeightRun weights, const Executor&
   return p;
 }
 
-void quantize(const PackedSpec& spec, DType dtype, const void* weights, std::uint8_t* codes,
-              std::uint8_t* stats, std::uint8_t* shared, const Executor& executor) {
+void quantize_part(const PackedSpec& spec, DType dtype, const void* weights, std::uint8_t* codes,
+                   std::uint8_t* stats, std::uint8_t* shared, const RowGather& gather,
+                   const Executor& executor) {
   if (!is_weight_dtype(dtype)) {
     fail(Errc::kDtype, "hqq: weights have dtype " + std::string(dtype_name(dtype)) +
                            ", expected one of f32, f16, bf16");
   }
   const PackedLayout layout = layout_of(spec);
   const WeightRun run{dtype, weights};
-  GroupParameters p = solve(spec, run, executor);
+  GroupParameters p = solve(spec, run, executor, gather);
   const Groups g = groups_of(spec, run);
   executor.parallel_for(
       0, spec.rows, rows_per_task(spec.cols), [&](std::int64_t begin, std::int64_t end) {
@@ -317,6 +329,11 @@ void quantize(const PackedSpec& spec, DType dtype, const void* weights, std::uin
         }
       });
   write_stats(g, std::move(p), stats, shared, executor);
+}
+
+void quantize(const PackedSpec& spec, DType dtype, const void* weights, std::uint8_t* codes,
+              std::uint8_t* stats, std::uint8_t* shared, const Executor& executor) {
+  quantize_part(spec, dtype, weights, codes, stats, shared, {}, executor);
 }
 
 }  // namespace quantal::hqq

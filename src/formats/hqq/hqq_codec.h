@@ -19,6 +19,12 @@ PackedSpec make_spec(std::int64_t rows, std::int64_t cols, const QuantizeOptions
 void quantize(const PackedSpec& spec, DType dtype, const void* weights, std::uint8_t* codes,
               std::uint8_t* stats, std::uint8_t* shared, const Executor& executor);
 
+/// Dialect::quantize_part: the solver stops on the error of all rows. Not for quantized scales and
+/// zeros.
+void quantize_part(const PackedSpec& spec, DType dtype, const void* weights, std::uint8_t* codes,
+                   std::uint8_t* stats, std::uint8_t* shared, const RowGather& gather,
+                   const Executor& executor);
+
 /// Scale (codes per weight unit) and zero (codes) of a group before the solver:
 ///   scale = min(recip(high - low) * max_code, 2e4), 1 where the range is at most 1e-4
 ///   zero = -low * scale, rounded to an integer with round_zero
@@ -34,7 +40,10 @@ struct GroupParameters {
   std::vector<float> scale, zero;
   std::vector<float> errors;
 };
-/// Throws Error{kUnsupported} for a weight that is not finite.
-GroupParameters solve(const PackedSpec& spec, WeightRun weights, const Executor& executor);
+/// The error of a round is added in double: groups that begin in a row first, then rows in order;
+/// `gather` (may be empty) brings rows that are not in `weights`. Throws Error{kUnsupported} for a
+/// weight that is not finite.
+GroupParameters solve(const PackedSpec& spec, WeightRun weights, const Executor& executor,
+                      const RowGather& gather = {});
 
 }  // namespace quantal::hqq

@@ -34,6 +34,7 @@ constinit const Dialect kDialect = {
     .reach = reach,
     .make_spec = make_spec,
     .quantize = quantize,
+    .quantize_part = quantize_part,
     .export_layer = export_layer,
     .recognizes = recognizes,
     .import_layer = import_layer,

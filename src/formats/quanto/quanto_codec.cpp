@@ -155,14 +155,15 @@ void write_stats(const Groups& g, const GroupParameters& p, std::uint8_t* stats,
   }
 }
 
-/// Sums of the residuals of one solver step, by task; the terms of each group go to `sums`.
-double step(const Groups& g, const GroupParameters& p, const Shrink& shrink,
-            std::vector<double>& sums, const Executor& executor) {
-  std::vector<double> errors;
+/// Residuals of one solver step by row (axis -1: of a row block at its first row); the terms of
+/// each group go to `sums`.
+std::vector<double> step(const Groups& g, const GroupParameters& p, const Shrink& shrink,
+                         std::vector<double>& sums, const Executor& executor) {
+  std::vector<double> rows(static_cast<std::size_t>(g.spec.rows));
   const float max_code = g.max_code();
   if (g.columns()) {
     const std::int64_t chunks = ceil_div(g.spec.cols, kColumnChunk);
-    errors.resize(static_cast<std::size_t>(g.spec.rows / g.spec.group_size * chunks));
+    std::vector<double> errors(static_cast<std::size_t>(g.spec.rows / g.spec.group_size * chunks));
     std::fill(sums.begin(), sums.end(), 0.0);
     for_each_columns(
         g, executor,
@@ -178,8 +179,11 @@ double step(const Groups& g, const GroupParameters& p, const Shrink& shrink,
           }
           for (const double e : error) errors[static_cast<std::size_t>(task)] += e;
         });
+    for (std::size_t task = 0; task < errors.size(); ++task) {
+      const std::int64_t block = static_cast<std::int64_t>(task) / chunks;
+      rows[static_cast<std::size_t>(block * g.spec.group_size)] += errors[task];
+    }
   } else {
-    errors.resize(static_cast<std::size_t>(g.spec.rows));
     executor.parallel_for(
         0, g.spec.rows, rows_per_task(g.spec.cols), [&](std::int64_t begin, std::int64_t end) {
           for (std::int64_t r = begin; r < end; ++r) {
@@ -189,14 +193,24 @@ double step(const Groups& g, const GroupParameters& p, const Shrink& shrink,
                   g.weights.at(static_cast<std::int64_t>(k) * g.spec.group_size), g.spec.group_size,
                   {p.scale[k], p.shift[k], 0.0F, max_code, 0.0F}, shrink);
               sums[k] = s.zero;
-              errors[static_cast<std::size_t>(r)] += s.error;
+              rows[static_cast<std::size_t>(r)] += s.error;
             }
           }
         });
   }
-  double total = 0;
-  for (const double e : errors) total += e;
-  return total;
+  return rows;
+}
+
+/// Largest scale of each row's groups; with axis -1 of a row block, at its first row.
+std::vector<double> largest_scales(const Groups& g, const GroupParameters& p) {
+  std::vector<double> rows(static_cast<std::size_t>(g.spec.rows));
+  const std::int64_t per_row = g.columns() ? g.spec.cols : g.groups_per_row();
+  for (std::size_t k = 0; k < p.scale.size(); ++k) {
+    const std::int64_t unit = static_cast<std::int64_t>(k) / per_row;
+    double& top = rows[static_cast<std::size_t>(g.columns() ? unit * g.spec.group_size : unit)];
+    top = std::max(top, static_cast<double>(p.scale[k]));
+  }
+  return rows;
 }
 
 /// Weights rounded to the value dtype, where they have another.
@@ -241,10 +255,9 @@ bool initialize(const Groups& g, GroupParameters& p, const Executor& executor,
 }  // namespace
 
 void optimize_shifts(const PackedSpec& spec, WeightRun weights, GroupParameters& p,
-                     const Executor& executor) {
+                     const Executor& executor, const RowGather& gather) {
   constexpr double kFirstBeta = 10, kKappa = 1.01, kNorm = 0.7;
   const Groups g = groups_of(spec, weights);
-  const auto numel = static_cast<double>(spec.rows * spec.cols);
   const auto size = static_cast<double>(spec.group_size);
   const auto power = static_cast<float>(kNorm - 1);
   std::vector<double> sums(p.scale.size());
@@ -255,7 +268,11 @@ void optimize_shifts(const PackedSpec& spec, WeightRun weights, GroupParameters&
     // Below this |d| - |d|^power / beta is negative by more than two roundings.
     constexpr double kMargin = 0.97;
     shrink.no_shrink = static_cast<float>(std::pow(kMargin / beta, 1.0 / (2.0 - kNorm)));
-    const double error = step(g, p, shrink, sums, executor);
+    std::vector<double> rows = step(g, p, shrink, sums, executor);
+    if (gather) rows = gather(std::move(rows));
+    double error = 0;
+    for (const double row : rows) error += row;
+    const auto numel = static_cast<double>(std::ssize(rows) * spec.cols);
     p.errors.push_back(g.round(static_cast<float>(error / numel)));
     const std::size_t last = p.errors.size() - 1;
     if (last > 0 && !(p.errors[last] < p.errors[last - 1])) break;
@@ -267,8 +284,9 @@ void optimize_shifts(const PackedSpec& spec, WeightRun weights, GroupParameters&
   p.shift = std::move(best);
 }
 
-void quantize(const PackedSpec& spec, DType dtype, const void* weights, std::uint8_t* codes,
-              std::uint8_t* stats, std::uint8_t* /*shared*/, const Executor& executor) {
+void quantize_part(const PackedSpec& spec, DType dtype, const void* weights, std::uint8_t* codes,
+                   std::uint8_t* stats, std::uint8_t* /*shared*/, const RowGather& gather,
+                   const Executor& executor) {
   if (!is_weight_dtype(dtype)) {
     fail(Errc::kDtype, "quanto: weights have dtype " + std::string(dtype_name(dtype)) +
                            ", expected one of f32, f16, bf16");
@@ -296,9 +314,11 @@ void quantize(const PackedSpec& spec, DType dtype, const void* weights, std::uin
   if (!initialize(g, p, executor, at_once ? encode : std::function<void(std::int64_t)>{})) {
     refuse_not_finite("quanto", run, spec.rows, spec.cols);
   }
-  if (g.flags.optimize) optimize_shifts(spec, run, p, executor);
+  if (g.flags.optimize) optimize_shifts(spec, run, p, executor, gather);
   if (g.flags.per_tensor) {
-    const float top = *std::max_element(p.scale.begin(), p.scale.end());
+    std::vector<double> rows = largest_scales(g, p);
+    if (gather) rows = gather(std::move(rows));
+    const auto top = static_cast<float>(*std::max_element(rows.begin(), rows.end()));
     std::fill(p.scale.begin(), p.scale.end(), top);
   }
   for (std::size_t k = 0; g.flags.zero_point && k < groups; ++k) round_shift(g, k, p);
@@ -309,6 +329,11 @@ void quantize(const PackedSpec& spec, DType dtype, const void* weights, std::uin
                           });
   }
   write_stats(g, p, stats, executor);
+}
+
+void quantize(const PackedSpec& spec, DType dtype, const void* weights, std::uint8_t* codes,
+              std::uint8_t* stats, std::uint8_t* shared, const Executor& executor) {
+  quantize_part(spec, dtype, weights, codes, stats, shared, {}, executor);
 }
 
 }  // namespace quantal::quanto

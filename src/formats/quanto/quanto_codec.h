@@ -22,14 +22,22 @@ PackedSpec make_spec(std::int64_t rows, std::int64_t cols, const QuantizeOptions
 void quantize(const PackedSpec& spec, DType dtype, const void* weights, std::uint8_t* codes,
               std::uint8_t* stats, std::uint8_t* shared, const Executor& executor);
 
+/// Dialect::quantize_part: the optimizer stops on the error of all rows, and a scale per tensor is
+/// the largest of all rows.
+void quantize_part(const PackedSpec& spec, DType dtype, const void* weights, std::uint8_t* codes,
+                   std::uint8_t* stats, std::uint8_t* shared, const RowGather& gather,
+                   const Executor& executor);
+
 /// Parameters of all groups, numbers of value_dtype, in the order of the packed statistics.
 /// `errors` holds the mean residual before and after each round of the optimizer that ran.
 struct GroupParameters {
   std::vector<float> scale, shift, zero;
   std::vector<float> errors;
 };
-/// Half-quadratic optimizer on `p` (scale and shift of the max optimizer); replaces p.shift.
+/// Half-quadratic optimizer on `p` (scale and shift of the max optimizer); replaces p.shift. The
+/// error of a round is added in double by row (axis -1: by row block), then in order of rows;
+/// `gather` (may be empty) brings rows that are not in `weights`.
 void optimize_shifts(const PackedSpec& spec, WeightRun weights, GroupParameters& p,
-                     const Executor& executor);
+                     const Executor& executor, const RowGather& gather = {});
 
 }  // namespace quantal::quanto

@@ -1,0 +1,238 @@
+"""Shard-direct loading: bytes of quantize-then-shard, from dense and quantized folders, and errors
+that reach every rank."""
+
+import json
+import os
+import pathlib
+import time
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from conftest import hqq, nf4, tiny_llama
+from fsdp_support import FORMS, METHODS, attach, train, whole_bytes, whole_tensor
+from qlora_support import packed_bytes, packed_layers, same_bytes
+from quantal import (
+    ConfigError,
+    QuantalError,
+    create_quantization_adapter,
+    load_model,
+    model_digest,
+    save_model,
+)
+from quantal.fsdp import load_sharded, local_base_bytes
+from ranks import Ranks, run_ranks
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> str:
+    """A bfloat16 folder in several files, with 72 columns: groups cross rows."""
+    folder = tmp_path_factory.mktemp("dense") / "model"
+    model = tiny_llama(hidden=72, bias=True).to(torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="150KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return str(folder)
+
+
+def quantized_folder(dense: str, folder: pathlib.Path, config) -> str:
+    model = load_model(dense)
+    save_model(_adapter(config).quantize_model(model), folder)
+    return str(folder)
+
+
+def _adapter(config):
+    return create_quantization_adapter("cpu", config, support="extended")
+
+
+def _like_the_whole(rank: int, world: int, dense: str, forms: list[str]) -> dict:
+    out = {}
+    for name in forms:
+        config = FORMS[name]
+        reference = _adapter(config).quantize_model(load_model(dense))
+        expected, digest = packed_bytes(reference), model_digest(reference)
+        for dora in (False, True):
+            model = load_sharded(dense, config=config, attach=attach(dora))
+            whole = attach(dora)(_adapter(config).quantize_model(load_model(dense)))
+            state = {n: whole_tensor(t) for n, t in model.state_dict().items()}
+            other = whole.state_dict()
+            differ = [n for n in other if not torch.allclose(state[n], other[n], rtol=1e-6, atol=0)]
+            tokens = torch.arange(16)[None]
+            loss = model(tokens, labels=tokens).loss.item()
+            close = abs(loss - whole(tokens, labels=tokens).loss.item()) < 1e-4
+            out[f"{name}{'-dora' if dora else ''}"] = (
+                same_bytes(whole_bytes(model), expected),
+                state.keys() == other.keys() and not differ,
+                close,
+            )
+        model = load_sharded(dense, config=config)
+        out[f"{name}-digest"] = (model_digest(model) == digest,) * 3
+    return out
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_a_dense_folder_gives_the_bytes_of_the_whole(dense, world):
+    """Every method; groups and second-level blocks cross rows and shares (72 columns)."""
+    forms = ["nf4", "fp4", "int8", "hqq4", "hqq4-axis0", "hqq8"]  # 72 columns
+    for result in run_ranks(world, _like_the_whole, dense, forms, timeout=100.0):
+        assert {k: v for k, v in result.items() if v != (True,) * 3} == {}
+
+
+def test_even_columns(tmp_path):
+    tiny_llama(hidden=64).to(torch.bfloat16).save_pretrained(tmp_path / "m")
+    forms = ["mlx4", "mxfp4", "quanto4", "quanto4-hqq"]
+    for result in run_ranks(3, _like_the_whole, str(tmp_path / "m"), forms, timeout=100.0):
+        assert {k: v for k, v in result.items() if v != (True,) * 3} == {}
+
+
+def _load_quantized(rank: int, world: int, folder: str, digest: str) -> tuple:
+    model = load_sharded(folder, attach=attach())
+    base = load_sharded(folder)
+    losses = train(model, rank, world, 2)
+    return model_digest(base) == digest, losses[1] < losses[0], local_base_bytes(base)
+
+
+@pytest.mark.parametrize("name", ["nf4", "hqq4", "mlx4", "quanto4", "int8"])
+def test_a_quantized_folder(dense, tmp_path, name):
+    source = dense
+    if name in ("mlx4", "quanto4"):
+        source = str(tmp_path / "even")
+        tiny_llama(hidden=64).to(torch.bfloat16).save_pretrained(source)
+    folder = quantized_folder(source, tmp_path / "q", METHODS[name])
+    model = load_model(folder)
+    total = sum(la.packed_bytes() for la in packed_layers(model).values())
+    for same, falls, held in run_ranks(2, _load_quantized, folder, model_digest(model)):
+        assert same and falls and held < 0.75 * total
+
+
+def _tied(rank: int, world: int, folder: str) -> tuple:
+    model = load_sharded(folder, config=METHODS["nf4"])
+    train_ready = model.lm_head.weight is model.model.embed_tokens.weight
+    model(torch.arange(8)[None])
+    return train_ready, model_digest(model)
+
+
+def test_tied_embeddings(tmp_path):
+    tiny_llama(tied=True).to(torch.bfloat16).save_pretrained(tmp_path / "m")
+    reference = _adapter(METHODS["nf4"]).quantize_model(load_model(tmp_path / "m"))
+    for tied, digest in run_ranks(2, _tied, str(tmp_path / "m")):
+        assert tied and digest == model_digest(reference)
+
+
+def _options(rank: int, world: int, dense: str) -> list:
+    out = []
+    expected = packed_bytes(_adapter(METHODS["nf4"]).quantize_model(load_model(dense)))
+    for kwargs in (
+        {"mixed_precision": torch.bfloat16, "storage_dtype": torch.bfloat16},
+        {"offload": True, "reshard_after_forward": False},
+        {"model": tiny_llama(hidden=72, bias=True)},
+        {"model": tiny_llama(hidden=72, bias=True).config},
+    ):
+        model = load_sharded(dense, config=METHODS["nf4"], attach=attach(), **kwargs)
+        train(model, rank, world, 1)
+        out.append(same_bytes(whole_bytes(model), expected))
+
+    def with_head(model):
+        config = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+        return get_peft_model(model, config)
+
+    model = load_sharded(dense, config=METHODS["nf4"], attach=with_head)
+    head = whole_tensor(model.base_model.model.lm_head.modules_to_save["default"].weight)
+    out.append(torch.equal(head.float(), load_model(dense).lm_head.weight.float()))
+    return out
+
+
+def test_options(dense):
+    """Views in bfloat16, offload, a model or a config of the caller's, PEFT's modules_to_save."""
+    for result in run_ranks(2, _options, dense):
+        assert result == [True] * 5
+
+
+# ---------------------------------------------------------------------- errors
+
+
+def _refused(rank: int, world: int, folder: str, what: str) -> str:
+    config = METHODS["nf4"]
+    start = time.monotonic()
+    try:
+        if what == "missing on one rank":
+            folder = folder if rank == 0 else folder + "/nothing"
+            load_sharded(folder, config=config)
+        elif what == "unlike configs":
+            load_sharded(folder, config=METHODS["nf4" if rank else "hqq4"])
+        elif what == "pissa":
+            load_sharded(
+                folder,
+                config=config,
+                attach=lambda m: get_peft_model(
+                    m, LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa")
+                ),
+            )
+        elif what == "attach":
+            load_sharded(folder, config=config, attach=lambda m: None)
+        else:
+            load_sharded(folder, config=hqq() if what == "hqq" else config)
+    except QuantalError as error:
+        assert time.monotonic() - start < 30
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def _errors(folder: str, what: str) -> list[str]:
+    found = Ranks(2, _refused, folder, what, timeout=60.0).join(60)
+    assert [kind for kind, _ in found] == ["value"] * 2, found
+    return [text for _, text in found]
+
+
+def test_errors_reach_every_rank(dense):
+    said = _errors(dense, "missing on one rank")
+    assert all(s.startswith("IoError") and "nothing" in s for s in said) and "rank 1" in said[0]
+    assert all("form of model.layers.0" in s for s in _errors(dense, "unlike configs"))
+    assert all("init_lora_weights" in s for s in _errors(dense, "pissa"))
+    assert all("attach returned NoneType" in s for s in _errors(dense, "attach"))
+
+
+def _damaged(dense: str, folder: pathlib.Path, change) -> str:
+    folder.mkdir()
+    for name in os.listdir(dense):
+        if name.endswith(".json"):
+            (folder / name).write_bytes(pathlib.Path(dense, name).read_bytes())
+    for path in pathlib.Path(dense).glob("*.safetensors"):
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, folder / path.name, metadata={"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize("what", ["nf4", "hqq"])
+def test_a_weight_that_is_not_finite_stops_all_ranks(dense, tmp_path, what):
+    """Only the rank that has the row sees it; the others are inside an exchange."""
+
+    def change(tensors):
+        name = "model.layers.1.mlp.up_proj.weight"
+        if name in tensors:
+            tensors[name][-1, 5] = float("nan")
+
+    folder = _damaged(dense, tmp_path / "nan", change)
+    said = _errors(folder, what)
+    assert all("nan, expected finite" in s for s in said), said
+
+
+def test_missing_tensors_and_files(dense, tmp_path):
+    def change(tensors):
+        tensors.pop("model.layers.1.mlp.up_proj.weight", None)
+
+    said = _errors(_damaged(dense, tmp_path / "lost", change), "nf4")
+    assert all("model.layers.1.mlp.up_proj.weight" in s for s in said), said
+    folder = pathlib.Path(_damaged(dense, tmp_path / "file", lambda tensors: None))
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    lost = sorted(set(index["weight_map"].values()))[1]
+    (folder / lost).unlink()
+    said = _errors(str(folder), "nf4")
+    assert all(lost in s for s in said), said
+
+
+def test_no_process_group(dense):
+    with pytest.raises(ConfigError, match="torchrun"):
+        load_sharded(dense, config=nf4())
