@@ -12,6 +12,7 @@ import importlib.util
 import sys
 from typing import Any
 
+import torch
 from torch import nn
 
 from ._packed import PackedWeight
@@ -35,7 +36,9 @@ def install() -> bool:
 def _wrap_dispatcher(lora_model: Any) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    from ._peft_custom import CustomLoraLinear
     from ._peft_layers import QuantizedLoraEmbedding, QuantizedLoraLinear
+    from .linear import QuantizedLinear
 
     original = lora_model.dispatch_default
 
@@ -52,9 +55,33 @@ def _wrap_dispatcher(lora_model: Any) -> None:
             embedding = isinstance(base, nn.Embedding)
             layer_class = QuantizedLoraEmbedding if embedding else QuantizedLoraLinear
             return layer_class(target, adapter_name, config=config, **kwargs)
+        if parameter_name is None and isinstance(base, QuantizedLinear):
+            return CustomLoraLinear(target, adapter_name, config=config, **kwargs)
         return original(target, adapter_name, config, parameter_name=parameter_name, **kwargs)
 
     lora_model.dispatch_default = dispatch_default
+    _wrap_replacement(lora_model.LoraModel)
+
+
+def _wrap_replacement(lora_model: Any) -> None:
+    """PEFT puts adapters on the device of ``weight``, which a layer of one's own may not have."""
+    from .linear import QuantizedLinear
+
+    original = lora_model._replace_module
+
+    @functools.wraps(original)
+    def replace_module(self: Any, parent: Any, name: str, new_module: Any, child: Any) -> None:
+        base = getattr(child, "base_layer", child)
+        if not isinstance(base, QuantizedLinear) or hasattr(base, "weight"):
+            return original(self, parent, name, new_module, child)
+        held = next(iter(base.state_dict().values()), None)
+        base.__dict__["weight"] = torch.empty(0, device=None if held is None else held.device)
+        try:
+            return original(self, parent, name, new_module, child)
+        finally:
+            del base.__dict__["weight"]
+
+    lora_model._replace_module = replace_module
 
 
 def _wrap_modules_to_save() -> None:

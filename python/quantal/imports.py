@@ -360,7 +360,7 @@ def _package_lines(name: str, backend: str | None) -> list[str]:
         status += _version(known.distribution)
     elif known.fallback is not None:
         status += " (fallback)"
-    lines = [f"{name:20} {status:27} needed for {known.needed_for}"]
+    lines = [f"{name:20} {status:26} needed for {known.needed_for}"]
     if backend is not None and backend not in known.backends and _is_installed(known.module):
         lines.append(f"    ⚠ Import '{name}' is not supported on backend '{backend}'")
     return lines

@@ -212,3 +212,35 @@ def test_the_log_names_each_layer(row_int, caplog):
     assert "model.layers.0.self_attn.q_proj [64, 64]: IntLinear 8-bit" in text
     assert "model.layers.1.mlp.down_proj [64, 128]: hqq 4-bit g64" in text
     assert "lm_head: dense, skip_modules pattern 'lm_head'" in text
+
+
+def test_lora_trains_over_layers_of_ones_own(row_int, tokens):
+    from peft import LoraConfig, get_peft_model
+
+    adapter = create_quantization_adapter("cpu", QuantizationConfig(row_int, bits=8))
+    base = adapter.prepare_model_for_training(adapter.quantize_model(tiny_llama()))
+    codes = base.model.layers[0].mlp.up_proj.q.clone()
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    losses = []
+    for _ in range(4):
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    assert torch.equal(layer.base_layer.q, codes), "the base stays as it is"
+    model.eval()
+    expected = model(tokens).logits
+    model.merge_adapter()
+    assert not torch.equal(layer.base_layer.q, codes)
+    assert (model(tokens).logits - expected).norm() / expected.norm() < 0.05
+    model.unmerge_adapter()
+    assert torch.equal(layer.base_layer.q, codes)
+    assert torch.equal(model(tokens).logits, expected)
+    merged = model.merge_and_unload()
+    assert isinstance(merged.model.layers[0].mlp.up_proj, IntLinear)
+    with pytest.raises(quantal.UnsupportedError, match="use_dora"):
+        get_peft_model(merged, LoraConfig(use_dora=True, target_modules=["q_proj"]))
