@@ -69,6 +69,8 @@ from .replace import replace_linear_with_quantized
 from .report import Report
 from .training import prepare_model_for_training
 
+from . import fsdp  # isort: skip  (stands on all of the above)
+
 #: The base class of every exception of this package.
 Error = QuantalError
 
@@ -115,6 +117,7 @@ __all__ = [
     "dequantize_model",
     "detect_backend",
     "file_layouts",
+    "fsdp",
     "functional",
     "get_backend_manager",
     "get_device",

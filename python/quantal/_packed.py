@@ -151,6 +151,14 @@ class PackedWeight(nn.Module):
             self._refuse_part(name)
         return flat[: rows * columns].view(rows, columns)
 
+    def _is_whole(self, name: str, data: torch.Tensor) -> bool:
+        """Whether these bytes are all there; FSDP keeps parts, and frees storage, between uses."""
+        if type(data).__name__ == "DTensor" or data.is_meta:
+            return False
+        rows, columns = _core.layout(self._spec)[name]
+        size = rows * columns
+        return tensor_bytes(data) >= size and data.untyped_storage().size() >= size
+
     def _refuse_part(self, name: str) -> None:
         raise UnsupportedError(
             f"{type(self).__name__}: {name} are sharded and this rank holds a part of them, "
@@ -302,7 +310,7 @@ class PackedWeight(nn.Module):
             return
         for name in ("codes", "stats"):
             data = destination.get(prefix + name)
-            if data is not None and type(data).__name__ != "DTensor" and not data.is_meta:
+            if data is not None and self._is_whole(name, data):
                 destination[prefix + name] = self._bytes_of(name, data)
 
     def _load_from_state_dict(

@@ -152,6 +152,13 @@ void append(const std::vector<std::uint8_t>& from, RowRange rows, std::int64_t r
   to.insert(to.end(), from.begin() + rows.begin * row_bytes, from.begin() + rows.end * row_bytes);
 }
 
+/// Rows of `from`, which is given up.
+std::vector<std::uint8_t> take(std::vector<std::uint8_t>&& from, RowRange rows,
+                               std::int64_t row_bytes) {
+  if (rows.begin == 0 && rows.size() * row_bytes == std::ssize(from)) return std::move(from);
+  return {from.begin() + rows.begin * row_bytes, from.begin() + rows.end * row_bytes};
+}
+
 /// Rows that stand alone, a panel at a time.
 void quantize_panels(const PackedSpec& whole, const Plan& plan, RowRange part,
                      const RowSource& source, const Executor& executor, PackedRows& out) {
@@ -185,10 +192,10 @@ void quantize_in_step(const PackedSpec& whole, const Plan& plan, RowRange part,
   RowGather gather;
   if (plan.cut == Cut::kKeepStep) gather = gather_rows(whole, mine, part.begin, exchange);
   PackedMatrix matrix = quantize_held(whole, {{held}, gather}, source, executor);
-  append(matrix.codes, mine, layout.code_bytes, out.codes);
+  out.codes = take(std::move(matrix.codes), mine, layout.code_bytes);
   out.shared = std::move(matrix.shared);
   if (whole.group_map == GroupMap::kRowRuns) {
-    append(matrix.stats, mine, layout.stat_bytes, out.stats);
+    out.stats = take(std::move(matrix.stats), mine, layout.stat_bytes);
     return;
   }
   // Row blocks belong to the part that has their first row.

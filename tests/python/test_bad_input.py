@@ -36,7 +36,7 @@ OTHERS = """ConfigError CorruptError DeviceError DtypeError Error InternalError 
 NotFoundError QuantalError ShapeError UnsupportedError BackendError ConfigurationError MemoryError
 ModelLoader QuantizedModelLoader CUDAModelLoader MPSModelLoader MLXModelLoader ModelLoaderFactory
 initialize_loftq merge_report merge_to_full_precision load_model_and_tokenizer
-ImportRegistry suppress_output QuantizationErrorHandler functional registry"""
+ImportRegistry suppress_output QuantizationErrorHandler functional registry fsdp"""
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from .. import _check
 from .._errors import ConfigError
 from .._packed import PackedWeight
 
@@ -18,6 +19,7 @@ def _class_names(model: nn.Module) -> set[str]:
     return names
 
 
+@_check.arguments(model=_check.module)
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:
     """The repeated blocks of a model, outermost only: those that transformers names, else the
     members of each ``nn.ModuleList`` that hold parameters."""
@@ -43,6 +45,7 @@ def _is_adapter(module: nn.Module) -> bool:
     return bool(own) and leaf and all(p.requires_grad for p in own)
 
 
+@_check.arguments(model=_check.module)
 def wrap_policy(model: nn.Module) -> Any:
     """An ``auto_wrap_policy`` for ``FullyShardedDataParallel``: every decoder block is a unit and,
     inside it, every module that trains (LoRA's matrices) is one of its own.

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .. import _core
+from .. import _check, _core
 from .._dtypes import tensor_bytes
 from .._errors import ConfigError, CorruptError
 from .._packed import PackedWeight, whole_tensor
@@ -100,6 +100,7 @@ class _Check:
         return "" if at == size else f"{name} of {self.name}: {size} bytes, expected {at}"
 
 
+@_check.arguments(model=_check.module, on=_check.flag)
 def verify_gathers(model: nn.Module, on: bool = True) -> int:
     """A debugging switch: the bytes of every packed layer are checked in its next forward, after
     the all-gather, against checksums that each rank makes of its share now.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import _core
+from .. import _check, _core
 from .._dtypes import _BY_NAME, bytes_of
 from .._errors import ConfigError, UnsupportedError
 from .._loading import (
@@ -29,6 +29,7 @@ from ..backend import Backend
 from ..config import QuantizationConfig
 from ..embedding import QuantizedEmbedding
 from ..linear import PackedLinear
+from ..replace import TRIM_BYTES, _return_free_memory
 from ._agree import Agreement
 from ._rows import RowQuantizer, local_rows
 from ._shard import default_mesh, shard_group, shard_model
@@ -74,7 +75,7 @@ def load_sharded(
     agreement = Agreement(shard_group(mesh), mesh.device_type)
     error: BaseException | None = None
     try:
-        loading = _Loading(os.fspath(path), model, config)
+        loading = _Loading(path, model, config)
         loaded = loading.attach(attach)
         if storage_dtype is not None:
             convert_storage_(loaded, storage_dtype)
@@ -158,16 +159,17 @@ def _materialize(model: nn.Module, device: str) -> None:
 class _Loading:
     """What is in the file, and where it goes."""
 
-    def __init__(self, path: str, model: Any, config: Any) -> None:
-        self.path = path
-        stored = json.loads(_core.read_config(path))
+    def __init__(self, path: Any, model: Any, config: Any) -> None:
+        self.path = _check.path("load_sharded", "path", path)
+        _check.source("load_sharded", "path", path)
+        stored = json.loads(_core.read_config(self.path))
         dtype = None
         if not isinstance(model, nn.Module):
             model = build_model(model, stored)
             dtype = _declared_dtype(stored)
         else:
             _on_meta(model)
-        self.reader = _core.CheckpointReader(path, weight_shapes(model))
+        self.reader = _core.CheckpointReader(self.path, weight_shapes(model))
         self.layers = set(self.reader.layer_names)
         self.model = self._packed(model, config)
         ties = _stored_ties(self.reader.config_json)
@@ -290,6 +292,7 @@ class _Loading:
     def fill(self, loaded: nn.Module, agreement: Agreement) -> None:
         """Reads this rank's part of everything into `loaded`."""
         rows = RowQuantizer(self.reader, agreement)
+        freed = 0
         for name, module, field in self.targets:
             error: BaseException | None = None
             try:
@@ -304,6 +307,10 @@ class _Loading:
             except Exception as e:
                 error = e
             agreement.check(error)
+            freed += _local_bytes(module)
+            if freed >= TRIM_BYTES:
+                freed = _return_free_memory()
+        _return_free_memory()
         _finish_adapters(loaded)
 
 
@@ -352,6 +359,11 @@ def _fill_dense(reader: Any, name: str, module: nn.Module, field: str) -> None:
             reader.read_rows(name, at, stop, bytes_of(piece))
         with torch.no_grad():
             local[at - begin : stop - begin].copy_(piece) if shape else local.copy_(piece[0])
+
+
+def _local_bytes(module: nn.Module) -> int:
+    """About what reading the parameters of a module took."""
+    return sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
 
 
 def _finish_adapters(model: nn.Module) -> None:

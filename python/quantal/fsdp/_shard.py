@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .. import _check
 from .._dtypes import tensor_bytes
 from .._errors import ConfigError, CorruptError
 from .._packed import PackedWeight
@@ -70,6 +71,7 @@ def offload_policy(value: Any) -> Any:
     )
 
 
+@_check.arguments(model=_check.module, check=_check.flag)
 def shard_model(
     model: nn.Module,
     mesh: Any = None,
@@ -182,6 +184,7 @@ def check_alike(model: nn.Module, mesh: Any) -> None:
 # ---------------------------------------------------------------------- what a rank holds
 
 
+@_check.arguments(model=_check.module)
 def local_base_bytes(model: nn.Module) -> int:
     """Packed bytes that this rank holds: its share of codes and statistics, and the small tables
     that every rank has. Layers that share bytes count once."""

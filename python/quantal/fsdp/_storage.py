@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from .. import _check
 from .._dtypes import parse_dtype
 from .._errors import DtypeError, UnsupportedError
 from .._packed import STORAGE_DTYPES, PackedWeight, view_bytes
@@ -14,6 +15,7 @@ from .._packed import STORAGE_DTYPES, PackedWeight, view_bytes
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
+@_check.arguments(model=_check.module, dtype=_check.dtype)
 def convert_storage_(model: _Model, dtype: torch.dtype | str) -> _Model:
     """Views the packed bytes of every layer of `model`, in place, as parameters of `dtype`: uint8
     (what they are), float16, bfloat16 or float32. No value is converted and nothing is copied but
