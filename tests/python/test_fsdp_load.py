@@ -57,10 +57,12 @@ def _like_the_whole(rank: int, world: int, dense: str, forms: list[str]) -> dict
             whole = attach(dora)(_adapter(config).quantize_model(load_model(dense)))
             state = {n: whole_tensor(t) for n, t in model.state_dict().items()}
             other = whole.state_dict()
-            differ = [n for n in other if not torch.allclose(state[n], other[n], rtol=1e-6, atol=0)]
+            differ = [
+                n for n in other if not torch.allclose(state[n], other[n], rtol=_rtol(n), atol=0)
+            ]
             tokens = torch.arange(16)[None]
             loss = model(tokens, labels=tokens).loss.item()
-            close = abs(loss - whole(tokens, labels=tokens).loss.item()) < 1e-4
+            close = abs(loss - whole(tokens, labels=tokens).loss.item()) < 1e-2
             out[f"{name}{'-dora' if dora else ''}"] = (
                 same_bytes(whole_bytes(model), expected),
                 state.keys() == other.keys() and not differ,
@@ -69,6 +71,11 @@ def _like_the_whole(rank: int, world: int, dense: str, forms: list[str]) -> dict
         model = load_sharded(dense, config=config)
         out[f"{name}-digest"] = (model_digest(model) == digest,) * 3
     return out
+
+
+def _rtol(name: str) -> float:
+    """PEFT rounds the first norms of bfloat16 weights to bfloat16; ours are float32."""
+    return 2**-8 if "magnitude" in name else 0.0
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])

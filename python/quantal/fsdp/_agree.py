@@ -10,6 +10,9 @@ import torch.distributed as dist
 
 from .._errors import InternalError, QuantalError
 
+#: Attribute of exceptions that every rank raises.
+_AGREED = "_quantal_agreed"
+
 
 def _portable(error: BaseException) -> bytes:
     """The error itself where it travels, else its text."""
@@ -29,7 +32,10 @@ class Agreement:
 
     def check(self, error: BaseException | None = None) -> None:
         """Raises on every rank if any of them passes an error: that one on its own rank, on the
-        others one of the same kind that names the rank."""
+        others one of the same kind that names the rank. An error that was agreed on inside of an
+        exchange is only passed on."""
+        if getattr(error, _AGREED, False):
+            raise error  # type: ignore[misc]
         failed = torch.tensor([0 if error is None else 1], device=self.device)
         dist.all_reduce(failed, group=self.group)
         if int(failed.item()) == 0:
@@ -38,11 +44,13 @@ class Agreement:
         mine = None if error is None else _portable(error)
         dist.all_gather_object(said, mine, group=self.group)
         if error is not None:
+            setattr(error, _AGREED, True)
             raise error
         rank, data = next((r, d) for r, d in enumerate(said) if d is not None)
         other = pickle.loads(data)
         if isinstance(other, QuantalError):
             other.args = (f"{other} (on rank {rank})", *other.args[1:])
+        setattr(other, _AGREED, True)
         raise other
 
     def sum_bytes(self, data: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""DoRA over a sharded base: magnitudes that start as the norms of rows. Imports PEFT."""
+"""Adapters over a base that is read later. Imports PEFT."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from .. import _core
+from .._errors import UnsupportedError
 from .._packed import PackedWeight, whole_tensor
-from .._peft_layers import packed_weight_norm
+from .._peft_layers import _PLAIN_INITS, packed_weight_norm
 from ..linear import PackedLinear
 from ._gather import gathered
 from ._rows import local_rows
@@ -18,7 +19,7 @@ from ._rows import local_rows
 
 @torch.no_grad()
 def set_magnitudes(model: nn.Module) -> None:
-    """Sets every magnitude of DoRA over a packed layer to the row norms of ``W + scaling B A``, as
+    """Sets every magnitude of DoRA over a linear layer to the row norms of ``W + scaling B A``, as
     PEFT does when it attaches them. Collective. Where statistics lie by row each rank decodes its
     own rows only."""
     for module in model.modules():
@@ -26,15 +27,39 @@ def set_magnitudes(model: nn.Module) -> None:
             continue
         layer: Any = module
         base = layer.get_base_layer()
-        if not isinstance(base, PackedWeight):
-            continue
         for name, dora in layer.lora_magnitude_vector.items():
+            if name not in layer.lora_A:
+                raise UnsupportedError(
+                    f"load_sharded: DoRA over a {type(base).__name__}, expected a linear layer"
+                )
             a = whole_tensor(layer.lora_A[name].weight)
             b = layer.lora_B[name].weight
-            _set_magnitude(base, dora.weight, a, b, layer.scaling[name])
+            set_one = _set_packed if isinstance(base, PackedWeight) else _set_dense
+            set_one(base, dora.weight, a, b, layer.scaling[name])
 
 
-def _set_magnitude(base: Any, magnitude: Any, a: Any, b: Any, scaling: float) -> None:
+def refuse_inits(model: Any) -> None:
+    """Raises where adapters were computed from weights that are not there."""
+    for config in getattr(model, "peft_config", {}).values():
+        init = getattr(config, "init_lora_weights", True)
+        if isinstance(init, str) and init.lower() not in _PLAIN_INITS:
+            raise UnsupportedError(
+                f"load_sharded: init_lora_weights is {init!r}, expected True or one of "
+                f"{', '.join(_PLAIN_INITS)}: weights are not read yet when adapters are attached"
+            )
+
+
+def _set_dense(base: Any, magnitude: Any, a: Any, b: Any, scaling: float) -> None:
+    """A dense layer: its rows are where those of B are."""
+    target, begin, end = local_rows(magnitude)
+    weight, first, last = local_rows(base.weight)
+    if (begin, end) != (first, last):
+        weight = whole_tensor(base.weight)[begin:end]
+    change = whole_tensor(b)[begin:end].float() @ a.float()
+    target.copy_((weight.float() + scaling * change).norm(dim=1))
+
+
+def _set_packed(base: Any, magnitude: Any, a: Any, b: Any, scaling: float) -> None:
     target, begin, end = local_rows(magnitude)
     _, first, last = local_rows(base.codes)
     own, b_begin, b_end = local_rows(b)

@@ -265,6 +265,10 @@ class _Loading:
             raise ConfigError(
                 f"load_sharded: attach returned {type(model).__name__}, expected the model"
             )
+        if "peft" in sys.modules:
+            from ._dora import refuse_inits
+
+            refuse_inits(model)
         self._find_copies(model)
         _forget_placeholders(model)
         return model
