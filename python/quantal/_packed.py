@@ -61,6 +61,20 @@ def view_bytes(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return padded.view(dtype)
 
 
+def _byte_sums(data: torch.Tensor) -> int | torch.Tensor | None:
+    """A sum that changes with the bytes of `data`; None where they are not all here. On a device
+    other than the CPU it stays there, so that nothing waits for it."""
+    if data.is_meta or type(data).__name__ == "DTensor":
+        return None
+    flat = data.detach().reshape(-1).view(torch.uint8)
+    if flat.numel() % 8:  # zeros at the end change nothing, whatever pads a view of another dtype
+        flat = nn.functional.pad(flat, (0, 8 - flat.numel() % 8))
+    elif flat.storage_offset() % 8:
+        flat = flat.clone()
+    total = flat.view(torch.int64).sum()  # at the speed of memory; wraps
+    return int(total) if total.is_cpu else total
+
+
 class PackedWeight(nn.Module):
     """A [rows, cols] weight kept as packed codes and statistics.
 
@@ -113,6 +127,7 @@ class PackedWeight(nn.Module):
                 data = nn.Parameter(data, requires_grad=False)
             setattr(self, name, data)  # a Parameter stays the same object: tied layers share it
         self.shared = shared
+        self.accept_bytes()
 
     @property
     def _buffers_packed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -232,6 +247,26 @@ class PackedWeight(nn.Module):
         """Bytes of codes, statistics, shared tables and the spec."""
         return sum(map(tensor_bytes, (self.codes, self.stats, self.shared, self.spec)))
 
+    # ------------------------------------------------------------------ damage
+
+    def accept_bytes(self) -> None:
+        """Takes the packed bytes as they are for right.
+
+        Called wherever quantal or a state dict sets them. After writing into ``codes`` or ``stats``
+        by other means, call it yourself: a save refuses bytes that changed unnoticed."""
+        self.__dict__["_sums"] = _byte_sums(self.codes), _byte_sums(self.stats)
+
+    def bytes_changed(self) -> bool:
+        """Whether something wrote into the packed bytes in place since they were set: a tool that
+        averages parameters, for one. Bytes on the meta device or sharded ones are not looked at."""
+        for known, data in zip(
+            self.__dict__.get("_sums", ()), (self.codes, self.stats), strict=False
+        ):
+            now = _byte_sums(data)
+            if known is not None and now is not None and int(known) != int(now):
+                return True
+        return False
+
     # ------------------------------------------------------------------ upstream's tensors
 
     @classmethod
@@ -331,6 +366,7 @@ class PackedWeight(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing, unexpected, errors
         )
+        self.accept_bytes()
 
     def _with_storage(self, state_dict, prefix):
         """The state dict with the bytes of this layer seen as the layer sees them."""

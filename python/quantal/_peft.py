@@ -8,29 +8,90 @@ quantized layer gets a LoRA layer whose merge writes packed codes, and so is the
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
+import inspect
 import sys
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from ._errors import UnsupportedError
 from ._packed import PackedWeight
 
+#: Versions of PEFT that the tests of this package have run with.
+TESTED = ("0.21.0", "0.21.1", "0.21.2")
 _installed = False
 
 
 def install() -> bool:
-    """Wraps PEFT's dispatcher, once; False where PEFT is not installed."""
+    """Wraps PEFT's dispatcher, once; False where PEFT is not installed.
+
+    Raises UnsupportedError where PEFT's internals are not the known ones; PEFT is then left as it
+    is. Its own layers compute right over quantized ones, and their merge is refused."""
     global _installed
     if _installed or importlib.util.find_spec("peft") is None:
         return _installed
+    changed = list(changed_internals())
+    if changed:
+        version = importlib.metadata.version("peft")
+        raise UnsupportedError(
+            f"PEFT {version}: {'; '.join(changed)}. LoRA layers cannot be made for quantized "
+            f"layers, expected the internals of a tested version ({', '.join(TESTED)}): install "
+            f"one of them (pip install peft=={TESTED[-1]})"
+        )
     from peft.tuners.lora import model as lora_model
 
     _wrap_dispatcher(lora_model)
     _wrap_modules_to_save()
     _installed = True
     return True
+
+
+#: What the hook and its layers rely on: module, name, parameters in this order.
+_INTERNALS = (
+    (
+        "peft.tuners.lora.model",
+        "dispatch_default",
+        ("target", "adapter_name", "config", "parameter_name"),
+    ),
+    ("peft.tuners.lora.layer", "Linear.update_layer", ("self", "adapter_name", "r", "lora_alpha")),
+    ("peft.tuners.lora.layer", "Linear.merge", ("self", "safe_merge", "adapter_names")),
+    ("peft.tuners.lora.layer", "Linear.unmerge", ("self",)),
+    ("peft.tuners.lora.layer", "Embedding.merge", ("self", "safe_merge", "adapter_names")),
+    ("peft.tuners.lora.layer", "Embedding.unmerge", ("self",)),
+    ("peft.tuners.lora.layer", "Linear.lora_variants", None),
+    (
+        "peft.tuners.lora.variants",
+        "DoraLinearVariant.forward",
+        ("module", "active_adapter", "x", "result"),
+    ),
+    ("peft.tuners.tuners_utils", "check_adapters_to_merge", ("module", "adapter_names")),
+    ("peft.utils.other", "ModulesToSaveWrapper.update", ("self", "adapter_name", "tied_module")),
+)
+
+
+def changed_internals() -> Iterator[str]:
+    """What of PEFT's internals is not as this package knows it, in words."""
+    for module_name, name, expected in _INTERNALS:
+        try:
+            found: Any = importlib.import_module(module_name)
+            for part in name.split("."):
+                found = getattr(found, part)
+        except (ImportError, AttributeError):
+            yield f"{module_name}.{name} is missing"
+            continue
+        if expected is None:
+            continue
+        parameters = tuple(inspect.signature(found).parameters)
+        if parameters[: len(expected)] != expected:
+            yield (
+                f"{module_name}.{name} takes ({', '.join(parameters)}), expected "
+                f"({', '.join(expected)}, ...)"
+            )
 
 
 def _wrap_dispatcher(lora_model: Any) -> None:
@@ -101,6 +162,15 @@ def _wrap_modules_to_save() -> None:
     ModulesToSaveWrapper.update = update  # type: ignore[method-assign]
 
 
+def _install_or_warn() -> None:
+    """On import of PEFT or of this package, which must not fail for who trains nothing; preparing a
+    model for training raises."""
+    try:
+        install()
+    except UnsupportedError as error:
+        warnings.warn(str(error), stacklevel=2)
+
+
 class _OnImport:
     """Installs the hook when PEFT is imported after quantal, without importing it itself."""
 
@@ -115,7 +185,7 @@ class _OnImport:
 
         def exec_module(module):
             execute(module)
-            install()
+            _install_or_warn()
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
@@ -124,6 +194,6 @@ class _OnImport:
 def install_lazily() -> None:
     """Installs now if PEFT is loaded, else as soon as it is."""
     if "peft.tuners.lora.model" in sys.modules:
-        install()
+        _install_or_warn()
     elif not any(isinstance(finder, _OnImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _OnImport())

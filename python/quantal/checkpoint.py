@@ -14,7 +14,7 @@ from torch import nn
 from . import _check, _core
 from ._custom import ADAPTER_KEY
 from ._dtypes import as_parts, bytes_of
-from ._errors import ConfigError
+from ._errors import ConfigError, CorruptError
 from ._loading import TEXTS_KEY, TIED_KEY, LoadReport, load, read_tensor
 from ._packed import PackedWeight, whole_tensor
 from ._parts import is_transformers, saved_parts, ties_by_config
@@ -55,6 +55,17 @@ def _refuse_adapters(model: nn.Module) -> None:
         raise ConfigError(
             "save: model carries LoRA adapters, expected the quantized base alone (save adapters "
             "with model.save_pretrained, and the base before they are attached or after unload)"
+        )
+
+
+def _refuse_changed_bytes(layers: Mapping[str, PackedWeight]) -> None:
+    changed = [name for name, layer in layers.items() if layer.bytes_changed()]
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise CorruptError(
+            f"save: packed bytes of {', '.join(changed[:3])}{more} were changed in place, as tools "
+            "that average parameters do; expected bytes from quantize_weights, a file or a state "
+            "dict (bytes written on purpose: layer.accept_bytes())"
         )
 
 
@@ -187,6 +198,7 @@ def save_model(
     _refuse_adapters(model)
     _refuse_shards(model)
     parts = saved_parts(model)
+    _refuse_changed_bytes(parts.layers)
     _core.save_checkpoint(
         os.fspath(path),
         json.dumps(_model_config(model, parts.tied) | dict(config_entries or {})),

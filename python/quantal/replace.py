@@ -168,7 +168,7 @@ def _return_free_memory() -> int:
 def _relative_error(layer: nn.Module, weight: torch.Tensor) -> float:
     if not isinstance(layer, PackedLinear) or weight.device.type == "meta":
         return 0.0
-    return layer.relative_error(weight)
+    return layer._sampled_error(weight)
 
 
 def _module_bytes(module: nn.Module) -> int:

@@ -6,7 +6,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from conftest import hqq, nf4, tiny_llama
-from quantal import QuantizedLinear, create_quantization_adapter
+from quantal import QuantizedLinear, UnsupportedError, _peft, create_quantization_adapter
 
 
 def quantized(config, hidden=64):
@@ -154,3 +154,41 @@ print(type(model.base_model.model[0]).__name__)
             [sys.executable, "-c", code.format(*order)], capture_output=True, text=True, check=True
         )
         assert run.stdout.strip() == "QuantizedLoraLinear", order
+
+
+def test_the_installed_peft_is_one_that_the_hook_knows():
+    import importlib.metadata
+
+    assert importlib.metadata.version("peft") in _peft.TESTED
+    assert not list(_peft.changed_internals())
+    from peft.tuners.lora import model as lora_model
+
+    assert lora_model.dispatch_default.__wrapped__.__module__.startswith("peft.")
+
+
+def test_changed_internals_of_peft_are_named_before_training(monkeypatch):
+    """As a later PEFT might be: the dispatcher takes other arguments, a function is gone."""
+    from peft.tuners import tuners_utils
+    from peft.tuners.lora import model as lora_model
+
+    monkeypatch.setattr(lora_model, "dispatch_default", lambda target, name, settings: None)
+    monkeypatch.delattr(tuners_utils, "check_adapters_to_merge")
+    monkeypatch.setattr(_peft, "_installed", False)
+    message = (
+        r"dispatch_default takes \(target, name, settings\), expected \(target, adapter_name, "
+        r"config.*check_adapters_to_merge is missing.*pip install peft=="
+    )
+    model, adapter = quantized(hqq())
+    with pytest.raises(UnsupportedError, match=message):
+        adapter.prepare_model_for_training(model)
+    with pytest.warns(UserWarning, match="expected the internals of a tested version"):
+        _peft.install_lazily()
+    assert not _peft._installed
+
+
+def test_target_modules_by_regex_and_by_name():
+    for targets, count in ((r".*layers\.1\..*(q|v)_proj", 2), (["down_proj"], 2)):
+        model, _ = quantized(hqq())
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=targets))
+        wrapped = [m for m in model.modules() if type(m).__name__ == "QuantizedLoraLinear"]
+        assert len(wrapped) == count

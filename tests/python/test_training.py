@@ -1,4 +1,5 @@
-"""Training as users run it: preparation, checkpointing, autocast, copies, Trainer, TRL."""
+"""Training as users run it: preparation, checkpointing, autocast, copies, Trainer. TRL's SFTTrainer
+is in conformance/test_sft_trainer.py."""
 
 import copy
 import pickle
@@ -15,7 +16,6 @@ from qlora_support import (
     ALL,
     LLM_INT8,
     METHODS,
-    dense_twin,
     gradients,
     lora,
     packed_bytes,
@@ -338,44 +338,3 @@ def test_trainer_trains_checkpoints_and_resumes(name, tmp_path, tokens):
     for n, p in first.model.named_parameters():
         if p.requires_grad:
             torch.testing.assert_close(resumed[n], p, rtol=1e-5, atol=1e-6)
-
-
-def word_tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<pad>", "<eos>", "<unk>"] + [f"w{i}" for i in range(200)]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
-
-
-@pytest.mark.parametrize("name", ["nf4", "hqq4", "int8"])
-@pytest.mark.parametrize("wrapped", [False, True], ids=["peft_config", "peft_model"])
-@pytest.mark.filterwarnings("ignore:.*pin_memory.*")
-def test_sft_trainer(name, wrapped, tmp_path):
-    """TRL attaches the adapters itself, or gets a PeftModel."""
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
-    base = prepare_model_for_training(quantized(METHODS[name]))
-    texts = [" ".join(f"w{(i * 3 + j) % 50}" for j in range(20)) for i in range(16)]
-    model = get_peft_model(base, lora(ALL)) if wrapped else base
-    trainer = trl.SFTTrainer(
-        model=model,
-        args=trl.SFTConfig(**arguments(tmp_path, bf16=False, max_length=32, save_strategy="no")),
-        train_dataset=datasets.Dataset.from_dict({"text": texts}),
-        processing_class=word_tokenizer(),
-        peft_config=None if wrapped else lora(ALL),
-    )
-    before = packed_bytes(trainer.model)
-    trained = [n for n, p in trainer.model.named_parameters() if p.requires_grad]
-    assert trained and all("lora_" in n for n in trained)
-    trainer.train()
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    assert losses[-1] < losses[0] - 0.1
-    assert same_bytes(packed_bytes(trainer.model), before)
-    trainer.save_model(str(tmp_path / "out"))
-    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
-    assert dense_twin(trainer.model.unload())

@@ -1,0 +1,156 @@
+"""What the Python face costs: a call of a quantized layer beside `nn.Linear`, and `quantize_model`
+beside the codecs alone.
+
+    python bench/overhead.py [--seconds 4] [--output bench/results/overhead.md]
+
+A call runs one row through a square layer, float32: the first size is one of SmolLM2, the second so
+small that nothing but the call is left. `quantize_model` runs on SmolLM2-135M; the codecs alone are
+`torch.ops.quantal.quantize` over the same weights with the same settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import pathlib
+from collections.abc import Callable
+
+import pairs
+import torch
+from torch import nn
+
+import quantal
+from quantal import QuantizationConfig, QuantizedLinear
+
+OPTIONS = {"support": "extended"}
+METHODS = {
+    "NF4 + double quantization": QuantizationConfig(
+        "bnb_nf4", compute_dtype=torch.float32, backend_options=OPTIONS
+    ),
+    "HQQ 4-bit g64": QuantizationConfig(
+        "hqq", bits=4, group_size=64, compute_dtype=torch.float32, backend_options=OPTIONS
+    ),
+    "MLX 4-bit g64": QuantizationConfig(
+        "mlx_int4", compute_dtype=torch.float32, backend_options=OPTIONS
+    ),
+    "LLM.int8, weights only": QuantizationConfig(
+        "bnb_int8", compute_dtype=torch.float32, backend_options=OPTIONS
+    ),
+}
+CALL_LIMIT, QUANTIZE_LIMIT = 1.5, 1.2
+#: Calls in one timed sample.
+CALLS = 50
+
+
+def repeated(layer: nn.Module, x: torch.Tensor, grad: bool) -> Callable[[], None]:
+    def calls() -> None:
+        with torch.set_grad_enabled(grad):
+            for _ in range(CALLS):
+                layer(x)
+
+    return calls
+
+
+def call_rows(seconds: float) -> list[list[str]]:
+    rows = []
+    for size in (576, 64):
+        for name, config in METHODS.items():
+            torch.manual_seed(0)
+            dense = nn.Linear(size, size).requires_grad_(False)
+            packed = QuantizedLinear.from_linear(dense, config)
+            for grad in (False, True):
+                x = torch.randn(1, size, requires_grad=grad)
+                pair = pairs.measure(
+                    repeated(packed, x, grad), repeated(dense, x, grad), seconds=seconds
+                )
+                ratio = 1 / pair.ratio
+                limit = ("yes" if ratio <= CALL_LIMIT else "NO") if size == 576 else "-"
+                rows.append(
+                    [
+                        f"{size} x {size}",
+                        name,
+                        "x requires grad" if grad else "no grad",
+                        f"{pair.ours / CALLS * 1e6:.1f}",
+                        f"{pair.rival / CALLS * 1e6:.1f}",
+                        f"{ratio:.2f}x",
+                        limit,
+                    ]
+                )
+                print(rows[-1], flush=True)
+    return rows
+
+
+def quantize_rows(seconds: float) -> list[list[str]]:
+    dense, _ = quantal.load_gguf(pairs.smollm2_gguf(), dtype=torch.float32)
+    rows = []
+    for name, config in METHODS.items():
+        adapter = quantal.create_quantization_adapter(quantal.Backend.CPU, config)
+        done = adapter.quantize_model(copy.deepcopy(dense))
+        work = [
+            (dense.get_submodule(n).weight.detach(), m._spec)
+            for n, m in done.named_modules()
+            if isinstance(m, QuantizedLinear)
+        ]
+        model: list[nn.Module] = []
+
+        def fresh(model: list[nn.Module] = model) -> None:
+            model[:] = [copy.deepcopy(dense)]
+
+        def ours(adapter=adapter, model: list[nn.Module] = model) -> None:
+            adapter.quantize_model(model[0])
+
+        def codecs(work=work) -> None:
+            for weight, spec in work:
+                torch.ops.quantal.quantize(weight, spec)
+
+        pair = pairs.measure(ours, codecs, seconds=seconds, between=fresh)
+        ratio = 1 / pair.ratio
+        rows.append(
+            [
+                name,
+                f"{pair.ours:.3f}",
+                f"{pair.rival:.3f}",
+                f"{ratio:.2f}x",
+                "yes" if ratio <= QUANTIZE_LIMIT else "NO",
+            ]
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=4.0, help="per row of the tables")
+    parser.add_argument("--output", type=pathlib.Path)
+    parser.add_argument("--only", choices=("calls", "quantize"))
+    args = parser.parse_args()
+    page = pairs.heading("What the Python face costs", "python bench/overhead.py").replace(
+        pairs.FIGURE, "- figure: median of interleaved pair ratios in one process (quantal / rival)"
+    )
+    if args.only != "quantize":
+        page += "\n## A call with one row, bias, float32\n\n" + markdown(
+            ["layer", "method", "mode", "quantal us", "nn.Linear us", "ratio", "<= 1.5x"],
+            call_rows(args.seconds),
+        )
+        page += (
+            "\nAt 64 x 64 next to nothing is computed: the ratio is that of the calls themselves "
+            "and has no limit.\n"
+        )
+    if args.only != "calls":
+        page += "\n## quantize_model on SmolLM2-135M, float32\n\n" + markdown(
+            ["method", "quantize_model s", "codecs alone s", "ratio", "<= 1.2x"],
+            quantize_rows(max(args.seconds, 15.0)),
+        )
+        page += "\nMemory during `quantize_model`: [memory.md](memory.md).\n"
+    print(page)
+    if args.output:
+        args.output.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
