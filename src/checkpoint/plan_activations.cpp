@@ -22,12 +22,20 @@ std::int64_t plus(std::int64_t a, std::int64_t b) {
 /// Experts that a token passes, of how many: {1, 1} for layers that are no experts.
 struct Experts {
   std::int64_t used = 1, all = 1;
+  std::int64_t share(std::int64_t n) const { return ceil_div(times(n, used), all); }
+};
+
+/// A LoRA pair of a layer; rank 0: none.
+struct Adapter {
+  std::string module;  ///< the layer that it adapts
+  std::int64_t rank = 0;
+  DType dtype = DType::kF32;
 };
 
 /// Layers of one block, per token.
 struct Block {
-  std::int64_t outs = 0;         ///< rows of all layers
-  std::int64_t lora_inputs = 0;  ///< bytes of what adapters keep
+  std::int64_t outs = 0;                                 ///< rows of all layers
+  std::int64_t lora_inputs = 0;                          ///< bytes of what adapters keep
   std::map<std::string, std::set<std::string>> experts;  ///< parent of numbers: its numbers
 };
 
@@ -72,11 +80,22 @@ class Bounds {
 
   /// What an adapter keeps of its input. In float32 the layers of one module share it; a narrower
   /// one is widened for each; dropout keeps its result and its mask.
-  std::int64_t input_bytes(std::int64_t in, bool shared) const {
-    const std::int64_t f = size_of(o_.lora_dtype);
+  std::int64_t input_bytes(std::int64_t in, DType dtype, bool shared) const {
+    const std::int64_t f = size_of(dtype);
     if (o_.lora_dropout > 0) return times(in, 2 * f);
     if (f != e_) return times(in, f);
     return shared ? 0 : times(in, e_);
+  }
+
+  /// Planned for a layer, or PEFT's "a.q_proj.lora_A.default.weight" [rank, in].
+  Adapter adapter_of(const OutlineTensor& tensor, const PlanLayer& row) const {
+    if (!tensor.trainable) {
+      const std::int64_t rank = row.adapter_parameters == 0 ? 0 : o_.lora_rank;
+      return {module_name(tensor), rank, o_.lora_dtype};
+    }
+    const std::size_t at = tensor.name.find(".lora_A.");
+    if (at == std::string::npos) return {};
+    return {tensor.name.substr(0, at), tensor.shape[0], tensor.dtype};
   }
 
   /// The largest block of the model.
@@ -90,19 +109,19 @@ class Bounds {
     for (std::size_t i = 0; i < model_.tensors.size(); ++i) {
       const OutlineTensor& tensor = model_.tensors[i];
       const std::string unit = unit_of(tensor.name);
-      if (!multiplies(tensor) || unit.empty()) continue;
+      if (unit.empty() || tensor.shape.size() != 2) continue;
       Block& block = blocks[unit];
       const std::string module = module_name(tensor);
-      const Experts experts = experts_of(block, module);
-      const auto share = [&](std::int64_t n) { return ceil_div(times(n, experts.used), experts.all); };
-      block.outs = plus(block.outs, share(tensor.shape[0]));
-      if (plan_.layers[i].adapter_parameters == 0) continue;
-      const std::string parent = module.substr(0, module.rfind('.'));
-      const bool seen =
-          !inputs.insert(parent + " " + std::to_string(tensor.shape[1])).second;
-      block.lora_inputs = plus(
-          block.lora_inputs, share(plus(input_bytes(tensor.shape[1], seen),
-                                        times(o_.lora_rank, size_of(o_.lora_dtype)))));
+      if (multiplies(tensor)) {
+        block.outs = plus(block.outs, experts_of(block, module).share(tensor.shape[0]));
+      }
+      const Adapter adapter = adapter_of(tensor, plan_.layers[i]);
+      if (adapter.rank == 0) continue;
+      const std::string parent = adapter.module.substr(0, adapter.module.rfind('.'));
+      const bool seen = !inputs.insert(parent + " " + std::to_string(tensor.shape[1])).second;
+      const std::int64_t kept = plus(input_bytes(tensor.shape[1], adapter.dtype, seen),
+                                     times(adapter.rank, size_of(adapter.dtype)));
+      block.lora_inputs = plus(block.lora_inputs, experts_of(block, adapter.module).share(kept));
     }
     std::int64_t most = 0;
     for (const auto& [unit, block] : blocks) {
@@ -111,8 +130,7 @@ class Bounds {
     // Two norms in float32, the result of attention, the activated gate, keys and values repeated
     // for every query head.
     const std::int64_t repeated = std::max<std::int64_t>(0, 2 * s_.query - s_.key_value);
-    const std::int64_t rest =
-        2 * s_.hidden * wide_ + (s_.query + s_.widest + repeated) * e_;
+    const std::int64_t rest = 2 * s_.hidden * wide_ + (s_.query + s_.widest + repeated) * e_;
     return plus(plus(most, rest), scores_per_token(kFloat + (e_ < kFloat ? e_ : 0)));
   }
 
@@ -123,25 +141,25 @@ class Bounds {
     return plus(mask, times(times(s_.heads, o_.sequence_length), element));
   }
 
+  /// A score before softmax and after it, which computes in float32.
+  std::int64_t softmax_bytes() const { return 2 * kFloat + (e_ < kFloat ? e_ : 0); }
+
   std::int64_t cast_per_token() const {
-    return s_.compute_dtype == s_.activation_dtype
-               ? 0
-               : 2 * s_.widest * size_of(s_.compute_dtype);
+    return s_.compute_dtype == s_.activation_dtype ? 0 : 2 * s_.widest * size_of(s_.compute_dtype);
   }
 
   ActivationBytes training() const {
     const std::int64_t saved = saved_per_token();
-    const std::int64_t passing = plus(cast_per_token(), o_.attention == PlanAttention::kSdpa
-                                                            ? 0
-                                                            : scores_per_token(2 * kFloat + e_));
+    const std::int64_t passing =
+        plus(cast_per_token(),
+             o_.attention == PlanAttention::kSdpa ? 0 : scores_per_token(softmax_bytes()));
     const std::int64_t forward_pass = plus((4 * s_.widest + 3 * s_.hidden) * wide_, passing);
     const std::int64_t backward_pass = plus((3 * s_.widest + 2 * s_.hidden) * wide_, passing);
     // Inputs of the blocks, the embeddings and their gradient.
     const std::int64_t kept = o_.gradient_checkpointing
                                   ? times(s_.blocks + 2, s_.hidden * e_)
                                   : plus(times(s_.blocks, saved), 3 * s_.hidden * wide_);
-    const std::int64_t chunk =
-        o_.loss_chunk == 0 ? tokens_ : std::min(tokens_, o_.loss_chunk);
+    const std::int64_t chunk = o_.loss_chunk == 0 ? tokens_ : std::min(tokens_, o_.loss_chunk);
     const std::int64_t logits = times(chunk, times(s_.vocabulary, e_));
     const std::int64_t loss = times(chunk, times(s_.vocabulary, kFloat));
     ActivationBytes out;
@@ -168,10 +186,9 @@ class Bounds {
     const std::int64_t token =
         s_.hidden * (2 * e_ + 2 * kFloat) +
         std::max(4 * s_.widest, s_.hidden + 3 * s_.query + 2 * s_.key_value) * e_;
-    const std::int64_t scores = scores_per_token(kFloat + 2 * e_);
+    const std::int64_t scores = scores_per_token(softmax_bytes());
     out.forward = times(tokens_, plus(plus(token, cast_per_token()), scores));
-    out.forward_logits =
-        times(o_.batch_size, times(s_.vocabulary, e_ + kFloat));
+    out.forward_logits = times(o_.batch_size, times(s_.vocabulary, e_ + kFloat));
     out.cache = times(tokens_, times(s_.blocks, times(s_.key_value, e_)));
     return out;
   }

@@ -192,9 +192,11 @@ class Phases {
 
   /// On CUDA the optimizer goes through all adapters at once, elsewhere one after the other.
   std::int64_t step_temporaries() const {
-    const bool together = o_.backend == Backend::CUDA && !o_.cpu_offload;
-    const std::int64_t one = together ? sums_.adapters : sums_.largest_adapter;
-    return o_.optimizer == PlanOptimizer::kAdamW ? times(2, one) : one;
+    const bool adamw = o_.optimizer == PlanOptimizer::kAdamW;
+    if (o_.backend == Backend::CUDA && !o_.cpu_offload) {
+      return times(adamw ? 2 : 1, sums_.adapters);
+    }
+    return times(adamw ? 3 : 1, sums_.largest_adapter);
   }
 
   Plan& plan_;
