@@ -8,3 +8,4 @@
 #include "quantal/torch/llama.h"
 #include "quantal/torch/lora.h"
 #include "quantal/torch/ops.h"
+#include "quantal/torch/plan.h"

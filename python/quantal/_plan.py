@@ -172,7 +172,9 @@ def _answer(text: str, report: str) -> Plan:
 
 
 class _Outline:
-    """Names, shapes and types of a module, each weight once. Values are never looked at."""
+    """Names, shapes and types of a module, each weight once. Values are never looked at.
+
+    A linear layer that shares the weight of an embedding stays dense, and counts there."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -196,7 +198,6 @@ class _Outline:
                 self._packed(name, module)
             self._parameters(name, module)
             self._buffers(name, module)
-        # A linear layer that shares the weight of an embedding stays dense and counts there.
         return self.tensors
 
     def _add(self, name: str, kind: str, tensor: torch.Tensor, **facts: Any) -> None:
@@ -288,9 +289,9 @@ def _bytes(memory_gb: float | None) -> int:
 
 
 def _texts(where: str, values: str | Iterable[str] | None) -> list[str]:
-    if values is None or values == "all-linear":
+    if values is None or (isinstance(values, str) and values == "all-linear"):
         return []
-    if isinstance(values, str) or not isinstance(values, Iterable):
+    if not isinstance(values, list | tuple | set | frozenset):
         raise _check.wrong_type("plan", where, values, 'a list of names, or "all-linear"')
     return [_check.text("plan", f"name in {where}", value) for value in values]
 
@@ -351,7 +352,9 @@ def plan(
     if config is not None:
         _check.instance(where, "config", config, QuantizationConfig, "a QuantizationConfig or None")
         options.config_json = config.to_json()
-    options.support, options.fallback = support, fallback
+    for name, value in (("support", support), ("fallback", fallback)):
+        if value is not None:
+            setattr(options, name, _check.text(where, name, value))
     given = locals()
     for name in ("world_size", "batch_size", "sequence_length", "lora_rank", "loss_chunk"):
         setattr(options, name, _check.integer(where, name, given[name]))

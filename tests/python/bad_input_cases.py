@@ -267,6 +267,13 @@ def cases(folder: str, gguf: str, free: str) -> dict[str, Call]:
     convert |= dict.fromkeys(names.split()) | {"max_shard_size": None, "layout": ""}
     convert |= {"skip_modules": ["lm_head"], "lossless_only": False, "overwrite": False}
     add("convert", quantal.convert, convert)
+    planned = {"model": folder, "backend": "cpu", "memory_gb": None, "world_size": 1}
+    planned |= {"mode": "qlora", "config": None, "support": None, "fallback": None}
+    planned |= {"batch_size": 1, "sequence_length": 64, "attention": "sdpa", "lora_rank": 8}
+    planned |= {"lora_targets": None, "lora_dropout": 0.0, "lora_dtype": "float32"}
+    planned |= {"optimizer": "adamw", "gradient_checkpointing": True, "loss_chunk": 0}
+    planned |= {"norms_in_float32": False, "cpu_offload": False}
+    add("plan", quantal.plan, planned)
     add("dequantize_model", quantal.dequantize_model, lambda: module() | {"dtype": None})
     add("testing.options", testing.options, {"method": "hqq"})
 

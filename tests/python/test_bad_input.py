@@ -29,7 +29,7 @@ REMEDIES = ("expected", "Supported:", "did you mean", "use ", "pass ", "install"
 REMEDIES += ("is missing", "No import registered")
 
 #: Classes whose objects quantal makes; a user reads them.
-RECORDS = """BackendCapabilities ConvertReport LoadReport LayerMerge LoftqLayer MergeReport
+RECORDS = """BackendCapabilities ConvertReport LoadReport LayerMerge LoftqLayer MergeReport Plan
 ErrorContext ImportResult SafeQuantizationAdapter"""
 #: Exceptions, abstract loaders, loaders of other devices; QLoRA has tests of its own.
 OTHERS = """ConfigError CorruptError DeviceError DtypeError Error InternalError IoError

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -25,6 +26,7 @@ from quantal import QuantizationConfig, create_quantization_adapter, prepare_mod
 from save_load_support import FORMS, form
 
 WORKER = pathlib.Path(__file__).with_name("plan_worker.py")
+ROOT = pathlib.Path(__file__).parents[2]
 #: bitsandbytes keeps the nested offset as text: as many bytes as the number has digits.
 OFFSET_TEXT = 24
 ALL_FORMS = [(d, f) for d, forms in FORMS.items() for f in forms]
@@ -380,6 +382,15 @@ def test_plan_is_a_dataclass_with_plain_values(llama_7b):
     assert plan.adapter_parameters == 32 * 2 * 16 * (4096 + 4096)
     assert repr(plan).startswith("Plan('llama-7b (safetensors, 1 file)'")
     assert all(len(line) <= 100 for line in plan.to_text().splitlines())
+
+
+def test_the_page_is_true(llama_7b):
+    page = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", page, re.S)
+    exec(code.group(1), {})
+    text = quantal.plan(llama_7b, "cuda").to_text()
+    table = re.search(r"```\n(  weights .*?)```", page, re.S)
+    assert table.group(1) in text
 
 
 # ---------------------------------------------------------------------- bad input

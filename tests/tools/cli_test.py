@@ -362,5 +362,54 @@ class Interruption(ToolTest):
         self.assertTrue(told.endswith("\r\x1b[K"), "the line is cleared at the end")
 
 
+class PlanTest(ToolTest):
+    def test_help_and_wrong_usage(self) -> None:
+        self.assertIn("--memory-gb", self.done("plan", "--help"))
+        self.assertIn("path is required", self.fails(2, "plan"))
+        self.fails(2, "plan", GOLDEN / "dense-bf16", "--mode", "train")
+        self.fails(2, "plan", GOLDEN / "dense-bf16", "--memory-gb", "-1")
+        self.assertIn(
+            "world_size is 0", self.fails(1, "plan", GOLDEN / "dense-bf16", "--world-size", 0)
+        )
+        self.fails(1, "plan", self.folder / "nowhere")
+
+    def test_a_plan_for_people_and_for_programs(self) -> None:
+        arguments = [
+            "plan",
+            GOLDEN / "dense-bf16",
+            "--method",
+            "hqq",
+            "--bits",
+            4,
+            "--group-size",
+            32,
+        ]
+        text = self.done(*arguments)
+        self.assertIn("hqq 4-bit g32 on cpu, inference, 1 rank", text)
+        self.assertTrue(all(len(line) <= 100 for line in text.splitlines()))
+        plan = json.loads(self.done(*arguments, "--json", "--mode", "qlora", "--world-size", 2))
+        self.assertEqual(len([layer for layer in plan["layers"] if layer["quantized"]]), LAYERS)
+        self.assertEqual(plan["options"]["world_size"], 2)
+        self.assertEqual([p["name"] for p in plan["phases"]][-1], "optimizer")
+
+    def test_a_plan_is_what_the_conversion_makes(self) -> None:
+        plan = json.loads(
+            self.done("plan", GOLDEN / "dense-bf16", "--method", "mlx_int8", "--json")
+        )
+        target = self.folder / "mlx"
+        form = ["--bits", 8, "--group-size", 64]
+        self.done("convert", GOLDEN / "dense-bf16", target, "--to", "mlx", *form, "-q")
+        real = json.loads(self.done("inspect", "--json", target))["totals"]["bytes"]
+        self.assertEqual(plan["file_bytes"], real)
+
+    def test_recommendation_needs_memory(self) -> None:
+        known = self.done("plan", GOLDEN / "dense-bf16", "--memory-gb", 0.1)
+        self.assertIn("none (recommended) on cpu", known)
+        self.assertIn("fits: peak", known.splitlines()[-1])
+        self.assertNotIn("recommended", self.done("plan", GOLDEN / "dense-bf16"))
+        tight = self.done("plan", GOLDEN / "dense-bf16", "--memory-gb", 0.001)
+        self.assertIn("does not fit", tight)
+
+
 if __name__ == "__main__":
     unittest.main()
