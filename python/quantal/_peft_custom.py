@@ -21,8 +21,8 @@ class CustomLoraLinear(lora_layer.Linear):
     def __init__(self, base_layer: Any, adapter_name: str, config: Any, **kwargs: Any) -> None:
         if config.use_dora:
             raise UnsupportedError(
-                f"LoRA: use_dora is True on a {type(base_layer).__name__}, expected False for layers "
-                "of an adapter of one's own (quantal's own layers have DoRA)"
+                f"LoRA: use_dora is True on a {type(base_layer).__name__}, expected False for "
+                "layers of an adapter of one's own (quantal's own layers have DoRA)"
             )
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
 
