@@ -64,9 +64,25 @@ std::pair<std::string, std::string> answer(const Plan& plan) {
   return {plan.to_json(), plan.to_text()};
 }
 
+void bind_outline_tensor(py::module_& m) {
+  using T = TensorArguments;
+  py::class_<T>(m, "OutlineTensor")
+      .def(py::init([](std::string name, std::string kind, std::vector<std::int64_t> shape,
+                       std::string dtype, std::vector<std::int64_t> spec, std::string tied_to,
+                       bool trainable, bool saved) {
+             return T{std::move(name),  std::move(kind), std::move(dtype), std::move(tied_to),
+                      std::move(shape), std::move(spec), trainable,        saved};
+           }),
+           py::arg("name"), py::arg("kind"), py::arg("shape"), py::arg("dtype"),
+           py::arg("spec") = std::vector<std::int64_t>{}, py::arg("tied_to") = "",
+           py::arg("trainable") = false, py::arg("saved") = true)
+      .def_readonly("name", &T::name);
+}
+
 }  // namespace
 
 void bind_plan(py::module_& m) {
+  bind_outline_tensor(m);
   using A = Arguments;
   py::class_<A> options(m, "PlanOptions");
   options.def(py::init<>())
@@ -94,18 +110,6 @@ void bind_plan(py::module_& m) {
   QUANTAL_PLAN_OPTION("norms_in_float32", float32_norms);
   QUANTAL_PLAN_OPTION("cpu_offload", cpu_offload);
 #undef QUANTAL_PLAN_OPTION
-  using T = TensorArguments;
-  py::class_<T>(m, "OutlineTensor")
-      .def(py::init([](std::string name, std::string kind, std::vector<std::int64_t> shape,
-                       std::string dtype, std::vector<std::int64_t> spec, std::string tied_to,
-                       bool trainable, bool saved) {
-             return T{std::move(name),  std::move(kind), std::move(dtype), std::move(tied_to),
-                      std::move(shape), std::move(spec), trainable,        saved};
-           }),
-           py::arg("name"), py::arg("kind"), py::arg("shape"), py::arg("dtype"),
-           py::arg("spec") = std::vector<std::int64_t>{}, py::arg("tied_to") = "",
-           py::arg("trainable") = false, py::arg("saved") = true)
-      .def_readonly("name", &T::name);
   m.def(
       "plan_path",
       [](const std::string& path, const A& a) {

@@ -43,6 +43,7 @@ PUBLIC_ROOMS = {
     "model_fit": "checkpoint",
     "plan": "checkpoint",
     "safetensors": "io",
+    "shards": "formats",
     "transcode": "formats",
 }
 TORCH_FREE = ("core", "kernels", "formats", "policy", "io", "checkpoint")

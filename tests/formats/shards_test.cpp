@@ -70,75 +70,98 @@ QuantizeOptions options(QuantizationMethod method, int bits, std::int64_t group)
   return o;
 }
 
-std::vector<Case> cases() {
-  using M = QuantizationMethod;
-  std::vector<Case> out;
-  const auto add = [&](std::string name, std::string dialect, QuantizeOptions o, std::int64_t rows,
-                       std::int64_t cols, bool exchanges) {
-    out.push_back({std::move(name), std::move(dialect), o, rows, cols, exchanges});
-  };
+using M = QuantizationMethod;
+
+/// Collects cases.
+class Cases {
+ public:
+  void add(std::string name, std::string dialect, QuantizeOptions o, std::int64_t rows,
+           std::int64_t cols, bool exchanges) {
+    all.push_back({std::move(name), std::move(dialect), o, rows, cols, exchanges});
+  }
+  std::vector<Case> all;
+};
+
+void add_bnb(Cases& out) {
   QuantizeOptions nf4 = options(M::BNB_NF4, 4, 64);
-  add("nf4_double", "bnb", nf4, 37, 192, true);
-  add("nf4_double_crossing", "bnb", nf4, 300, 72, true);  // groups and nested blocks cross rows
+  out.add("nf4_double", "bnb", nf4, 37, 192, true);
+  out.add("nf4_double_crossing", "bnb", nf4, 300, 72, true);  // groups and nested blocks cross rows
   nf4.double_quant = false;
-  add("nf4", "bnb", nf4, 19, 128, false);
-  add("nf4_crossing", "bnb", nf4, 19, 72, false);
+  out.add("nf4", "bnb", nf4, 19, 128, false);
+  out.add("nf4_crossing", "bnb", nf4, 19, 72, false);
   nf4.quant_type = "fp4";
   nf4.group_size = 128;
-  add("fp4_crossing", "bnb", nf4, 23, 100, false);
-  add("int8", "bnb", options(M::BNB_INT8, 8, 0), 17, 70, false);
+  out.add("fp4_crossing", "bnb", nf4, 23, 100, false);
+  out.add("int8", "bnb", options(M::BNB_INT8, 8, 0), 17, 70, false);
+}
 
+void add_hqq(Cases& out) {
   for (const int bits : {1, 2, 3, 4, 5, 6, 8}) {
-    add("hqq" + std::to_string(bits), "hqq", options(M::HQQ, bits, 64), 40, 128, true);
+    out.add("hqq" + std::to_string(bits), "hqq", options(M::HQQ, bits, 64), 40, 128, true);
   }
-  add("hqq_crossing", "hqq", options(M::HQQ, 4, 64), 80, 72, true);
-  add("hqq_row", "hqq", options(M::HQQ, 4, 0), 20, 96, true);
+  out.add("hqq_crossing", "hqq", options(M::HQQ, 4, 64), 80, 72, true);
+  out.add("hqq_row", "hqq", options(M::HQQ, 4, 0), 20, 96, true);
   QuantizeOptions hqq = options(M::HQQ, 4, 64);
   hqq.optimize = false;
-  add("hqq_no_solver", "hqq", hqq, 80, 72, false);
+  out.add("hqq_no_solver", "hqq", hqq, 80, 72, false);
   hqq = options(M::HQQ, 4, 64);
   hqq.axis = 0;
-  add("hqq_axis0", "hqq", hqq, 192, 80, true);
+  out.add("hqq_axis0", "hqq", hqq, 192, 80, true);
   hqq.bits = 3;
-  add("hqq3_axis0", "hqq", hqq, 128, 48, true);
+  out.add("hqq3_axis0", "hqq", hqq, 128, 48, true);
   hqq.bits = 4;
-  add("hqq_axis0_crossing", "hqq", hqq, 40, 128, false);  // every rank quantizes the whole
+  out.add("hqq_axis0_crossing", "hqq", hqq, 40, 128, false);  // every rank quantizes the whole
   hqq.optimize = false;
-  add("hqq_axis0_no_solver", "hqq", hqq, 128, 80, true);
+  out.add("hqq_axis0_no_solver", "hqq", hqq, 128, 80, true);
   hqq = options(M::HQQ, 4, 64);
   hqq.quant_zero = hqq.quant_scale = true;
-  add("hqq_meta", "hqq", hqq, 64, 128, false);  // the whole
+  out.add("hqq_meta", "hqq", hqq, 64, 128, false);  // the whole
+}
 
-  add("mlx4", "mlx", options(M::MLX_INT4, 4, 64), 21, 192, false);
-  add("mlx8", "mlx", options(M::MLX_INT8, 8, 32), 21, 64, false);
+void add_mlx(Cases& out) {
+  out.add("mlx4", "mlx", options(M::MLX_INT4, 4, 64), 21, 192, false);
+  out.add("mlx8", "mlx", options(M::MLX_INT8, 8, 32), 21, 64, false);
   for (const int bits : {2, 3, 5, 6}) {
     QuantizeOptions mlx = options(M::BNB_NF4, bits, 64);
-    add("mlx" + std::to_string(bits), "mlx", mlx, 21, 128, false);
+    out.add("mlx" + std::to_string(bits), "mlx", mlx, 21, 128, false);
   }
   for (const char* mode : {"mxfp4", "nvfp4", "mxfp8"}) {
     QuantizeOptions mx = options(M::BNB_NF4, 0, 0);
     mx.mode = mode;
-    add(mode, "mlx", mx, 21, 64, false);
+    out.add(mode, "mlx", mx, 21, 64, false);
   }
+}
 
-  add("quanto2", "quanto", options(M::QUANTO_INT2, 2, 0), 24, 256, false);
-  add("quanto4", "quanto", options(M::QUANTO_INT4, 4, 0), 24, 256, false);
-  add("quanto8", "quanto", options(M::QUANTO_INT8, 8, 0), 24, 256, false);
+void add_quanto(Cases& out) {
+  out.add("quanto2", "quanto", options(M::QUANTO_INT2, 2, 0), 24, 256, false);
+  out.add("quanto4", "quanto", options(M::QUANTO_INT4, 4, 0), 24, 256, false);
+  out.add("quanto8", "quanto", options(M::QUANTO_INT8, 8, 0), 24, 256, false);
   QuantizeOptions quanto = options(M::QUANTO_INT4, 4, 0);
   quanto.mode = "hqq";
-  add("quanto4_hqq", "quanto", quanto, 24, 256, true);
+  out.add("quanto4_hqq", "quanto", quanto, 24, 256, true);
   quanto.axis = -1;
-  add("quanto4_hqq_axis_minus1", "quanto", quanto, 256, 40, true);
+  out.add("quanto4_hqq_axis_minus1", "quanto", quanto, 256, 40, true);
   quanto.mode = "max";
-  add("quanto4_axis_minus1", "quanto", quanto, 256, 40, true);  // statistics are shared by rows
+  out.add("quanto4_axis_minus1", "quanto", quanto, 256, 40, true);  // statistics are shared by rows
+}
 
+void add_gguf(Cases& out) {
   for (const char* mode :
        {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K"}) {
     QuantizeOptions gguf = options(M::BNB_NF4, 0, 0);
     gguf.mode = mode;
-    add(mode, "gguf", gguf, 9, 256, false);
+    out.add(mode, "gguf", gguf, 9, 256, false);
   }
-  return out;
+}
+
+std::vector<Case> cases() {
+  Cases out;
+  add_bnb(out);
+  add_hqq(out);
+  add_mlx(out);
+  add_quanto(out);
+  add_gguf(out);
+  return out.all;
 }
 
 std::vector<std::uint16_t> weights(std::int64_t rows, std::int64_t cols) {
