@@ -72,12 +72,23 @@ def _refuse_changed_bytes(layers: Mapping[str, PackedWeight]) -> None:
 # ---------------------------------------------------------------------- what lies beside weights
 
 
+def _packed_parameters(model: nn.Module) -> set[int]:
+    """Codes and statistics, by id."""
+    layers = (m for m in model.modules() if isinstance(m, PackedWeight))
+    return {id(p) for layer in layers for p in (layer.codes, layer.stats)}
+
+
 def _model_config(model: Any, tied: dict[str, str]) -> dict[str, Any]:
     config: Any = getattr(model, "config", None)
     if is_transformers(model):
         values = json.loads(config.to_json_string(use_diff=True))
         values.setdefault("architectures", [type(model).__name__])
-        dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        bytes_seen_as_floats = _packed_parameters(model)
+        dtypes = {
+            p.dtype
+            for p in model.parameters()
+            if p.is_floating_point() and id(p) not in bytes_seen_as_floats
+        }
         values.pop("dtype", None)
         values.pop("torch_dtype", None)
         if len(dtypes) == 1:  # loading rounds to what is said here

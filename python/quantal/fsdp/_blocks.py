@@ -29,7 +29,8 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
     def visit(module: nn.Module) -> None:
         for child in module.children():
             listed = isinstance(module, nn.ModuleList) and not names
-            if type(child).__name__ in names or (listed and any(True for _ in child.parameters())):
+            kinds = {kind.__name__ for kind in type(child).__mro__}  # FSDP2 makes a subclass
+            if kinds & names or (listed and any(True for _ in child.parameters())):
                 found.append(child)
             else:
                 visit(child)
