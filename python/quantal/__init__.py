@@ -19,6 +19,12 @@ from ._errors import (
     UnsupportedError,
 )
 from ._plan import Plan, plan
+from .adapter_folder import (
+    compare_adapter_base,
+    load_adapter,
+    read_adapter_base,
+    save_adapter,
+)
 from .adapters import (
     BitsAndBytesAdapter,
     FallbackAdapter,
@@ -39,6 +45,7 @@ from .backend import (
     get_backend_manager,
     get_device,
 )
+from .base_identity import BaseIdentity, BaseMatch, base_identity
 from .checkpoint import (
     LoadReport,
     file_layouts,
@@ -47,6 +54,7 @@ from .checkpoint import (
     model_digest,
     save_model,
 )
+from .chunked_loss import chunked_cross_entropy, chunked_loss, token_losses
 from .config import (
     QuantizationConfig,
     QuantizationMethod,
@@ -68,6 +76,7 @@ from .merge import (
 from .replace import replace_linear_with_quantized
 from .report import Report
 from .training import prepare_model_for_training
+from .training_checkpoint import Restored, TrainingCheckpoints
 
 from . import fsdp  # isort: skip  (stands on all of the above)
 
@@ -80,6 +89,8 @@ __all__ = [
     "Backend",
     "BackendCapabilities",
     "BackendManager",
+    "BaseIdentity",
+    "BaseMatch",
     "BitsAndBytesAdapter",
     "ConfigError",
     "ConvertReport",
@@ -91,8 +102,8 @@ __all__ = [
     "HQQAdapter",
     "InternalError",
     "IoError",
-    "LoadReport",
     "LayerMerge",
+    "LoadReport",
     "LoftqLayer",
     "MLXAdapter",
     "MergeReport",
@@ -107,10 +118,16 @@ __all__ = [
     "QuantizedLinear",
     "QuantoAdapter",
     "Report",
+    "Restored",
     "ShapeError",
+    "TrainingCheckpoints",
     "UnsupportedError",
     "__version__",
     "available_methods",
+    "base_identity",
+    "chunked_cross_entropy",
+    "chunked_loss",
+    "compare_adapter_base",
     "compatibility_matrix_markdown",
     "convert",
     "create_quantization_adapter",
@@ -124,6 +141,7 @@ __all__ = [
     "get_recommended_config",
     "initialize_loftq",
     "inspect",
+    "load_adapter",
     "load_gguf",
     "load_model",
     "merge_report",
@@ -131,10 +149,13 @@ __all__ = [
     "model_digest",
     "plan",
     "prepare_model_for_training",
+    "read_adapter_base",
     "register_adapter",
     "registered_adapters",
     "replace_linear_with_quantized",
     "report_import_status",
+    "save_adapter",
     "save_model",
+    "token_losses",
     "validate_quantization_config",
 ]

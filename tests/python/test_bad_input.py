@@ -30,13 +30,15 @@ REMEDIES += ("is missing", "No import registered")
 
 #: Classes whose objects quantal makes; a user reads them.
 RECORDS = """BackendCapabilities ConvertReport LoadReport LayerMerge LoftqLayer MergeReport Plan
-ErrorContext ImportResult SafeQuantizationAdapter"""
-#: Exceptions, abstract loaders, loaders of other devices; QLoRA has tests of its own.
+ErrorContext ImportResult SafeQuantizationAdapter BaseIdentity BaseMatch Restored"""
+#: Exceptions, abstract loaders, loaders of other devices. QLoRA and training have tests elsewhere.
 OTHERS = """ConfigError CorruptError DeviceError DtypeError Error InternalError IoError
 NotFoundError QuantalError ShapeError UnsupportedError BackendError ConfigurationError MemoryError
 ModelLoader QuantizedModelLoader CUDAModelLoader MPSModelLoader MLXModelLoader ModelLoaderFactory
 initialize_loftq merge_report merge_to_full_precision load_model_and_tokenizer
-ImportRegistry suppress_output QuantizationErrorHandler functional registry fsdp"""
+ImportRegistry suppress_output QuantizationErrorHandler functional registry fsdp
+TrainingCheckpoints base_identity chunked_cross_entropy chunked_loss token_losses save_adapter
+load_adapter compare_adapter_base read_adapter_base"""
 
 
 @pytest.fixture(scope="module")
