@@ -34,6 +34,24 @@ def test_example_runs(tmp_path):
     assert (tmp_path / "model" / "config.json").is_file()
 
 
+@pytest.mark.parametrize("options", [[], ["--method", "hqq", "--dora"]], ids=["nf4", "hqq-dora"])
+def test_qlora_example_runs(options, tmp_path):
+    script = ROOT / "examples" / "qlora.py"
+    out = subprocess.run(
+        [sys.executable, str(script), "--steps", "4", "--output", str(tmp_path), *options],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert out.returncode == 0, out.stderr
+    for line in ("reloaded, same logits: True", "unmerged, same logits: True"):
+        assert line in out.stdout
+    assert "base untouched: True" in out.stdout and "of the update survives" in out.stdout
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
 def test_matrix_is_generated():
     assert quantal.compatibility_matrix_markdown().strip() in README
 
