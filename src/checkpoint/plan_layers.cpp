@@ -66,7 +66,8 @@ class Builder {
                                                                             : tensor.name;
     row.unit = unit_of(tensor.name);
     row.shape = tensor.shape;
-    row.parameters = tensor.tied_to.empty() ? numel_of(tensor) : 0;
+    const bool counts = tensor.tied_to.empty() && tensor.kind != Kind::kBuffer;
+    row.parameters = counts ? numel_of(tensor) : 0;
     row.stored_bytes = tensor.tied_to.empty() ? bytes_of(tensor) : 0;
     if (tensor.kind == Kind::kPacked) {
       packed_row(tensor, row);
