@@ -364,7 +364,8 @@ def plan(
     options.lora_dtype = dtype_name(parse_dtype(lora_dtype))
     options.lora_targets = _texts("lora_targets", lora_targets)
     if isinstance(model, str | os.PathLike):
-        return _answer(*_core.plan_path(_check.source(where, "model", model), options))
+        _check.source(where, "model", model)
+        return _answer(*_core.plan_path(os.fspath(model), options))
     module = _module_of(model)
     in_memory = any(not p.is_meta for p in module.parameters())
     return _answer(

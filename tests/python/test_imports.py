@@ -20,7 +20,7 @@ from imports import (
     suppress_output,
     validate_imports,
 )
-from quantal import _core
+from quantal import _core, _custom
 
 HAS_BNB = importlib.util.find_spec("bitsandbytes") is not None
 
@@ -216,7 +216,8 @@ def test_report_imports_no_package():
     assert run.returncode == 0, run.stderr
 
 
-def test_module_prints_the_report():
+def test_module_prints_the_report(monkeypatch):
+    monkeypatch.setattr(_custom, "_classes", {})  # what other tests registered
     run = subprocess.run(
         [sys.executable, "-m", "quantal", "--backend", "MPS"], capture_output=True, text=True
     )
