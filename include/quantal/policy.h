@@ -53,6 +53,7 @@ struct QuantizationConfig {
   std::optional<bool> quant_zero;
   bool quant_scale = false;
   std::string custom_method;  ///< of register_custom_method; `method` is NONE then
+  std::string note;  ///< no setting: get_recommended_config says here that its choice does not fit
 };
 
 /// Makes `name` a method that configs can name: JSON "method" then sets custom_method, and the
@@ -233,12 +234,13 @@ struct CoverageReport {
   std::vector<CoverageEntry> entries;
   std::vector<Substitution> substitutions;
   std::vector<std::string> unmatched_patterns;
+  std::vector<std::string> notes;  ///< about the whole: the note of the adapter's config
   /// Table for a terminal, at most 100 columns wide: layers that differ only in their numbers share
   /// a row; then totals, largest left-overs, substitutions and unmatched patterns.
   std::string to_text() const;
-  /// Object with every entry, totals, totals by method, substitutions and unmatched_patterns.
+  /// Object with every entry, totals, totals by method, substitutions, unmatched_patterns, notes.
   std::string to_json() const;
-  /// Inverse of to_json on the three members. Throws Error{kConfig}.
+  /// Inverse of to_json on the four members; notes may be absent. Throws Error{kConfig}.
   static CoverageReport from_json(const std::string& json);
 };
 /// "hqq 4-bit g64", "bnb_nf4 4-bit g64 double": the method column of a report.

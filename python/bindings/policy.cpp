@@ -128,6 +128,7 @@ void bind_report(py::module_& m) {
              r.substitutions.push_back({what, asked, used, reason});
            })
       .def_readwrite("unmatched_patterns", &CoverageReport::unmatched_patterns)
+      .def_readwrite("notes", &CoverageReport::notes)
       .def("to_text", &CoverageReport::to_text)
       .def("to_json", &CoverageReport::to_json);
 }

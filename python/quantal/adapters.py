@@ -407,6 +407,9 @@ def create_quantization_adapter(
         resolved.backend_options = {**resolved.backend_options, "support": support}
     adapter = cls(backend, resolved)
     adapter.report = Report({**decision, "adapter": cls.__name__})
+    if config.note:  # a remark is not part of the JSON that goes through C++
+        resolved.note = config.note  # type: ignore[misc]
+        adapter.report.notes = [config.note]
     return adapter
 
 

@@ -13,6 +13,7 @@ class Report:
 
     ``entries`` has one dictionary per layer: name, method, reason, parameters, bytes_before,
     bytes_after, relative_error. ``fallback`` tells that nothing is quantized, ``reason`` why.
+    ``notes`` has the config's note: that even a recommended config does not fit.
     """
 
     @_check.arguments("Report", decision=_check.optional(_check.mapping))
@@ -23,6 +24,7 @@ class Report:
         self.warnings: list[str] = list(decision.get("warnings", []))
         self.entries: list[dict[str, Any]] = []
         self.unmatched_patterns: list[str] = []
+        self.notes: list[str] = []
 
     @property
     def fallback(self) -> bool:
@@ -75,6 +77,7 @@ class Report:
         for s in self.substitutions:
             native.add_substitution(s["what"], s["asked"], s["used"], s["reason"])
         native.unmatched_patterns = self.unmatched_patterns
+        native.notes = self.notes
         return native
 
     def to_text(self) -> str:
@@ -86,7 +89,7 @@ class Report:
         return self._native().to_json()
 
     def to_dict(self) -> dict[str, Any]:
-        """Entries, totals, totals by method, substitutions and unmatched patterns."""
+        """Entries, totals, totals by method, substitutions, unmatched patterns and notes."""
         return json.loads(self.to_json())
 
     def __str__(self) -> str:

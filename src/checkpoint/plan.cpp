@@ -179,6 +179,11 @@ Plan plan(const ModelOutline& model, const PlanOptions& options) {
                                  " tensors, none of them the weight of a linear layer");
   }
   const bool packed = std::any_of(model.tensors.begin(), model.tensors.end(), is_packed);
+  if (options.config && !options.config->custom_method.empty()) {
+    fail(Errc::kUnsupported, "plan: method is '" + options.config->custom_method +
+                                 "', an adapter of one's own, expected a method of quantal: nobody "
+                                 "else knows its bytes");
+  }
   FileBytes files;
   Plan plan = options.config || packed ? plan_config(model, options, options.config, &files)
                                        : recommend_plan(model, options);

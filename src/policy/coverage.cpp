@@ -153,6 +153,7 @@ std::string CoverageReport::to_json() const {
         {{"what", s.what}, {"asked", s.asked}, {"used", s.used}, {"reason", s.reason}});
   }
   root["unmatched_patterns"] = unmatched_patterns;
+  root["notes"] = notes;
   const policy::CoverageSummary summary = policy::summarize(entries);
   root["totals"] = {{"all", totals_json(summary.all)},
                     {"quantized", totals_json(summary.quantized)},
@@ -178,6 +179,7 @@ CoverageReport CoverageReport::from_json(const std::string& json) {
       report.substitutions.push_back({s.at("what"), s.at("asked"), s.at("used"), s.at("reason")});
     }
     report.unmatched_patterns = root.at("unmatched_patterns").get<std::vector<std::string>>();
+    report.notes = root.value("notes", std::vector<std::string>{});
   } catch (const nlohmann::json::exception& error) {
     fail(Errc::kConfig, std::string("coverage report: text is not one (") + error.what() + ")");
   }

@@ -165,6 +165,8 @@ std::string CoverageReport::to_text() const {
   }
   if (!unmatched_patterns.empty()) out += "\nPatterns that matched no layer\n";
   for (const std::string& pattern : unmatched_patterns) out += folded("  " + pattern);
+  if (!notes.empty()) out += "\nNotes\n";
+  for (const std::string& note : notes) out += folded("  " + note);
   return out;
 }
 

@@ -71,11 +71,10 @@ DType default_compute_dtype(Backend backend, bool cuda_has_bf16) {
   return DType::kF32;
 }
 
-QuantizationConfig get_recommended_config(Backend backend, double model_size_b,
-                                          double available_memory_gb, bool cuda_has_bf16) {
-  check_size_argument("model_size_b", model_size_b);
-  check_size_argument("available_memory_gb", available_memory_gb);
-  const WeightSizes size(model_size_b);
+namespace {
+
+QuantizationConfig recommend(Backend backend, const WeightSizes& size, double available_memory_gb,
+                             bool cuda_has_bf16) {
   switch (backend) {
     case Backend::CUDA:
       return recommend_cuda(size, available_memory_gb, cuda_has_bf16);
@@ -87,6 +86,18 @@ QuantizationConfig get_recommended_config(Backend backend, double model_size_b,
   }
   if (available_memory_gb < 2.0 * size.int8) return make(M::HQQ, 8, DType::kF32);
   return no_quantization();
+}
+
+}  // namespace
+
+QuantizationConfig get_recommended_config(Backend backend, double model_size_b,
+                                          double available_memory_gb, bool cuda_has_bf16) {
+  check_size_argument("model_size_b", model_size_b);
+  check_size_argument("available_memory_gb", available_memory_gb);
+  QuantizationConfig config =
+      recommend(backend, WeightSizes(model_size_b), available_memory_gb, cuda_has_bf16);
+  config.note = memory_note(config, model_size_b, available_memory_gb);
+  return config;
 }
 
 std::string memory_note(const QuantizationConfig& config, double model_size_b,

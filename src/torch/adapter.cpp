@@ -87,7 +87,9 @@ void report_others(torch::nn::Module& model, CoverageReport& report) {
 // ------------------------------------------------------------------ base class
 
 QuantizationAdapter::QuantizationAdapter(Backend backend, QuantizationConfig config)
-    : backend_(backend), config_(std::move(config)) {}
+    : backend_(backend), config_(std::move(config)) {
+  if (!config_.note.empty()) report_.notes = {config_.note};
+}
 QuantizationAdapter::~QuantizationAdapter() = default;
 
 void QuantizationAdapter::set_decision(const Decision& decision) {

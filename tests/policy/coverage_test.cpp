@@ -105,9 +105,11 @@ TEST(CoverageJson, HoldsEveryEntryAndTotals) {
 TEST(CoverageJson, RoundTrips) {
   CoverageReport report = sample_report();
   report.entries[0].relative_error = std::nan("");
+  report.notes = {"weights need more than there is"};
   const CoverageReport back = CoverageReport::from_json(report.to_json());
   EXPECT_TRUE(std::isnan(back.entries[0].relative_error));
   EXPECT_EQ(back.to_json(), report.to_json());
+  EXPECT_NE(back.to_text().find("Notes\n  weights need more"), std::string::npos);
   EXPECT_THROW(CoverageReport::from_json("{}"), Error);
   EXPECT_THROW(CoverageReport::from_json("nonsense"), Error);
 }

@@ -52,6 +52,10 @@ TEST(Recommend, SaysWhenEvenFourBitsDoNotFit) {
       memory_note(config, 70, 8),
       "weights of 70 billion parameters need about 35.0 GB with bnb_nf4, 8.0 GB are available");
   EXPECT_EQ(memory_note(config, 7, 8), "");
+  EXPECT_EQ(config.note, memory_note(config, 70, 8));
+  EXPECT_EQ(decide_adapter(Backend::CUDA, config).config.note, config.note);
+  EXPECT_EQ(get_recommended_config(Backend::CUDA, 7, 8).note, "");
+  EXPECT_EQ(config_to_json(config).find("note"), std::string::npos);
 }
 
 }  // namespace

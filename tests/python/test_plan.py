@@ -112,7 +112,9 @@ def test_layer_configs_and_skips_are_counted():
     assert plan.resident_bytes == real_bytes(model)
     assert plan.unmatched_patterns == adapter.report.unmatched_patterns
     rows = {row.name: row for row in plan.layers}
-    for entry in adapter.report.entries:
+    entries = [entry for entry in adapter.report.entries if entry["name"] in rows]
+    assert len(entries) == 15
+    for entry in entries:
         row = rows[entry["name"]]
         assert row.quantized == (entry["method"] != "dense")
         assert not row.quantized or row.method == entry["method"]
@@ -187,6 +189,7 @@ def test_module_that_is_no_transformer():
     model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 8, bias=False))
     model.register_buffer("scale", torch.ones(3), persistent=False)
     plan = quantal.plan(model, "cpu", config=hqq(group_size=32))
+    assert plan.parameters == sum(p.numel() for p in model.parameters())
     assert plan.file_bytes == sum(row.file_bytes for row in plan.layers)
     assert next(row for row in plan.layers if row.name == "scale").file_bytes == 0
     assert plan.resident_bytes == real_bytes(quantize(model, hqq(group_size=32)))
@@ -372,6 +375,31 @@ def test_recommendation_and_verdict(llama_7b):
     assert quantal.plan(llama_7b, "cuda").recommended is False
 
 
+def test_report_says_that_a_recommendation_does_not_fit():
+    config = quantal.get_recommended_config("cuda", 70.0, 8.0)
+    report = create_quantization_adapter("cuda", config).report
+    assert report.notes == [config.note]
+    assert "35.0 GB" in config.note
+    assert config.note in report.to_text().replace("\n      ", " ")
+    assert report.to_dict()["notes"] == [config.note]
+    fits = quantal.get_recommended_config("cuda", 7.0, 8.0)
+    assert create_quantization_adapter("cuda", fits).report.notes == []
+
+
+def test_adapters_of_ones_own_cannot_be_planned():
+    class Own(quantal.QuantizationAdapter):
+        def create_quantized_linear(self, in_features, out_features, bias=True):
+            return nn.Linear(in_features, out_features, bias)
+
+        def quantize_model(self, model, **kwargs):
+            return model
+
+    quantal.register_adapter("unplanned", Own)
+    config = QuantizationConfig("unplanned")
+    with pytest.raises(quantal.UnsupportedError, match="method is 'unplanned'"):
+        quantal.plan(small_llama().to("meta"), "cpu", config=config)
+
+
 def test_plan_is_a_dataclass_with_plain_values(llama_7b):
     plan = quantal.plan(llama_7b, "cuda", 24, 2, "qlora", lora_targets=["q_proj", "v_proj"])
     assert dataclasses.is_dataclass(plan)
@@ -460,4 +488,6 @@ def test_files_of_other_tools(name):
     path = path / "tiny-q4_1.gguf" if name == "gguf" else path
     plan = quantal.plan(path, "cpu", mode="qlora")
     assert plan.label == "as stored"
-    assert plan.resident_bytes == real_bytes(quantal.load_model(path))
+    model = quantal.load_model(path)
+    frequencies = sum(tensor_bytes(b) for name, b in model.named_buffers() if "inv_freq" in name)
+    assert plan.resident_bytes == real_bytes(model) - frequencies

@@ -63,6 +63,13 @@ TEST(TorchPlan, AdaptersOfTheModuleAreThoseThatTrain) {
   EXPECT_EQ(planned.peak().total(), attached.peak().total());
 }
 
+TEST(TorchPlan, ReportSaysThatARecommendationDoesNotFit) {
+  auto adapter =
+      create_quantization_adapter(Backend::CUDA, get_recommended_config(Backend::CUDA, 70, 8));
+  ASSERT_EQ(adapter->report().notes.size(), 1u);
+  EXPECT_NE(adapter->report().to_text().find("35.0 GB"), std::string::npos);
+}
+
 TEST(TorchPlan, ModuleWithoutLinearLayers) {
   torch::nn::LayerNorm norm(torch::nn::LayerNormOptions({8}));
   expect_error(Errc::kUnsupported, "none of them the weight of a linear layer",
