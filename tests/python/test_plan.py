@@ -386,7 +386,9 @@ def test_report_says_that_a_recommendation_does_not_fit():
     assert create_quantization_adapter("cuda", fits).report.notes == []
 
 
-def test_adapters_of_ones_own_cannot_be_planned():
+def test_adapters_of_ones_own_cannot_be_planned(monkeypatch):
+    monkeypatch.setattr(quantal._custom, "_classes", {})
+
     class Own(quantal.QuantizationAdapter):
         def create_quantized_linear(self, in_features, out_features, bias=True):
             return nn.Linear(in_features, out_features, bias)
