@@ -14,7 +14,7 @@ export PATH="$PWD/$venv/bin:$PATH"
 mode=${1:-}
 
 cpp_files() { git ls-files '*.h' '*.cpp' | grep -v '^tests/golden/'; }
-python_dirs=(python examples bench scripts tests conformance)
+python_dirs=(train.py python examples bench scripts tests conformance)
 
 if [ "$mode" = --fix ]; then
   cpp_files | xargs clang-format -i

@@ -1,0 +1,9 @@
+"""Fine-tunes a quantized model with FSDP. docs/training.md is the guide.
+
+torchrun --nproc_per_node 2 train.py --model DIR --data FILE --quantize hqq --q_bits 4
+"""
+
+from quantal_train import main
+
+if __name__ == "__main__":
+    main()
