@@ -4,6 +4,7 @@
 #   make test         set up, build, and run all tests (C++ and Python; no upstream package needed)
 #   make conformance  live tests against the real upstream packages, in their own environment
 #   make bench        tables of bench/results, measured against the rivals on this machine
+#   make docs         reference of the interfaces as HTML, build/docs/html/index.html
 #   make lint         clang-format, clang-tidy, ruff, mypy
 #   make sanitize     C++ tests under AddressSanitizer and UBSan
 #   make install      C++ library, cli and CMake package into PREFIX (default build/install)
@@ -19,7 +20,7 @@ CTEST := $(VENV)/bin/ctest
 BUILD := build/release
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: demo test test-cpp test-python conformance bench lint sanitize install configure package setup clean
+.PHONY: demo test test-cpp test-python conformance bench docs lint sanitize install configure package setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -59,6 +60,9 @@ conformance: setup
 
 bench: package
 	bash scripts/bench.sh
+
+docs: package
+	bash scripts/docs.sh
 
 lint: setup
 	bash scripts/lint.sh

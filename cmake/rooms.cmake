@@ -66,6 +66,7 @@ function(quantal_room name)
   if(name STREQUAL "io")
     target_link_libraries(${target} PRIVATE ZLIB::ZLIB)
   elseif(name STREQUAL "policy")
+    target_compile_definitions(${target} PRIVATE QUANTAL_VERSION="${PROJECT_VERSION}")
     target_link_libraries(${target} PRIVATE ${CMAKE_DL_LIBS})  # drivers are looked up at run time
   endif()
   set_property(GLOBAL APPEND PROPERTY QUANTAL_ROOMS ${target})

@@ -33,7 +33,7 @@ struct Arguments {
   std::int64_t group_size = 64, lora_r = 16, steps = 0, batch = 4, seq = 256, generate = 0;
   double lora_alpha = 32, lora_dropout = 0, learning_rate = 2e-3;
   std::uint64_t seed = 0;
-  bool no_double_quant = false, no_checkpointing = false, reference = false;
+  bool dora = false, no_double_quant = false, no_checkpointing = false, reference = false;
 };
 
 double seconds_since(Clock::time_point start) {
@@ -136,10 +136,12 @@ void finetune(quantal::Llama& model, quantal::QuantizationAdapter& adapter,
   lora.r = args.lora_r;
   lora.lora_alpha = args.lora_alpha;
   lora.lora_dropout = args.lora_dropout;
+  lora.use_dora = args.dora;
   lora.target_modules = args.targets;
   lora.base_model_name_or_path = args.model;
   adapter.prepare_model_for_training(*model);
-  std::printf("LoRA on %lld layers\n", static_cast<long long>(quantal::add_lora(*model, lora)));
+  std::printf("%s on %lld layers\n", args.dora ? "DoRA" : "LoRA",
+              static_cast<long long>(quantal::add_lora(*model, lora)));
   report.update(train(model, read_rows(args.train, args.seq), args));
   report["ppl_tuned"] = evaluate(model, held_out, "tuned");
   if (args.out.empty()) return;
@@ -221,6 +223,7 @@ void add_options(CLI::App& app, Arguments& a) {
   app.add_option("--lora-r", a.lora_r)->capture_default_str();
   app.add_option("--lora-alpha", a.lora_alpha)->capture_default_str();
   app.add_option("--lora-dropout", a.lora_dropout)->capture_default_str();
+  app.add_flag("--dora", a.dora, "DoRA instead of LoRA");
   app.add_option("--targets", a.targets, "layers with adapters")
       ->delimiter(',')
       ->capture_default_str();

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# The reference of the interfaces as HTML, from the comments in the sources: build/docs/html.
+# The reference of the interfaces as HTML, from the comments in the sources: build/docs/html/index.html.
 #   scripts/docs.sh          everything
 #   scripts/docs.sh python   Python only, by pdoc, from the package that `make package` installed
+#   scripts/docs.sh cpp      C++ only, by Doxygen (Debian package doxygen); fails if a public symbol
+#                            has no comment
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=build/docs
@@ -20,9 +22,26 @@ python() {
     quantization_wrapper backend_manager imports
 }
 
+cpp() {
+  command -v doxygen > /dev/null || { echo "docs: run 'apt-get install doxygen'" >&2; exit 1; }
+  local version
+  version=$(sed -n 's/^project(quantal VERSION \([0-9.]*\).*/\1/p' CMakeLists.txt)
+  sed -e "s#@VERSION@#$version#" -e "s#@OUTPUT@#$out/html#" docs/reference/Doxyfile.in > "$out/Doxyfile"
+  rm -rf "$out/html/cpp"
+  echo "docs: C++"
+  doxygen "$out/Doxyfile"
+  # The pages link to the examples.
+  rm -rf "$out/html/examples" && cp -r examples "$out/html/examples"
+}
+
 case ${1:-all} in
   python) python ;;
-  all) python ;;
-  *) echo "usage: scripts/docs.sh [python]" >&2; exit 2 ;;
+  cpp) cpp ;;
+  all)
+    cpp
+    python
+    ;;
+  *) echo "usage: scripts/docs.sh [python|cpp]" >&2; exit 2 ;;
 esac
-echo "docs: $out/html"
+cp docs/reference/index.html "$out/html/index.html"
+echo "docs: $out/html/index.html"

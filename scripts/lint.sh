@@ -13,7 +13,7 @@ $venv/bin/python -m pip install -q --disable-pip-version-check -r scripts/requir
 export PATH="$PWD/$venv/bin:$PATH"
 mode=${1:-}
 
-cpp_files() { git ls-files '*.h' '*.cpp' | grep -v '^tests/golden/'; }
+cpp_files() { git ls-files '*.h' '*.hpp' '*.cpp' | grep -v '^tests/golden/'; }
 python_dirs=(train.py python examples bench scripts tests conformance)
 
 if [ "$mode" = --fix ]; then
@@ -31,6 +31,10 @@ echo "lint: mypy"
 mypy
 echo "lint: typos"
 typos
+if command -v doxygen > /dev/null; then
+  echo "lint: comments of public symbols"
+  scripts/docs.sh cpp > /dev/null
+fi
 echo "lint: changelog"
 python scripts/check_changelog.py
 

@@ -1,10 +1,8 @@
 // Quantizes a matrix to NF4, dequantizes it again and prints what that cost.
-#include <quantal/formats.h>
-#include <quantal/kernels.h>
-
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <quantal/quantal.hpp>
 #include <random>
 #include <string>
 #include <vector>

@@ -33,7 +33,7 @@ class NpzFile {
   /// aligned, else a copy. Checks the CRC-32. Throws Error{kCorrupt}; Error{kConfig} for a name
   /// that is not there. Thread-safe.
   HeldTensor read(const std::string& name) const;
-  const std::string& path() const;
+  const std::string& path() const;  ///< of the file that was opened
   /// The comment of the archive, which numpy ignores: any bytes, at most 65535.
   const std::string& comment() const;
 
@@ -47,13 +47,14 @@ class NpzWriter {
  public:
   explicit NpzWriter(const std::string& path);  ///< throws Error{kIo}
   ~NpzWriter();                                 ///< without finish(): `path` stays as it was
-  NpzWriter(NpzWriter&&) noexcept;
-  NpzWriter& operator=(NpzWriter&&) noexcept;
+  NpzWriter(NpzWriter&&) noexcept;  ///< takes the file over; `other` can only be destroyed then
+  NpzWriter& operator=(NpzWriter&&) noexcept;  ///< as above
   /// Appends "<name>.npy". Throws Error{kConfig} for a duplicate or illegal name; Error{kDtype} for
   /// types that npy cannot express.
   void put(const std::string& name, const TensorView& tensor);
   static constexpr std::size_t kMostComment = 65535;  ///< bytes
-  /// `comment` is NpzFile::comment. Throws Error{kConfig} for a longer one; Error{kIo}.
+  /// Writes the directory and puts the file in place; nothing is there before. `comment` is
+  /// NpzFile::comment. Throws Error{kConfig} for a longer one; Error{kIo}.
   void finish(std::string_view comment = {});
 
  private:
@@ -66,19 +67,20 @@ class NpzWriter {
 /// A tensor inside a torch file: a strided view of one of its storages. Offset and strides count
 /// elements. Tensors with the same `storage` share memory, as tied weights do.
 struct TorchTensor {
-  DType dtype = DType::kF32;
-  std::vector<std::int64_t> shape;
-  std::vector<std::int64_t> strides;
-  std::int64_t offset = 0;
-  std::string storage;     ///< key, the file name under data/
-  bool parameter = false;  ///< torch.nn.Parameter
-  bool requires_grad = false;
+  DType dtype = DType::kF32;          ///< of the elements
+  std::vector<std::int64_t> shape;    ///< sizes
+  std::vector<std::int64_t> strides;  ///< in elements
+  std::int64_t offset = 0;            ///< of the first element in the storage, in elements
+  std::string storage;                ///< key, the file name under data/
+  bool parameter = false;             ///< torch.nn.Parameter
+  bool requires_grad = false;         ///< as torch stores it
 };
 
 /// A value of a torch file: Python's plain data, tensors and torch's small types. Immutable;
 /// copies share what they hold.
 class TorchValue {
  public:
+  /// What Python objects a file may hold.
   enum class Kind : std::uint8_t {
     kNone,
     kBool,
@@ -95,39 +97,40 @@ class TorchValue {
     kDevice,  ///< torch.device, e.g. "cuda:0"
     kTensor,
   };
-  using Items = std::vector<TorchValue>;
-  using Pairs = std::vector<std::pair<TorchValue, TorchValue>>;
+  using Items = std::vector<TorchValue>;                         ///< members of a sequence
+  using Pairs = std::vector<std::pair<TorchValue, TorchValue>>;  ///< keys and values in order
 
-  TorchValue() = default;  ///< None
-  static TorchValue boolean(bool value);
-  static TorchValue integer(std::int64_t value);
-  static TorchValue real(double value);
-  static TorchValue text(std::string value);
-  static TorchValue list(Items items);
-  static TorchValue tuple(Items items);
-  static TorchValue set(Items items);
-  static TorchValue dict(Pairs pairs);
-  static TorchValue ordered_dict(Pairs pairs);
-  static TorchValue size(std::vector<std::int64_t> dims);
-  static TorchValue dtype(DType value);
-  static TorchValue device(std::string value);
-  static TorchValue tensor(TorchTensor value);
+  TorchValue() = default;                                  ///< None
+  static TorchValue boolean(bool value);                   ///< true or false
+  static TorchValue integer(std::int64_t value);           ///< an integer
+  static TorchValue real(double value);                    ///< a floating-point number
+  static TorchValue text(std::string value);               ///< a string
+  static TorchValue list(Items items);                     ///< a list
+  static TorchValue tuple(Items items);                    ///< a tuple
+  static TorchValue set(Items items);                      ///< a set
+  static TorchValue dict(Pairs pairs);                     ///< a dict, in the order given
+  static TorchValue ordered_dict(Pairs pairs);             ///< collections.OrderedDict
+  static TorchValue size(std::vector<std::int64_t> dims);  ///< torch.Size
+  static TorchValue dtype(DType value);                    ///< a torch.dtype
+  static TorchValue device(std::string value);             ///< a torch.device, "cpu" or "cuda:0"
+  static TorchValue tensor(TorchTensor value);             ///< a tensor
 
-  Kind kind() const { return kind_; }
-  bool is_none() const { return kind_ == Kind::kNone; }
+  Kind kind() const { return kind_; }                    ///< which of the kinds it is
+  bool is_none() const { return kind_ == Kind::kNone; }  ///< None
+  /// Dict or OrderedDict.
   bool is_dict() const { return kind_ == Kind::kDict || kind_ == Kind::kOrderedDict; }
-  bool is_tensor() const { return kind_ == Kind::kTensor; }
+  bool is_tensor() const { return kind_ == Kind::kTensor; }  ///< a tensor
 
   // Each throws Error{kCorrupt} "torch: value is a list, expected an int" for another kind.
-  bool as_bool() const;
-  std::int64_t as_int() const;
+  bool as_bool() const;                              ///< throws Error{kCorrupt} for another kind
+  std::int64_t as_int() const;                       ///< as as_bool
   double as_float() const;                           ///< an int counts as a float
   const std::string& as_text() const;                ///< text or device
   DType as_dtype() const;                            ///< torch.float16 ...
   const Items& items() const;                        ///< list, tuple, set
   const Pairs& pairs() const;                        ///< dict, OrderedDict, in order
   const std::vector<std::int64_t>& as_size() const;  ///< torch.Size
-  const TorchTensor& as_tensor() const;
+  const TorchTensor& as_tensor() const;              ///< as as_bool
 
   /// Value of a text key of a dict; nullptr if absent or not a dict.
   const TorchValue* find(std::string_view key) const;
@@ -150,13 +153,13 @@ class TorchFile {
   /// Throws Error{kIo}; Error{kCorrupt}; Error{kUnsupported} naming what was refused: a global
   /// ("posix.system"), an opcode, a call, a legacy, tar or TorchScript file.
   explicit TorchFile(const std::string& path);
-  const TorchValue& root() const;
+  const TorchValue& root() const;  ///< the object that was saved
   /// Row-major, native byte order: a view of the mapping where the tensor is contiguous and aligned
   /// to its elements, else a copy. `tensor` is one of this file's. The CRC-32 of a storage is
   /// checked once, except in files that were written without (every CRC zero). Throws
   /// Error{kCorrupt}. Thread-safe.
   HeldTensor read(const TorchTensor& tensor) const;
-  const std::string& path() const;
+  const std::string& path() const;  ///< of the file that was opened
 
  private:
   struct State;
@@ -172,8 +175,8 @@ class TorchWriter {
  public:
   explicit TorchWriter(const std::string& path);  ///< throws Error{kIo}
   ~TorchWriter();                                 ///< without finish(): `path` stays as it was
-  TorchWriter(TorchWriter&&) noexcept;
-  TorchWriter& operator=(TorchWriter&&) noexcept;
+  TorchWriter(TorchWriter&&) noexcept;  ///< takes the file over; `other` can only be destroyed then
+  TorchWriter& operator=(TorchWriter&&) noexcept;  ///< as above
   /// Writes a storage, aligned to 64 bytes, and returns the contiguous tensor over it. The result
   /// may stand in the tree more than once, also with another shape, offset or strides: the storage
   /// is kept once. Set `parameter` in it for a torch.nn.Parameter.

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "quantal/formats.h"
@@ -14,7 +15,7 @@ namespace quantal {
 /// Facts about this machine. probe_machine() asks the CPU and the drivers; a program that knows
 /// better, because it runs inside a framework, fills the members itself (Python does, from torch).
 struct Machine {
-  int cuda_devices = 0;
+  int cuda_devices = 0;    ///< visible to this process
   int cuda_compute = 0;    ///< compute capability of device 0, 90 for 9.0; 0 = not known
   bool cuda_bf16 = false;  ///< device 0 multiplies bfloat16
   std::string cuda_name;   ///< of device 0
@@ -42,13 +43,13 @@ std::string device_name(Backend backend);
 struct BackendCapabilities {
   /// Widths of the methods that the documented matrix has for the backend, and 16 for none.
   std::vector<int> quantization_bits;
-  bool supports_distributed = false;
-  bool supports_fsdp = false;
-  bool supports_bfloat16 = false;
-  bool supports_flash_attention = false;
-  std::optional<double> max_model_size;  ///< recommended limit, 10^9 parameters
-  std::string distributed_backend;       ///< "nccl", "gloo" or empty
-  std::vector<std::string> notes;
+  bool supports_distributed = false;      ///< collectives between processes
+  bool supports_fsdp = false;             ///< sharding by FSDP
+  bool supports_bfloat16 = false;         ///< products in bfloat16
+  bool supports_flash_attention = false;  ///< fused attention
+  std::optional<double> max_model_size;   ///< recommended limit, 10^9 parameters
+  std::string distributed_backend;        ///< "nccl", "gloo" or empty
+  std::vector<std::string> notes;         ///< limits, for people
 };
 /// What the documentation says of a backend, whatever machine this is:
 ///
@@ -64,7 +65,7 @@ BackendCapabilities backend_capabilities(Backend backend, const Machine& machine
 
 /// Bytes of memory of a device or of the host; unset where nobody can tell.
 struct MemoryInfo {
-  std::int64_t total = 0;
+  std::int64_t total = 0;                 ///< of the device
   std::optional<std::int64_t> available;  ///< could be allocated now
   std::optional<std::int64_t> allocated;  ///< held by this process
 };
@@ -86,14 +87,16 @@ class BackendManager {
   /// The backend named by the environment variable FSDP_BACKEND; unset or empty: the best one.
   static BackendManager from_env(const Machine& machine = probe_machine());
 
-  Backend backend() const { return backend_; }
-  std::string device() const { return device_name(backend_); }
-  const BackendCapabilities& capabilities() const { return capabilities_; }
-  const Machine& machine() const { return machine_; }
+  Backend backend() const { return backend_; }                  ///< the one that was chosen
+  std::string device() const { return device_name(backend_); }  ///< as device_name
+  const BackendCapabilities& capabilities() const { return capabilities_; }  ///< of this machine
+  const Machine& machine() const { return machine_; }  ///< what the choice was made from
 
+  /// Whether `bits` is one of capabilities().quantization_bits.
   bool supports_quantization(int bits) const;
   /// bf16 where it is supported and preferred, else f16 (CPU: f32, whose f16 is slow).
   DType get_dtype(bool prefer_bfloat16 = true) const;
+  /// "nccl", "gloo" or empty.
   const std::string& get_distributed_backend() const { return capabilities_.distributed_backend; }
   /// Throws Error{kConfig} for a model above the recommended size of the backend, or for a size
   /// that is not positive and finite.
@@ -101,6 +104,7 @@ class BackendManager {
   /// Memory of the device; of the host where it is shared (MPS, MLX, CPU). For CUDA what the driver
   /// says of device 0.
   MemoryInfo get_memory_info() const;
+  /// optimal_batch_size of this backend.
   int get_optimal_batch_size(double model_size_b, std::int64_t sequence_length = 2048) const {
     return optimal_batch_size(backend_, model_size_b, sequence_length);
   }
@@ -118,7 +122,7 @@ struct EngineStatus {
   std::string dialect;               ///< "bnb"
   std::string title;                 ///< "bitsandbytes"
   std::vector<std::string> methods;  ///< values of QuantizationMethod; empty for GGUF
-  std::vector<int> bits;
+  std::vector<int> bits;             ///< widths that are quantized to
   /// By backend, in the order of the enumeration: "avx512 kernels", "no device" ...
   std::vector<std::string> engines;
 };
@@ -126,5 +130,13 @@ struct EngineStatus {
 std::vector<EngineStatus> engine_status(const Machine& machine = probe_machine());
 /// The same as a table of at most 100 columns, indented by two spaces.
 std::string engine_text(const Machine& machine = probe_machine());
+
+/// Version of the library, "0.3.0".
+std::string_view library_version() noexcept;
+/// What runs here: quantal's own engine for each dialect and device, and the methods of this build.
+/// Python's function of that name also lists other packages that are installed; this library needs
+/// none. `backend` is only named.
+std::string report_import_status(std::optional<Backend> backend = {},
+                                 const Machine& machine = probe_machine());
 
 }  // namespace quantal

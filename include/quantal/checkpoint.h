@@ -36,13 +36,14 @@ class ModelSource {
   /// "{}" where the source has none.
   virtual std::string tokenizer_json() const = 0;
 
+  /// One tensor.
   struct Info {
-    std::string name;
-    std::vector<std::int64_t> shape;
-    std::string stored_type;  ///< "Q4_1", "bf16" ...
-    std::int64_t stored_bytes = 0;
+    std::string name;                 ///< Hugging Face's
+    std::vector<std::int64_t> shape;  ///< of the dense values
+    std::string stored_type;          ///< "Q4_1", "bf16" ...
+    std::int64_t stored_bytes = 0;    ///< as they lie in the file
   };
-  virtual const std::vector<Info>& tensors() const = 0;
+  virtual const std::vector<Info>& tensors() const = 0;  ///< in the order of the file
   /// Decodes rows [row_begin, row_end) of a tensor (1-D: one row of all elements) into `out`, as
   /// f32, f16 or bf16. Throws Error{kShape}, Error{kUnsupported}.
   virtual void read_rows(const std::string& name, std::int64_t row_begin, std::int64_t row_end,
@@ -56,12 +57,13 @@ struct Checkpoint {
   std::string config_json = "{}";  ///< config.json as it stands, quantization settings included
   std::string layout;              ///< "bnb transformers", "hqq guide", "gguf", "dense" ...
   SideTexts texts;                 ///< small JSON files beside the weights, the tokenizer's files
-  std::map<std::string, PackedMatrix> layers;
-  std::map<std::string, TensorView> tensors;  ///< by full tensor name; borrowed from `owners`
-  std::vector<std::shared_ptr<void>> owners;  ///< keeps mappings and buffers alive
+  std::map<std::string, PackedMatrix> layers;  ///< by module path
+  std::map<std::string, TensorView> tensors;   ///< by full tensor name; borrowed from `owners`
+  std::vector<std::shared_ptr<void>> owners;   ///< keeps mappings and buffers alive
   std::vector<std::string> notes;  ///< what was ignored or chosen while reading, for a report
 };
 
+/// Of load_checkpoint and CheckpointReader.
 struct LoadOptions {
   /// Shape of a module's dense weight; formats that do not store it (Quanto with groups) need it.
   /// Without it, or where it returns an empty shape, the sizes of a llama-like config.json are
@@ -89,12 +91,12 @@ class CheckpointReader {
   static std::unique_ptr<CheckpointReader> open(const std::string& path,
                                                 const LoadOptions& options = {});
   virtual ~CheckpointReader() = default;
-  virtual const std::string& config_json() const = 0;
-  virtual const std::string& layout() const = 0;
-  virtual const SideTexts& texts() const = 0;
+  virtual const std::string& config_json() const = 0;  ///< as Checkpoint::config_json
+  virtual const std::string& layout() const = 0;       ///< as Checkpoint::layout
+  virtual const SideTexts& texts() const = 0;          ///< as Checkpoint::texts
   /// Module paths of packed layers, and names of dense tensors, in order of name.
   virtual const std::vector<std::string>& layer_names() const = 0;
-  virtual const std::vector<std::string>& tensor_names() const = 0;
+  virtual const std::vector<std::string>& tensor_names() const = 0;  ///< dense tensors
   /// Throws Error{kConfig} for a name that is not in the list; Error{kCorrupt} / Error{kShape} for
   /// a layer that contradicts itself.
   virtual PackedMatrix read_layer(const std::string& name) const = 0;
@@ -102,7 +104,7 @@ class CheckpointReader {
   virtual PackedSpec layer_spec(const std::string& name) const = 0;
   /// dtype and shape only; `bytes` is empty.
   virtual TensorView describe_tensor(const std::string& name) const = 0;
-  virtual Tensor read_tensor(const std::string& name) const = 0;
+  virtual Tensor read_tensor(const std::string& name) const = 0;  ///< throws as read_layer
   /// Copies entries [begin, end) of the first dimension of a tensor, in its own dtype, into `out`
   /// of exactly that many bytes. Other entries are not touched where the file is mapped. Throws
   /// Error{kShape} for a range outside of the tensor and for another size of `out`.
@@ -120,8 +122,8 @@ SideTexts read_tokenizer(const std::string& path);
 /// What save_checkpoint writes.
 struct CheckpointView {
   std::string config_json = "{}";  ///< model config; the layout's settings are merged into it
-  std::vector<std::pair<std::string, PackedView>> layers;
-  std::vector<std::pair<std::string, TensorView>> tensors;
+  std::vector<std::pair<std::string, PackedView>> layers;   ///< by module path
+  std::vector<std::pair<std::string, TensorView>> tensors;  ///< by full name
   /// Linear modules that stay dense (skip lists of configs). Empty: every dense 2-D weight that is
   /// not an embedding.
   std::vector<std::string> dense;
@@ -130,13 +132,14 @@ struct CheckpointView {
   SideTexts texts{};
 };
 
+/// Of save_checkpoint.
 struct SaveOptions {
   /// FileLayout::name, also with the dialect before it ("guide", "hqq guide"); empty: by path (the
   /// suffix of a single file) or the dialect's default.
-  std::string layout;
+  std::string layout{};
   /// Folders of safetensors or flat torch files: larger models are sharded; 0 = never.
   std::int64_t max_shard_bytes = 0;
-  bool overwrite = false;
+  bool overwrite = false;  ///< replace what exists and quantal did not write
 };
 /// Layouts that a model of this dialect (null: without quantized layers) can be written in.
 std::vector<FileLayout> file_layouts(const Dialect* dialect);
@@ -153,9 +156,9 @@ void save_checkpoint(const std::string& path, const CheckpointView& view,
 /// (dtype, shape, bytes).
 class ModelDigest {
  public:
-  void add_layer(const std::string& name, const PackedView& layer);
-  void add_tensor(const std::string& name, const TensorView& tensor);
-  std::string hex() const;
+  void add_layer(const std::string& name, const PackedView& layer);    ///< a packed layer
+  void add_tensor(const std::string& name, const TensorView& tensor);  ///< a dense tensor
+  std::string hex() const;                                             ///< of what was added so far
 
  private:
   std::map<std::string, std::string> layers_, tensors_;
@@ -164,8 +167,9 @@ class ModelDigest {
 /// digests mean equal models.
 std::string checkpoint_digest(const CheckpointView& view);
 
-/// Human-readable description of a file or folder (the cli's `inspect`), as text or JSON.
+/// Human-readable description of a file or folder: the cli's `inspect`.
 std::string inspect_text(const std::string& path, bool all_tensors);
+/// The same facts, every tensor included, as a JSON object.
 std::string inspect_json(const std::string& path);
 
 /// What each dialect reads, writes and converts to without loss, as a Markdown table.
@@ -176,6 +180,7 @@ std::string formats_markdown();
 /// Options that follow the source: bits, group size, quant_type and mode as it has them.
 QuantizeOptions follow_source();
 
+/// Of convert.
 struct ConvertOptions {
   std::string to;  ///< dialect: "bnb", "hqq", "mlx", "quanto", "gguf", or "dense"
   /// Members that are 0 or empty follow the source. value_dtype is not read.
@@ -183,7 +188,7 @@ struct ConvertOptions {
   /// dtype of dequantized values (and, where a dialect stores them so, of scales); unset: that of
   /// the source.
   std::optional<DType> value_dtype{};
-  SaveOptions save{};
+  SaveOptions save{};          ///< layout and shards of the target
   bool lossless_only = false;  ///< Error{kUnsupported} naming the first layer that would lose
   /// Of weights that are decoded: by "dense", and embeddings by others. Unset: that of the model by
   /// its config.json, else that of the values. Set with "dense", config.json names it.
@@ -197,10 +202,12 @@ struct ConvertOptions {
 
 /// What became of each layer.
 struct ConvertReport {
+  /// One quantized layer.
   struct Layer {
-    std::string name;
-    std::string from, to;  ///< forms: "gguf Q4_1", "mlx 4-bit, group 32", "bf16"
-    Preservation kept;
+    std::string name;           ///< module path or tensor
+    std::string from;           ///< form: "gguf Q4_1", "bf16"
+    std::string to;             ///< form: "mlx 4-bit, group 32"
+    Preservation kept;          ///< what survives
     double relative_error = 0;  ///< of dequantized values; convert only
   };
   std::string layout;         ///< of the target: "mlx mlx-lm"

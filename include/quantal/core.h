@@ -14,6 +14,8 @@
 #include <string_view>
 #include <vector>
 
+/// Everything of quantal.
+/// Everything of quantal.
 namespace quantal {
 
 // ------------------------------------------------------------------ errors
@@ -44,9 +46,9 @@ struct ErrorSite {
 /// `where: what is <actual>, expected <allowed> (file=..., tensor=..., offset=...)`.
 class Error : public std::runtime_error {
  public:
-  Error(Errc code, const std::string& message, ErrorSite site = {});
-  Errc code() const noexcept { return code_; }
-  const ErrorSite& site() const noexcept { return site_; }
+  Error(Errc code, const std::string& message, ErrorSite site = {});  ///< see fail()
+  Errc code() const noexcept { return code_; }                        ///< the kind of failure
+  const ErrorSite& site() const noexcept { return site_; }            ///< where it was
 
  private:
   Errc code_;
@@ -118,11 +120,12 @@ void narrow_from_f32(DType dtype, const float* in, std::int64_t n, void* out);
 
 /// A borrowed row-major tensor. The owner of `bytes` must outlive the view.
 struct TensorView {
-  DType dtype = DType::kF32;
-  std::vector<std::int64_t> shape;
-  std::span<const std::uint8_t> bytes;
+  DType dtype = DType::kF32;            ///< of the elements
+  std::vector<std::int64_t> shape;      ///< sizes, slowest dimension first
+  std::span<const std::uint8_t> bytes;  ///< numel() elements, row-major
 
   std::int64_t numel() const;  ///< product of shape; throws as checked_numel
+  /// The bytes as elements of T, which the caller knows to be right.
   template <class T>
   const T* data() const {
     return reinterpret_cast<const T*>(bytes.data());
@@ -131,10 +134,11 @@ struct TensorView {
 
 /// A row-major tensor that owns its bytes.
 struct Tensor {
-  DType dtype = DType::kF32;
-  std::vector<std::int64_t> shape;
-  std::vector<std::uint8_t> bytes;
+  DType dtype = DType::kF32;        ///< of the elements
+  std::vector<std::int64_t> shape;  ///< sizes, slowest dimension first
+  std::vector<std::uint8_t> bytes;  ///< elements, row-major
 
+  /// Borrowed: valid while this tensor is unchanged.
   TensorView view() const { return {dtype, shape, bytes}; }
 };
 
@@ -152,7 +156,8 @@ std::string shape_string(std::span<const std::int64_t> shape);
 class Executor {
  public:
   virtual ~Executor() = default;
-  virtual int num_threads() const = 0;
+  virtual int num_threads() const = 0;  ///< at most this many run at once
+  /// See above; returns when all of the range is done.
   virtual void parallel_for(std::int64_t begin, std::int64_t end, std::int64_t grain,
                             const std::function<void(std::int64_t, std::int64_t)>& body) const = 0;
 };

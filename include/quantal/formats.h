@@ -28,7 +28,7 @@ enum class QuantizationMethod {
   QUANTO_INT8,
   NONE,
 };
-inline constexpr std::size_t kNumMethods = 9;
+inline constexpr std::size_t kNumMethods = 9;                           ///< enumerators
 std::string_view method_name(QuantizationMethod method) noexcept;       ///< "bnb_nf4" ...
 std::string_view method_enum_name(QuantizationMethod method) noexcept;  ///< "BNB_NF4" ...
 /// Accepts either spelling, any case; throws Error{kConfig} listing the legal ones.
@@ -36,13 +36,13 @@ QuantizationMethod parse_method(std::string_view name);
 
 /// The devices of the public API.
 enum class Backend { CUDA, MPS, MLX, CPU };
-inline constexpr std::size_t kNumBackends = 4;
+inline constexpr std::size_t kNumBackends = 4;            ///< enumerators
 std::string_view backend_name(Backend backend) noexcept;  ///< "cuda" ...
 Backend parse_backend(std::string_view name);             ///< any case; throws Error{kConfig}
 
 /// Facts about a method that hold whether or not its dialect is part of this build.
 struct MethodInfo {
-  QuantizationMethod method;
+  QuantizationMethod method;   ///< the enumerator
   std::string_view name;       ///< "bnb_nf4"
   std::string_view enum_name;  ///< "BNB_NF4"
   std::string_view dialect;    ///< name of its dialect, "bnb"; empty for NONE
@@ -67,13 +67,13 @@ std::optional<int> method_bits(QuantizationMethod method) noexcept;
 /// How far a quantizer looks beyond the codes it writes; decides what a rank must read when it
 /// quantizes only its rows.
 enum class Reach { kRow, kNeighbourRows, kRowBlock, kTensor };
-std::string_view reach_name(Reach reach) noexcept;
+std::string_view reach_name(Reach reach) noexcept;  ///< "row", "neighbour rows" ...
 
 /// What a caller may ask of a quantizer; each dialect reads what concerns it and refuses what it
 /// cannot do. Unset optionals mean the dialect's own default.
 struct QuantizeOptions {
-  QuantizationMethod method = QuantizationMethod::BNB_NF4;
-  int bits = 4;
+  QuantizationMethod method = QuantizationMethod::BNB_NF4;  ///< decides the dialect
+  int bits = 4;                                             ///< width of a code
   std::int64_t group_size = 64;     ///< codes per scale; 0 = one group per row (HQQ None)
   DType value_dtype = DType::kF32;  ///< dtype that the layer dequantizes to
   bool double_quant = true;         ///< bnb: nested absmax
@@ -108,9 +108,9 @@ enum class StateKind : std::uint8_t {
 
 /// A tensor with a name, as it goes to a file.
 struct NamedTensor {
-  std::string name;
-  Tensor tensor;
-  StateKind kind = StateKind::kTensor;
+  std::string name;                     ///< full name in the file
+  Tensor tensor;                        ///< its value
+  StateKind kind = StateKind::kTensor;  ///< what torch keeps beside it
 };
 
 /// Small texts beside the weights by file name: "config.json", "quanto_qmap.json",
@@ -139,9 +139,9 @@ enum class StateTree : std::uint8_t {
 struct FileLayout {
   std::string_view name;   ///< "transformers", "hqq", "guide", "mlx-lm", "npz", "single" ...
   std::string_view title;  ///< for people and --help
-  Container container = Container::kSafetensors;
+  Container container = Container::kSafetensors;  ///< kind of file
   std::string_view weights;  ///< file name in a folder: "model.safetensors"; empty: single file
-  StateTree tree = StateTree::kFlat;
+  StateTree tree = StateTree::kFlat;  ///< how names become a tree
   bool always_index = false;  ///< safetensors: an index also where there is one file (mlx-lm)
   /// The reader asks for the output layer's tensor also where it is the embedding's (hqq): torch
   /// files name the same bytes twice.
@@ -159,8 +159,8 @@ struct SideFiles {
 
 /// A quantized layer as side_files sees it.
 struct LayerEntry {
-  std::string name;
-  PackedSpec spec;
+  std::string name;  ///< module path
+  PackedSpec spec;   ///< form of its weight
   /// False where the sizes in config.json do not tell the shape of the weight. A dialect whose
   /// tensors do not tell it either has to write it down.
   bool shape_known = true;
@@ -177,18 +177,19 @@ struct Dialect {
   std::string_view title;  ///< for people: "bitsandbytes"
   /// Forms of layers, for people: those that are read, and those that weights are quantized to. A
   /// layer that was read is written unchanged in any case.
-  std::string_view reads, writes;
-  std::span<const QuantizationMethod> methods;
-  std::span<const int> bits;  ///< legal widths
+  std::string_view reads;
+  std::string_view writes;                      ///< see reads
+  std::span<const QuantizationMethod> methods;  ///< that it quantizes with
+  std::span<const int> bits;                    ///< legal widths
   std::span<const std::int64_t>
-      group_sizes;  ///< legal ones; empty = any multiple of group_multiple
-  std::int64_t group_multiple;
+      group_sizes;              ///< legal ones; empty = any multiple of group_multiple
+  std::int64_t group_multiple;  ///< see group_sizes
   /// True: values have the dtype of the weight that was quantized (QuantizeOptions::value_dtype is
   /// set to it); false: that of the computation.
   bool keeps_weight_dtype = true;
   /// True: upstream keeps embeddings as quantized layers too; false: they are always dense.
   bool quantizes_embeddings = false;
-  Reach (*reach)(const QuantizeOptions& options);
+  Reach (*reach)(const QuantizeOptions& options);  ///< what one row's bytes depend on
 
   /// The packed form that `quantize` will fill. Throws Error{kConfig} / Error{kShape} naming the
   /// option, its value and the legal ones.
@@ -231,11 +232,11 @@ struct Dialect {
 /// All dialects, in order of id.
 std::span<const Dialect* const> dialects();
 /// Dialect that quantizes with `method`. Throws Error{kUnsupported} naming the methods of this
-/// build for NONE and for methods without a quantizer in it (BNB_INT8, MLX_*, QUANTO_*).
+/// build for NONE and for methods that it does not have.
 const Dialect& dialect_of(QuantizationMethod method);
 const Dialect& dialect_by_id(int id);                   ///< throws Error{kCorrupt}
 const Dialect& dialect_by_name(std::string_view name);  ///< throws Error{kConfig} listing them
-const Dialect* find_dialect(QuantizationMethod method) noexcept;
+const Dialect* find_dialect(QuantizationMethod method) noexcept;  ///< null instead of an error
 
 /// Convenience: make_spec + quantize of `dialect_of(options.method)`.
 PackedMatrix quantize(const TensorView& weights, const QuantizeOptions& options,

@@ -36,7 +36,7 @@ enum class GgmlType : std::uint32_t {
 
 /// Size of a block in elements and bytes.
 struct GgmlBlock {
-  GgmlType type;
+  GgmlType type;              ///< of the elements
   std::string_view name;      ///< "Q4_1"
   std::int64_t elements = 1;  ///< per block
   std::int64_t bytes = 1;     ///< per block
@@ -70,12 +70,14 @@ bool ggml_encodable(GgmlType type) noexcept;
 void encode_ggml(GgmlType type, DType dtype, const void* weights, std::int64_t rows,
                  std::int64_t cols, std::uint8_t* out, const Executor& executor);
 
-/// Blocks to the packed form and back, without changing any: pack and unpack are inverse. Float
-/// types have no packed form. Values are those of decode_ggml, bit for bit, in float32. Throws
-/// Error{kUnsupported} for types without a packed form, Error{kShape} for a wrong number of columns
-/// or bytes.
+/// Whether blocks of this type have a packed form; float types have none.
 bool ggml_packable(GgmlType type) noexcept;
+/// The packed form of blocks of this type. Throws Error{kUnsupported} for types without one,
+/// Error{kShape} for a wrong number of columns.
 PackedSpec ggml_spec(GgmlType type, std::int64_t rows, std::int64_t cols);
+/// Blocks to the packed form without changing any: unpack_ggml is the inverse. Values are those of
+/// decode_ggml, bit for bit, in float32. Throws what ggml_spec throws, Error{kShape} for a wrong
+/// number of bytes.
 PackedMatrix pack_ggml(GgmlType type, std::int64_t rows, std::int64_t cols,
                        std::span<const std::uint8_t> blocks, const Executor& executor);
 /// Throws Error{kUnsupported} if `w` is not of the gguf dialect, Error{kCorrupt} for a sub-scale

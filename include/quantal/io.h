@@ -23,10 +23,10 @@ class MappedFile {
  public:
   explicit MappedFile(const std::string& path);  ///< throws Error{kIo}
   ~MappedFile();
-  MappedFile(MappedFile&& other) noexcept;
-  MappedFile& operator=(MappedFile&& other) noexcept;
-  std::span<const std::uint8_t> bytes() const { return {data_, size_}; }
-  const std::string& path() const { return path_; }
+  MappedFile(MappedFile&& other) noexcept;             ///< takes the mapping over
+  MappedFile& operator=(MappedFile&& other) noexcept;  ///< takes the mapping over
+  std::span<const std::uint8_t> bytes() const { return {data_, size_}; }  ///< the whole file
+  const std::string& path() const { return path_; }                       ///< of the file
 
  private:
   std::string path_;
@@ -46,8 +46,8 @@ enum class FileKind {
   kGguf,
   kNpy,
   kNpz,          ///< zip whose members are all .npy
-  kTorch,        ///< zip with <folder>/data.pkl
-  kTorchScript,  ///< zip with <folder>/data.pkl, constants.pkl and code/; not read
+  kTorch,        ///< zip with `<folder>/data.pkl`
+  kTorchScript,  ///< zip with `<folder>/data.pkl`, constants.pkl, code/; not read
   kTorchLegacy,  ///< torch.save before 1.6; not read
   kTar,          ///< torch.save before 0.1.10, or any other tar; not read
 };
@@ -59,8 +59,8 @@ FileKind detect_file(const std::string& path);
 /// A tensor and whatever keeps its bytes alive: a mapping where they could be used in place, a
 /// buffer where they had to be unpacked or reordered.
 struct HeldTensor {
-  TensorView view;
-  std::shared_ptr<void> owner;
+  TensorView view;              ///< the tensor
+  std::shared_ptr<void> owner;  ///< keeps the bytes alive
 };
 
 // ------------------------------------------------------------------ npy
@@ -78,9 +78,10 @@ struct GgufArray;
 /// A metadata value. Signed and unsigned integers are widened to 64 bits.
 using GgufValue = std::variant<std::int64_t, std::uint64_t, double, bool, std::string,
                                std::shared_ptr<GgufArray>>;
+/// An array among the metadata.
 struct GgufArray {
-  std::uint32_t element_type = 0;
-  std::vector<GgufValue> values;
+  std::uint32_t element_type = 0;  ///< a GgufType
+  std::vector<GgufValue> values;   ///< of that type
 };
 
 /// Types of metadata values (numbers of the file format).
@@ -102,24 +103,24 @@ enum class GgufType : std::uint32_t {
 
 /// A metadata pair with the type that it has in a file.
 struct GgufPair {
-  std::string key;
-  GgufType type = GgufType::kString;
-  GgufValue value;
+  std::string key;                    ///< dotted name
+  GgufType type = GgufType::kString;  ///< of the value
+  GgufValue value;                    ///< the value
 };
 
 /// One tensor of a GGUF file. `shape` is row-major (slowest first), i.e. reversed file dims.
 struct GgufTensor {
-  std::string name;
-  std::uint32_t type = 0;  ///< ggml_type number
-  std::vector<std::int64_t> shape;
-  std::span<const std::uint8_t> bytes;
-  std::int64_t file_offset = 0;
+  std::string name;                     ///< name in the file
+  std::uint32_t type = 0;               ///< ggml_type number
+  std::vector<std::int64_t> shape;      ///< slowest dimension first
+  std::span<const std::uint8_t> bytes;  ///< as stored
+  std::int64_t file_offset = 0;         ///< of the first byte
 };
 
 /// Size of a ggml block, supplied by the caller: io knows no formats.
 struct GgufBlockSize {
   std::int64_t elements = 0;  ///< 0 = unknown type
-  std::int64_t bytes = 0;
+  std::int64_t bytes = 0;     ///< of a block
 };
 
 /// A GGUF v2 or v3 file, little-endian, mapped.
@@ -127,14 +128,15 @@ class GgufFile {
  public:
   /// Throws Error{kIo}, Error{kCorrupt}, Error{kUnsupported} as docs/formats/gguf.md lists.
   GgufFile(const std::string& path, GgufBlockSize (*block_size)(std::uint32_t type));
-  std::uint32_t version() const { return version_; }
+  std::uint32_t version() const { return version_; }  ///< of the container
+  /// In the order of the file.
   const std::vector<std::pair<std::string, GgufValue>>& metadata() const { return metadata_; }
-  const GgufValue* find_metadata(const std::string& key) const;
+  const GgufValue* find_metadata(const std::string& key) const;  ///< null if there is none
   /// metadata() with the types of the file, as GgufWriter takes it.
   std::vector<GgufPair> pairs() const;
-  const std::vector<GgufTensor>& tensors() const { return tensors_; }
-  const GgufTensor* find(const std::string& name) const;
-  const std::string& path() const { return file_->path(); }
+  const std::vector<GgufTensor>& tensors() const { return tensors_; }  ///< in the order of the file
+  const GgufTensor* find(const std::string& name) const;               ///< null if there is none
+  const std::string& path() const { return file_->path(); }            ///< of the file
 
  private:
   std::shared_ptr<MappedFile> file_;
@@ -147,10 +149,10 @@ class GgufFile {
 
 /// What a writer must know of a tensor before its bytes come. `shape` is row-major.
 struct GgufTensorPlan {
-  std::string name;
-  std::uint32_t type = 0;  ///< ggml_type number
-  std::vector<std::int64_t> shape;
-  std::int64_t bytes = 0;
+  std::string name;                 ///< name in the file
+  std::uint32_t type = 0;           ///< ggml_type number
+  std::vector<std::int64_t> shape;  ///< slowest dimension first
+  std::int64_t bytes = 0;           ///< of the stored tensor
 };
 
 /// Writes a GGUF v3 file atomically, tensor by tensor; nothing but the header is kept in memory.

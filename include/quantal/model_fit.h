@@ -15,12 +15,13 @@ namespace quantal {
 
 /// What a model has room for.
 struct ModelParts {
-  using Shape = std::vector<std::int64_t>;
+  using Shape = std::vector<std::int64_t>;  ///< sizes, slowest dimension first
   /// Every tensor by full name, as if no weight were packed: "<module>.weight" of linear layers
   /// and embeddings included.
   std::map<std::string, Shape> tensors;
   /// Modules that can hold a packed weight. Linear layers are compared with the config.
-  std::set<std::string> linears, embeddings;
+  std::set<std::string> linears;
+  std::set<std::string> embeddings;  ///< see linears
   /// Tensors that are one with another: {"lm_head.weight": "model.embed_tokens.weight"}. A file
   /// may have either or both. Names that `tensors` lacks have no meaning.
   std::map<std::string, std::string> tied{};
@@ -28,14 +29,16 @@ struct ModelParts {
 
 /// The comparison, key by key.
 struct LoadReport {
+  /// A tensor that has other sizes than the model.
   struct Misshapen {
-    std::string name;
-    std::vector<std::int64_t> in_file, in_model;
+    std::string name;                    ///< full name
+    std::vector<std::int64_t> in_file;   ///< sizes
+    std::vector<std::int64_t> in_model;  ///< sizes
   };
   std::string layout;                   ///< of the file: "hqq transformers", "gguf gguf" ...
   std::vector<std::string> missing;     ///< tensors of the model that the file lacks
   std::vector<std::string> unexpected;  ///< tensors and packed layers that the model lacks
-  std::vector<Misshapen> misshapen;
+  std::vector<Misshapen> misshapen;     ///< other sizes in file and model
   /// Layers that are packed in the file and stand in a module that cannot hold them packed.
   std::vector<std::string> decoded;
   /// Where the file overrules the config: "method", "bits", "group_size", "quant_type",
@@ -45,6 +48,7 @@ struct LoadReport {
   std::vector<Substitution> settings;
   std::vector<std::string> notes;  ///< Checkpoint::notes
 
+  /// Nothing is missing, too much or misshapen.
   bool fits() const { return missing.empty() && unexpected.empty() && misshapen.empty(); }
   /// One line per finding, for people; "" if there is none.
   std::string text() const;
@@ -56,9 +60,10 @@ struct LoadReport {
 
 /// Packed layers and dense tensors of a file, by name.
 struct FileParts {
-  std::map<std::string, PackedSpec> layers;
-  std::map<std::string, ModelParts::Shape> tensors;
+  std::map<std::string, PackedSpec> layers;          ///< forms by module path
+  std::map<std::string, ModelParts::Shape> tensors;  ///< sizes by full name
 };
+/// Names, forms and sizes of what was read.
 FileParts parts_of(const Checkpoint& file);
 
 /// Compares a file with a model; `config` null: settings are not compared. Throws what LayerRules

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "quantal/core.h"
+#include "quantal/coverage.h"
 #include "quantal/formats.h"
 
 namespace quantal {
@@ -25,34 +26,34 @@ enum class Fallback { kNone, kNearest, kError };
 
 /// Settings of one layer pattern; unset members inherit from the config.
 struct LayerOverride {
-  std::optional<QuantizationMethod> method;
-  std::optional<int> bits;
-  std::optional<std::int64_t> group_size;
-  std::optional<DType> compute_dtype;
-  std::optional<bool> double_quant;
-  std::optional<std::string> quant_type;
-  bool skip = false;        ///< leave this layer dense
-  std::string skip_reason;  ///< set by decide_adapter where it had to skip; empty = asked for
+  std::optional<QuantizationMethod> method{};  ///< quantized with
+  std::optional<int> bits{};                   ///< 16 leaves the layer dense
+  std::optional<std::int64_t> group_size{};    ///< codes per scale
+  std::optional<DType> compute_dtype{};        ///< of products
+  std::optional<bool> double_quant{};          ///< bitsandbytes
+  std::optional<std::string> quant_type{};     ///< bitsandbytes
+  bool skip = false;                           ///< leave this layer dense
+  std::string skip_reason{};  ///< set by decide_adapter where it had to skip; empty = asked for
 };
 
 /// The configuration of the public API (docs/api.md); same names, order and defaults as in Python.
 struct QuantizationConfig {
-  QuantizationMethod method = QuantizationMethod::BNB_NF4;
-  int bits = 4;
+  QuantizationMethod method = QuantizationMethod::BNB_NF4;  ///< what to quantize with
+  int bits = 4;           ///< width; a method that names its width implies it
   bool bits_set = false;  ///< false while `bits` is only the default; any value but 4 counts as set
-  std::int64_t group_size = 64;  ///< 0 = one group per row, where the dialect has it
-  std::optional<DType> compute_dtype;
-  std::optional<DType> storage_dtype;
-  bool double_quant = true;
-  bool double_quant_set = false;  ///< false while `double_quant` is only the default
-  std::string quant_type = "nf4";
-  std::vector<std::string> skip_modules = {"lm_head"};
+  std::int64_t group_size = 64;        ///< 0 = one group per row, where the dialect has it
+  std::optional<DType> compute_dtype;  ///< of products; unset: by backend
+  std::optional<DType> storage_dtype;  ///< a view of packed bytes, never a conversion
+  bool double_quant = true;            ///< bitsandbytes: scales are quantized again
+  bool double_quant_set = false;       ///< false while `double_quant` is only the default
+  std::string quant_type = "nf4";      ///< bitsandbytes: "nf4" or "fp4"
+  std::vector<std::string> skip_modules = {"lm_head"};               ///< patterns that stay dense
   std::vector<std::pair<std::string, LayerOverride>> layer_configs;  ///< in order given
-  std::map<std::string, std::string> backend_options;
+  std::map<std::string, std::string> backend_options;                ///< docs/policy.md
   std::optional<std::int64_t> block_size;  ///< bitsandbytes: used instead of group_size if set
-  std::optional<bool> quant_zero;
-  bool quant_scale = false;
-  std::string custom_method;  ///< of register_custom_method; `method` is NONE then
+  std::optional<bool> quant_zero;          ///< HQQ: zeros in 8 bits, as older files have
+  bool quant_scale = false;                ///< HQQ: scales in 8 bits, as older files have
+  std::string custom_method;               ///< of register_custom_method; `method` is NONE then
   std::string note;  ///< no setting: get_recommended_config says here that its choice does not fit
 };
 
@@ -61,8 +62,8 @@ struct QuantizationConfig {
 /// no rules but skip_modules, layer_configs and dtypes. Registering a name again changes nothing.
 /// Throws Error{kConfig} unless it is lower-case letters, digits and underscores, and not built in.
 void register_custom_method(const std::string& name);
-bool is_custom_method(const std::string& name);
-std::vector<std::string> custom_methods();  ///< in the order of registration
+bool is_custom_method(const std::string& name);  ///< whether it is registered
+std::vector<std::string> custom_methods();       ///< in the order of registration
 
 /// Throws Error{kConfig} where no config with these members may exist: a bit width other than 2, 4,
 /// 8, 16 that the method does not have ("Unsupported bit width: {bits}. Supported: 2, 4, 8, 16"), a
@@ -85,19 +86,21 @@ std::string config_to_json(const QuantizationConfig& config);
 struct Issue {
   std::string id;        ///< stable, e.g. "backend.bnb"; listed in docs/policy.md
   std::string severity;  ///< "error": not quantized as asked; "warning": works, but look
-  std::string message;
-  std::string remedy;
+  std::string message;   ///< one sentence
+  std::string remedy;    ///< what to do
 };
 /// A linear layer of a model: its dotted name, empty where only shapes are known, and the shape of
 /// its weight.
 struct LayerShape {
-  std::string name;
-  std::int64_t out_features = 0, in_features = 0;
+  std::string name;               ///< dotted
+  std::int64_t out_features = 0;  ///< rows of the weight
+  std::int64_t in_features = 0;   ///< columns of the weight
 };
 /// What validation may know besides the config.
 struct ValidationFacts {
-  std::optional<std::vector<LayerShape>> layers;  ///< linear layers of the model; unset = no model
-  bool cuda_has_bf16 = true;                      ///< of the device that the config is for
+  std::optional<std::vector<LayerShape>>
+      layers{};               ///< linear layers of the model; unset = no model
+  bool cuda_has_bf16 = true;  ///< of the device that the config is for
 };
 /// All findings; empty = valid. Never throws for a config that check_config accepts. With layers,
 /// group sizes are tried on every shape, and patterns on every name.
@@ -111,12 +114,6 @@ bool method_built(QuantizationMethod method);
 /// The documented matrix as a Markdown table, generated from the registry.
 std::string compatibility_matrix_markdown();
 
-/// A change that policy made to what was asked, e.g. {"bits", "4", "8", "method bnb_int8 has 8
-/// bits"}.
-struct Substitution {
-  std::string what, asked, used, reason;
-};
-
 /// What the factory decided.
 struct Decision {
   std::string adapter;  ///< "BitsAndBytesAdapter", "HQQAdapter", "MLXAdapter", "QuantoAdapter",
@@ -125,8 +122,8 @@ struct Decision {
   /// bytes), methods of layer_configs checked.
   /// Method NONE where nothing is quantized.
   QuantizationConfig config;
-  std::vector<Substitution> substitutions;
-  std::vector<std::string> warnings;  ///< to be shown to the user once
+  std::vector<Substitution> substitutions;  ///< every change, in order
+  std::vector<std::string> warnings;        ///< to be shown to the user once
 };
 /// Chooses the adapter for a pair.
 ///
@@ -172,8 +169,8 @@ class NamePattern {
   enum class Plain { kPrefix, kAnywhere };
   /// Throws Error{kConfig} naming the pattern: empty, too long or not a regular expression.
   NamePattern(const std::string& text, Plain plain);
-  bool matches(const std::string& name) const { return match_(name); }
-  const std::string& text() const { return text_; }
+  bool matches(const std::string& name) const { return match_(name); }  ///< a dotted name
+  const std::string& text() const { return text_; }                     ///< as it was given
   /// Literal characters of the pattern; of two matching patterns the one with more is meant.
   std::size_t specificity() const { return specificity_; }
 
@@ -190,14 +187,17 @@ class LayerRules {
  public:
   /// `resolved` is Decision::config. Throws Error{kConfig} as NamePattern.
   explicit LayerRules(const QuantizationConfig& resolved);
+  /// What happens to one layer.
   struct Choice {
-    bool quantize = true;
+    bool quantize = true;  ///< false: stays dense
     bool refused = false;  ///< not quantized because the dialect cannot take the layer
     std::string reason;    ///< why not, naming the pattern or what the dialect refused
     /// What to quantize with. value_dtype is the compute dtype, right for HQQ; a bitsandbytes layer
     /// dequantizes to the dtype of its own weight, which the caller sets.
     QuantizeOptions options;
-    DType compute_dtype = DType::kF32;
+    DType compute_dtype = DType::kF32;  ///< of products
+    /// LLM.int8: outlier threshold of the layer's product; unset: exact weights.
+    std::optional<double> int8_threshold;
   };
   /// For the linear layer `name` with weight [out_features, in_features]. A layer that the dialect
   /// cannot take is left dense with the reason; with fallback "error" it throws Error{kShape} or
@@ -219,31 +219,8 @@ class LayerRules {
   std::vector<Rule> skips_, overrides_;
 };
 
-/// One row of a coverage report.
-struct CoverageEntry {
-  std::string name;
-  std::string method;  ///< "hqq 4-bit g64", or "dense"
-  std::string reason;  ///< why dense
-  std::int64_t parameters = 0;
-  std::int64_t bytes_before = 0;
-  std::int64_t bytes_after = 0;
-  double relative_error = 0;  ///< ||W - deq(W)||_F / ||W||_F
-};
-/// What happened to a model; same text in C++ and Python.
-struct CoverageReport {
-  std::vector<CoverageEntry> entries;
-  std::vector<Substitution> substitutions;
-  std::vector<std::string> unmatched_patterns;
-  std::vector<std::string> notes;  ///< about the whole: the note of the adapter's config
-  /// Table for a terminal, at most 100 columns wide: layers that differ only in their numbers share
-  /// a row; then totals, largest left-overs, substitutions and unmatched patterns.
-  std::string to_text() const;
-  /// Object with every entry, totals, totals by method, substitutions, unmatched_patterns, notes.
-  std::string to_json() const;
-  /// Inverse of to_json on the four members; notes may be absent. Throws Error{kConfig}.
-  static CoverageReport from_json(const std::string& json);
-};
-/// "hqq 4-bit g64", "bnb_nf4 4-bit g64 double": the method column of a report.
-std::string describe_options(const QuantizeOptions& options);
+/// The threshold that backend_options "int8_threshold" ask for; unset without one. Throws
+/// Error{kConfig} for what is no number >= 0.
+std::optional<double> int8_threshold(const QuantizationConfig& config);
 
 }  // namespace quantal

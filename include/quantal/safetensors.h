@@ -18,9 +18,9 @@ class MappedFile;
 
 /// A tensor before its bytes are there.
 struct TensorInfo {
-  std::string name;
-  DType dtype = DType::kF32;
-  std::vector<std::int64_t> shape;
+  std::string name;                 ///< in the header
+  DType dtype = DType::kF32;        ///< of the elements
+  std::vector<std::int64_t> shape;  ///< sizes, slowest dimension first
 };
 
 /// A safetensors file, mapped. Tensors are views into the mapping (zero copy).
@@ -32,8 +32,9 @@ class SafetensorsFile {
   /// In file order of their data.
   const std::vector<std::pair<std::string, TensorView>>& tensors() const { return tensors_; }
   const TensorView* find(const std::string& name) const;  ///< nullptr if absent
+  /// Member "__metadata__" of the header.
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
-  const std::string& path() const;
+  const std::string& path() const;  ///< of the file that was opened
 
  private:
   std::shared_ptr<MappedFile> file_;
@@ -58,8 +59,9 @@ class SafetensorsWriter {
   SafetensorsWriter(const std::string& path, std::vector<TensorInfo> tensors,
                     const std::map<std::string, std::string>& metadata = {});
   ~SafetensorsWriter();  ///< without finish(): `path` stays as it was
+  /// Takes the file over; `other` can only be destroyed then.
   SafetensorsWriter(SafetensorsWriter&&) noexcept;
-  SafetensorsWriter& operator=(SafetensorsWriter&&) noexcept;
+  SafetensorsWriter& operator=(SafetensorsWriter&&) noexcept;  ///< as above
 
   /// Throws Error{kConfig} for an unknown name or a second time, Error{kDtype}, Error{kShape} where
   /// the tensor is not what was announced.

@@ -15,9 +15,10 @@ namespace quantal {
 
 /// Rows [begin, end).
 struct RowRange {
-  std::int64_t begin = 0, end = 0;
-  std::int64_t size() const { return end - begin; }
-  bool operator==(const RowRange&) const = default;
+  std::int64_t begin = 0;                            ///< first row
+  std::int64_t end = 0;                              ///< behind the last row
+  std::int64_t size() const { return end - begin; }  ///< rows
+  bool operator==(const RowRange&) const = default;  ///< memberwise
 };
 
 /// Weights of a matrix, a few rows at a time.

@@ -7,5 +7,7 @@
 #include "quantal/torch/linear.h"
 #include "quantal/torch/llama.h"
 #include "quantal/torch/lora.h"
+#include "quantal/torch/merge.h"
 #include "quantal/torch/ops.h"
 #include "quantal/torch/plan.h"
+#include "quantal/torch/training.h"

@@ -24,12 +24,12 @@ struct Preservation {
   DType values_dtype = DType::kF32;  ///< ... when both are rounded to this dtype; f32: as they are
   std::string note;                  ///< the rule in one sentence, for people
 
-  bool lossless() const { return codes && statistics && values; }
+  bool lossless() const { return codes && statistics && values; }  ///< nothing is lost
 };
 
 /// Where to.
 struct TranscodeTarget {
-  const Dialect* dialect = nullptr;
+  const Dialect* dialect = nullptr;  ///< to be converted to
   /// bits 0, group_size 0, quant_type "" and mode "" follow the source (the nearest that the
   /// dialect has); a method that is not the dialect's, or not of this width, is replaced by the one
   /// that is. value_dtype and double_quant are always the caller's.
@@ -52,8 +52,9 @@ std::string describe_form(const PackedSpec& spec);
 /// API has it (GGUF, MLX in 3 bits). What only a solver knows (HQQ's `optimize`) has its default.
 QuantizeOptions options_of(const PackedSpec& spec);
 
+/// A converted layer.
 struct Transcoded {
-  PackedMatrix matrix;
+  PackedMatrix matrix;        ///< in the target's form
   Preservation kept;          ///< proven on this matrix
   double relative_error = 0;  ///< ||w' - w||_F / ||w||_F of dequantized values; 0 if values
 };
@@ -64,8 +65,9 @@ Transcoded transcode(const PackedView& from, const TranscodeTarget& to, const Ex
 
 /// One row of the generated table of docs/convert.md.
 struct TranscodeEdge {
-  std::string from, to;  ///< "gguf Q4_1", "mlx affine 4-bit, group 32, f32"
-  Preservation kept;
+  std::string from;   ///< form: "gguf Q4_1"
+  std::string to;     ///< form: "mlx affine 4-bit, group 32, f32"
+  Preservation kept;  ///< what survives
 };
 /// Edges between the common forms of all dialects, in a fixed order.
 std::vector<TranscodeEdge> transcode_edges();

@@ -84,4 +84,18 @@ std::string engine_text(const Machine& machine) {
          "\n";
 }
 
+std::string_view library_version() noexcept { return QUANTAL_VERSION; }
+
+std::string report_import_status(std::optional<Backend> backend, const Machine& machine) {
+  std::string built;
+  for (const MethodInfo& method : methods()) {
+    if (!method_built(method.method)) continue;
+    built += (built.empty() ? "" : ", ") + std::string(method.name);
+  }
+  return "Import Status Report\n" + std::string(50, '=') +
+         "\nBackend: " + std::string(backend ? backend_name(*backend) : "not specified") +
+         "\n\nquantal " + std::string(library_version()) + "; its own engine:\n" +
+         engine_text(machine) + "Methods of this build: " + built + "\n";
+}
+
 }  // namespace quantal

@@ -65,6 +65,7 @@ LayerRules::Choice LayerRules::choose(const std::string& name, std::int64_t out_
   Choice choice;
   choice.options = policy::base_options(layer);
   choice.compute_dtype = layer.compute_dtype.value_or(DType::kF32);
+  if (layer.method == QuantizationMethod::BNB_INT8) choice.int8_threshold = int8_threshold(config_);
   if (skip != nullptr) {
     return dense(std::move(choice), "skip_modules pattern '" + skip->pattern.text() + "'");
   }

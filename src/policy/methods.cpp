@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <array>
+#include <charconv>
+#include <cmath>
 
 #include "policy/text.h"
 
@@ -178,6 +180,7 @@ QuantizeOptions base_options(const QuantizationConfig& config) {
   options.round_zero = bool_option(config, "round_zero");
   options.quant_zero = config.quant_zero;
   if (config.quant_scale) options.quant_scale = true;
+  static_cast<void>(int8_threshold(config));  // refuses what is no threshold
   const auto mode = config.backend_options.find("mode");
   if (mode != config.backend_options.end()) options.mode = mode->second;
   return options;
@@ -217,6 +220,20 @@ bool documented_support(Backend backend, QuantizationMethod method) {
 
 bool method_built(QuantizationMethod method) {
   return method == QuantizationMethod::NONE || find_dialect(method) != nullptr;
+}
+
+std::optional<double> int8_threshold(const QuantizationConfig& config) {
+  const auto found = config.backend_options.find("int8_threshold");
+  if (found == config.backend_options.end() || found->second == "null") return std::nullopt;
+  const std::string& text = found->second;
+  double value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error == std::errc() && end == text.data() + text.size() && std::isfinite(value) &&
+      value >= 0) {
+    return value;
+  }
+  fail(Errc::kConfig, "backend_options: int8_threshold is '" + text.substr(0, 80) +
+                          "', expected a number >= 0 (6 upstream)");
 }
 
 std::string describe_options(const QuantizeOptions& options) {

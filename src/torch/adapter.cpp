@@ -9,6 +9,7 @@
 #include "quantal/checkpoint.h"
 #include "quantal/torch/embedding.h"
 #include "quantal/transcode.h"
+#include "torch/custom.h"
 
 namespace quantal {
 namespace {
@@ -31,8 +32,9 @@ CoverageEntry entry_of(const std::string& name, const LinearImpl& layer) {
   CoverageEntry entry;
   entry.name = name;
   entry.parameters = layer.in_features * layer.out_features + tensor_numel(layer.current_bias());
+  const auto form = layer.quantized();
   entry.bytes_before =
-      layer.packed ? layer.packed->nbytes() : tensor_bytes(layer.weight) + tensor_bytes(layer.bias);
+      form ? form->nbytes() : tensor_bytes(layer.weight) + tensor_bytes(layer.bias);
   entry.bytes_after = entry.bytes_before;
   entry.method = "dense";
   return entry;
@@ -52,7 +54,7 @@ void report_others(torch::nn::Module& model, CoverageReport& report) {
   for (const auto& item : model.named_modules()) {
     const auto& module = item.value();
     const bool ours = std::dynamic_pointer_cast<LinearImpl>(module) ||
-                      std::dynamic_pointer_cast<QuantizedLinearImpl>(module) ||
+                      std::dynamic_pointer_cast<QuantizedLayerImpl>(module) ||
                       std::dynamic_pointer_cast<LoraImpl>(module);
     if (ours) continue;
     CoverageEntry entry;
@@ -93,25 +95,65 @@ QuantizationAdapter::QuantizationAdapter(Backend backend, QuantizationConfig con
 QuantizationAdapter::~QuantizationAdapter() = default;
 
 void QuantizationAdapter::set_decision(const Decision& decision) {
+  if (is_custom_method(decision.adapter)) registered_name_ = decision.adapter;
   warnings_ = decision.warnings;
   report_.substitutions = decision.substitutions;
 }
 
-double QuantizationAdapter::quantize_linear(LinearImpl& layer, const LayerRules::Choice& choice) {
+void QuantizationAdapter::prepare_model_for_training(torch::nn::Module& model) {
+  quantal::prepare_model_for_training(model);
+}
+
+namespace {
+
+/// Exchanges a dense weight for its packed form.
+double pack_linear(LinearImpl& layer, const LayerRules::Choice& choice) {
   const torch::NoGradGuard no_grad;
   const QuantizeOptions options = options_for(choice, layer.weight.scalar_type());
   PackedTensors packed = quantize(layer.weight, options);
   const double error = relative_error(layer.weight, packed);
-  layer.set_quantized(
-      QuantizedLinear(std::move(packed), layer.bias, to_torch(choice.compute_dtype)));
+  QuantizedLinear form(std::move(packed), layer.bias, to_torch(choice.compute_dtype));
+  form->int8_threshold = choice.int8_threshold;
+  layer.set_quantized(std::move(form));
   return error;
+}
+
+/// Method column of a report for a layer that was just quantized.
+std::string form_text(const LinearImpl& layer, const QuantizeOptions& options) {
+  if (layer.custom) return class_name(*layer.custom);
+  if (options.method != QuantizationMethod::NONE) return describe_options(options);
+  return layer.packed ? describe_form(layer.packed->spec()) : "dense";
+}
+
+}  // namespace
+
+double QuantizationAdapter::quantize_linear(LinearImpl& layer, const LayerRules::Choice& choice) {
+  if (choice.options.method != QuantizationMethod::NONE) return pack_linear(layer, choice);
+  const torch::NoGradGuard no_grad;
+  const torch::Tensor weight = layer.weight.detach(), bias = layer.bias;
+  const Linear made = layer_for(choice, layer.in_features, layer.out_features, bias.defined());
+  const auto form = made->quantized();
+  if (!form) {
+    fail(Errc::kUnsupported,
+         "quantize_linear: create_quantized_linear gave a dense layer, expected one that holds a "
+         "quantized form");
+  }
+  form->quantize_weights(weight);
+  form->set_bias(bias);
+  if (made->packed) {
+    layer.set_quantized(QuantizedLinear(made->packed));
+  } else {
+    layer.set_custom(form);
+  }
+  const auto exact = weight.to(torch::kDouble);
+  const double norm = exact.norm().item<double>();
+  const auto error = exact - form->dequantize_weights().to(torch::kDouble);
+  return norm > 0 ? error.norm().item<double>() / norm : 0;
 }
 
 void replace_linear_with_quantized(torch::nn::Module& model, QuantizationAdapter& adapter,
                                    const std::optional<std::vector<std::string>>& skip_modules) {
-  QuantizationConfig config = adapter.config();
-  if (skip_modules) config.skip_modules = *skip_modules;
-  LayerRules rules(config);
+  LayerRules rules = adapter.layer_rules(skip_modules);
   CoverageReport& report = adapter.report();
   report.entries.clear();
   for (const auto& [name, layer] : named_linears(model)) {
@@ -125,8 +167,9 @@ void replace_linear_with_quantized(torch::nn::Module& model, QuantizationAdapter
     entry.reason = choice.reason;
     if (choice.quantize) {
       entry.relative_error = adapter.quantize_linear(*layer, choice);
-      entry.method = describe_options(choice.options);
-      entry.bytes_after = layer->packed ? layer->packed->nbytes() : entry.bytes_before;
+      entry.method = form_text(*layer, choice.options);
+      const auto form = layer->quantized();
+      entry.bytes_after = form ? form->nbytes() : entry.bytes_before;
     }
     report.entries.push_back(std::move(entry));
   }
@@ -148,16 +191,24 @@ Linear DialectAdapter::create_quantized_linear(std::int64_t in_features, std::in
   const PackedSpec spec = dialect_of(options.method).make_spec(out_features, in_features, options);
   torch::Tensor bias_values;
   if (bias) bias_values = torch::zeros({out_features}, torch::TensorOptions().dtype(compute));
-  return Linear(QuantizedLinear(empty_packed(spec), bias_values, compute));
+  QuantizedLinear form(empty_packed(spec), bias_values, compute);
+  form->int8_threshold = choice.int8_threshold;
+  return Linear(std::move(form));
 }
 
 void DialectAdapter::quantize_model(torch::nn::Module& model) {
   replace_linear_with_quantized(model, *this);
 }
 
-void DialectAdapter::prepare_model_for_training(torch::nn::Module& model) {
-  for (auto& parameter : model.parameters()) parameter.set_requires_grad(false);
-  model.train();
+double DialectAdapter::quantize_linear(LinearImpl& layer, const LayerRules::Choice& choice) {
+  return pack_linear(layer, choice);
+}
+
+LayerRules DialectAdapter::layer_rules(
+    const std::optional<std::vector<std::string>>& skip_modules) const {
+  QuantizationConfig rules = config();
+  if (skip_modules) rules.skip_modules = *skip_modules;
+  return LayerRules(rules);
 }
 
 DialectAdapter::DialectAdapter(std::string_view name, Backend backend,
@@ -212,8 +263,10 @@ std::unique_ptr<QuantizationAdapter> create_quantization_adapter(Backend backend
       {"QuantoAdapter", make_adapter<QuantoAdapter>},
       {"FallbackAdapter", make_adapter<FallbackAdapter>},
   };
+  const auto own = kAdapters.find(decision.adapter);
   std::unique_ptr<QuantizationAdapter> adapter =
-      kAdapters.at(decision.adapter)(backend, decision.config);
+      own != kAdapters.end() ? own->second(backend, decision.config)
+                             : make_registered(decision.adapter, backend, decision.config);
   adapter->set_decision(decision);
   return adapter;
 }

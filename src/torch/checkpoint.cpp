@@ -12,6 +12,7 @@
 #include "quantal/torch/adapter.h"
 #include "quantal/torch/embedding.h"
 #include "quantal/torch/llama.h"
+#include "torch/custom.h"
 #include "torch/stable_executor.h"
 #include "torch/state.h"
 
@@ -35,13 +36,36 @@ void copy_into(const TensorView& from, torch::Tensor& to) {
   }
 }
 
-/// What a file has to fill.
-ModelParts parts_of(torch::nn::Module& model, const Checkpoint& file) {
+/// Parameters and buffers of a layer of one's own, by the names that files use.
+Shapes tensors_of(const QuantizedLayerImpl& layer, const std::string& name) {
+  Shapes out;
+  const std::string prefix = name.empty() ? "" : name + ".";
+  for (const auto& p : layer.named_parameters()) out[prefix + p.key()] = p.value().sizes().vec();
+  for (const auto& b : layer.named_buffers()) out[prefix + b.key()] = b.value().sizes().vec();
+  return out;
+}
+
+/// What a file has to fill, once layers of the forms in `custom` are in their places.
+ModelParts parts_of(torch::nn::Module& model, const Checkpoint& file, const CustomLayers& custom) {
   ModelParts parts;
   for (const auto& [name, tensor] : base_tensors(model)) parts.tensors[name] = tensor.sizes().vec();
   for (const auto& [name, layer] : named_linears(model)) {
+    const std::string weight = weight_of(name);
+    const auto made = custom.find(name);
+    if (made) {
+      parts.tensors.erase(weight);
+      parts.tensors.merge(tensors_of(*made, name));
+      continue;
+    }
+    if (layer->custom) {  // stays, unless the file has the layer in another form
+      if (!file.tensors.contains(weight) && !file.layers.contains(name)) continue;
+      for (const auto& [own, shape] : tensors_of(*layer->custom, name)) parts.tensors.erase(own);
+      if (layer->custom->bias.defined()) {
+        parts.tensors[name.empty() ? "bias" : name + ".bias"] = {layer->out_features};
+      }
+    }
     parts.linears.insert(name);
-    parts.tensors[weight_of(name)] = {layer->out_features, layer->in_features};
+    parts.tensors[weight] = {layer->out_features, layer->in_features};
   }
   for (const auto& [name, table] : named_embeddings(model)) {
     parts.embeddings.insert(name);
@@ -80,8 +104,12 @@ LoadOptions options_for(torch::nn::Module& model) {
 class Filler {
  public:
   Filler(Checkpoint& file, const LoadReport& report, const ModelParts& parts,
-         std::optional<DType> compute_dtype)
-      : file_(file), compute_dtype_(compute_dtype), parts_(parts) {
+         const CustomLayers& custom, const QuantizationConfig& config)
+      : file_(file),
+        custom_(custom),
+        compute_dtype_(config.compute_dtype),
+        int8_threshold_(int8_threshold(config)),
+        parts_(parts) {
     wrong_.insert(report.unexpected.begin(), report.unexpected.end());
     for (const auto& one : report.misshapen) wrong_.insert(one.name);
     decoded_.insert(report.decoded.begin(), report.decoded.end());
@@ -91,6 +119,8 @@ class Filler {
     for (const auto& [name, layer] : named_linears(model)) {
       if (has_layer(name)) {
         layer->set_quantized(take(name, layer->current_bias()));
+      } else if (const auto made = custom_.find(name)) {
+        layer->set_custom(made);
       } else if (const TensorView* view = layer->is_quantized() ? find(weight_of(name)) : nullptr) {
         layer->set_dense(empty_like(*view), layer->current_bias());
       }
@@ -118,7 +148,10 @@ class Filler {
   QuantizedLinear take(const std::string& name, torch::Tensor bias) {
     PackedMatrix matrix = std::move(file_.layers.at(name));
     const auto compute = to_torch(compute_dtype_.value_or(matrix.spec.value_dtype));
-    return QuantizedLinear(to_tensors(std::move(matrix)), std::move(bias), compute);
+    const bool int8 = matrix.spec.bits == 8 && dialect_by_id(matrix.spec.dialect).name == "bnb";
+    QuantizedLinear layer(to_tensors(std::move(matrix)), std::move(bias), compute);
+    if (int8) layer->int8_threshold = int8_threshold_;
+    return layer;
   }
 
   /// Dense content of a tensor, under its own name or that of an alias; null if there is none.
@@ -146,7 +179,9 @@ class Filler {
   }
 
   Checkpoint& file_;
+  const CustomLayers& custom_;
   std::optional<DType> compute_dtype_;
+  std::optional<double> int8_threshold_;
   const ModelParts& parts_;
   std::set<std::string> wrong_, decoded_;
 };
@@ -158,15 +193,15 @@ void QuantizationAdapter::save_quantized_model(torch::nn::Module& model, const s
                                                const SaveOptions& options, const SideTexts& texts) {
   const torch::NoGradGuard no_grad;
   CheckpointView view;
-  view.config_json = config_json;
+  view.config_json = with_adapter_entry(config_json, *this);
   view.texts = texts;
   for (const auto& [name, table] : named_embeddings(model)) {
     if (table->is_quantized()) view.layers.emplace_back(name, table->packed->packed().view());
   }
   for (const auto& [name, layer] : named_linears(model)) {
-    if (layer->is_quantized()) {
+    if (layer->packed) {
       view.layers.emplace_back(name, layer->packed->packed().view());
-    } else {
+    } else if (!layer->custom) {
       view.dense.push_back(name);
     }
   }
@@ -183,14 +218,15 @@ LoadedModel QuantizationAdapter::load_quantized_model(const std::string& path,
                                                       const LoadModelOptions& options) {
   const torch::NoGradGuard no_grad;
   Checkpoint file = load_checkpoint(path, options_for(model));
-  const ModelParts parts = parts_of(model, file);
+  const CustomLayers custom(file, model, *this, path);
+  const ModelParts parts = parts_of(model, file, custom);
   LoadedModel loaded{.report = compare_model(parts_of(file), parts, &config_),
                      .config_json = file.config_json,
                      .texts = file.texts};
   loaded.report.layout = file.layout;
   loaded.report.notes = file.notes;
   if (options.strict) require_fit(loaded.report, path);
-  Filler(file, loaded.report, parts, config_.compute_dtype).fill(model);
+  Filler(file, loaded.report, parts, custom, config_).fill(model);
   note_load(loaded.report);
   return loaded;
 }

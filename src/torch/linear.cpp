@@ -2,10 +2,13 @@
 
 #include <torch/torch.h>
 
+#include <algorithm>
 #include <cmath>
 #include <ostream>
 #include <set>
 #include <string>
+
+#include "torch/merge_state.h"
 
 namespace quantal {
 namespace {
@@ -15,6 +18,10 @@ std::string form_name(const PackedSpec& spec) {
          "-bit g" + std::to_string(spec.group_size);
 }
 
+std::string matrix_text(std::int64_t rows, std::int64_t cols) {
+  return "[" + std::to_string(rows) + ", " + std::to_string(cols) + "]";
+}
+
 void check_bias(const char* where, const torch::Tensor& bias, std::int64_t rows) {
   if (bias.defined() && (bias.dim() != 1 || bias.size(0) != rows)) {
     fail(Errc::kShape, std::string(where) + ": bias has shape " + shape_string(bias.sizes().vec()) +
@@ -22,13 +29,43 @@ void check_bias(const char* where, const torch::Tensor& bias, std::int64_t rows)
   }
 }
 
+void check_weight(const char* where, const torch::Tensor& weight, std::int64_t rows,
+                  std::int64_t cols) {
+  if (weight.dim() != 2 || weight.size(0) != rows || weight.size(1) != cols) {
+    fail(Errc::kShape, std::string(where) + ": weight has shape " +
+                           shape_string(weight.sizes().vec()) + ", expected " +
+                           matrix_text(rows, cols));
+  }
+}
+
 }  // namespace
+
+// ------------------------------------------------------------------ QuantizedLayer
+
+QuantizedLayerImpl::QuantizedLayerImpl(const std::string& name, std::int64_t in, std::int64_t out)
+    : torch::nn::Module(name), in_features_(in), out_features_(out) {}
+
+std::int64_t QuantizedLayerImpl::nbytes() const {
+  std::int64_t total = 0;
+  for (const auto& t : parameters()) total += static_cast<std::int64_t>(t.nbytes());
+  for (const auto& t : buffers()) total += static_cast<std::int64_t>(t.nbytes());
+  return total;
+}
+
+void QuantizedLayerImpl::set_bias(const torch::Tensor& values) {
+  check_bias(name().c_str(), values, out_features_);
+  if (parameters_.contains("bias")) parameters_.erase("bias");
+  bias.reset();
+  if (values.defined()) bias = register_parameter("bias", values.detach(), values.requires_grad());
+}
 
 // ------------------------------------------------------------------ QuantizedLinear
 
 QuantizedLinearImpl::QuantizedLinearImpl(PackedTensors packed, torch::Tensor bias_values,
                                          torch::ScalarType compute_type)
-    : torch::nn::Module("QuantizedLinear"), compute_dtype(compute_type), spec_(packed.spec) {
+    : QuantizedLayerImpl("QuantizedLinear", packed.spec.cols, packed.spec.rows),
+      compute_dtype(compute_type),
+      spec_(packed.spec) {
   packed.view();  // checks
   check_bias("QuantizedLinear", bias_values, spec_.rows);
   if (!is_weight_dtype(from_torch(compute_type))) {
@@ -40,13 +77,31 @@ QuantizedLinearImpl::QuantizedLinearImpl(PackedTensors packed, torch::Tensor bia
   shared = register_buffer("shared", packed.shared);
   const auto ints = spec_to_ints(spec_);
   register_buffer("spec", torch::tensor(std::vector<std::int64_t>(ints.begin(), ints.end())));
-  if (bias_values.defined()) {
-    bias = register_parameter("bias", bias_values.detach(), bias_values.requires_grad());
-  }
+  set_bias(bias_values);
 }
 
 torch::Tensor QuantizedLinearImpl::forward(const torch::Tensor& x) {
-  return linear(x.to(compute_dtype), packed(), bias).to(x.scalar_type());
+  const torch::Tensor wide = x.to(compute_dtype);
+  const torch::Tensor y = int8_threshold ? linear_int8(wide, packed(), bias, *int8_threshold)
+                                         : linear(wide, packed(), bias);
+  return y.to(x.scalar_type());
+}
+
+void QuantizedLinearImpl::quantize_weights(const torch::Tensor& weights) {
+  check_weight("QuantizedLinear", weights, spec_.rows, spec_.cols);
+  set_packed(quantize(weights, spec_));
+}
+
+void QuantizedLinearImpl::set_packed(PackedTensors packed) {
+  packed.view();  // checks
+  if (spec_to_ints(packed.spec) != spec_to_ints(spec_)) {
+    fail(Errc::kShape, "QuantizedLinear: packed tensors are " + form_name(packed.spec) + " " +
+                           matrix_text(packed.spec.rows, packed.spec.cols) + ", expected " +
+                           form_name(spec_) + " " + matrix_text(spec_.rows, spec_.cols));
+  }
+  codes.set_data(packed.codes);
+  stats.set_data(packed.stats);
+  shared.set_data(packed.shared);
 }
 
 torch::Tensor QuantizedLinearImpl::weight() const {
@@ -78,24 +133,6 @@ void QuantizedLinearImpl::pretty_print(std::ostream& stream) const {
          << ", " << form_name(spec_) << ")";
 }
 
-// ------------------------------------------------------------------ Lora
-
-LoraImpl::LoraImpl(std::int64_t in_features, std::int64_t out_features, std::int64_t r,
-                   double scaling_factor, double dropout_rate)
-    : torch::nn::Module("Lora"), scaling(scaling_factor), dropout(dropout_rate) {
-  A = register_parameter("A", torch::empty({r, in_features}));
-  B = register_parameter("B", torch::zeros({out_features, r}));
-  const torch::NoGradGuard no_grad;
-  const double bound = 1 / std::sqrt(static_cast<double>(in_features));
-  A.uniform_(-bound, bound);
-}
-
-torch::Tensor LoraImpl::forward(const torch::Tensor& x) {
-  torch::Tensor h = x.to(A.scalar_type());
-  if (dropout > 0 && is_training()) h = torch::dropout(h, dropout, /*train=*/true);
-  return (torch::linear(torch::linear(h, A), B) * scaling).to(x.scalar_type());
-}
-
 // ------------------------------------------------------------------ Linear
 
 LinearImpl::LinearImpl(std::int64_t in, std::int64_t out, bool with_bias, torch::ScalarType dtype,
@@ -115,71 +152,91 @@ LinearImpl::LinearImpl(QuantizedLinear layer)
     : torch::nn::Module("Linear"),
       in_features(layer->in_features()),
       out_features(layer->out_features()) {
-  packed = register_module("packed", layer.ptr());
+  set_quantized(std::move(layer));
 }
 
-torch::Tensor LinearImpl::forward(const torch::Tensor& x) {
-  torch::Tensor y = packed ? packed->forward(x) : torch::linear(x, weight, bias);
-  return lora ? y + lora->forward(x) : y;
+LinearImpl::LinearImpl(std::shared_ptr<QuantizedLayerImpl> layer)
+    : torch::nn::Module("Linear"),
+      in_features(layer->in_features()),
+      out_features(layer->out_features()) {
+  set_custom(std::move(layer));
 }
 
-void LinearImpl::drop_dense() {
+std::shared_ptr<QuantizedLayerImpl> LinearImpl::quantized() const {
+  return packed ? std::shared_ptr<QuantizedLayerImpl>(packed) : custom;
+}
+
+torch::Tensor LinearImpl::current_bias() const {
+  const auto layer = quantized();
+  return layer ? layer->bias : bias;
+}
+
+torch::Tensor LinearImpl::base(const torch::Tensor& x) const {
+  const auto layer = quantized();
+  return layer ? layer->forward(x) : torch::linear(x, weight, bias);
+}
+
+torch::Tensor LinearImpl::dense_weight() const {
+  if (packed) return dequantize(packed->packed(), torch::kFloat);
+  return (custom ? custom->dequantize_weights() : weight.detach()).to(torch::kFloat);
+}
+
+void LinearImpl::drop_weight() {
   if (weight.defined()) parameters_.erase("weight");
   if (bias.defined()) parameters_.erase("bias");
   weight.reset();
   bias.reset();
+  if (packed) unregister_module("packed");
+  if (custom) unregister_module("custom");
+  packed.reset();
+  custom.reset();
+  merge_state.reset();
+  row_squares_.reset();
+  row_squares_of_.reset();
+}
+
+void LinearImpl::set_form(std::shared_ptr<QuantizedLayerImpl> layer, const char* child) {
+  if (layer->in_features() != in_features || layer->out_features() != out_features) {
+    fail(Errc::kShape, "Linear: quantized layer is " +
+                           matrix_text(layer->out_features(), layer->in_features()) +
+                           ", expected " + matrix_text(out_features, in_features));
+  }
+  drop_weight();
+  register_module(child, layer);
+  layer->train(is_training());
 }
 
 void LinearImpl::set_quantized(QuantizedLinear layer) {
-  if (layer->in_features() != in_features || layer->out_features() != out_features) {
-    fail(Errc::kShape, "Linear: quantized layer is [" + std::to_string(layer->out_features()) +
-                           ", " + std::to_string(layer->in_features()) + "], expected [" +
-                           std::to_string(out_features) + ", " + std::to_string(in_features) + "]");
-  }
-  drop_dense();
-  if (packed) unregister_module("packed");
-  packed = register_module("packed", layer.ptr());
-  packed->train(is_training());
+  set_form(layer.ptr(), "packed");
+  packed = layer.ptr();
+}
+
+void LinearImpl::set_custom(std::shared_ptr<QuantizedLayerImpl> layer) {
+  set_form(layer, "custom");
+  custom = std::move(layer);
 }
 
 void LinearImpl::set_dense(torch::Tensor new_weight, torch::Tensor new_bias) {
-  if (new_weight.dim() != 2 || new_weight.size(0) != out_features ||
-      new_weight.size(1) != in_features) {
-    fail(Errc::kShape, "Linear: weight has shape " + shape_string(new_weight.sizes().vec()) +
-                           ", expected [" + std::to_string(out_features) + ", " +
-                           std::to_string(in_features) + "]");
-  }
+  check_weight("Linear", new_weight, out_features, in_features);
   check_bias("Linear", new_bias, out_features);
-  drop_dense();
-  if (packed) unregister_module("packed");
-  packed.reset();
+  drop_weight();
   weight = register_parameter("weight", new_weight.detach(), new_weight.requires_grad());
   if (new_bias.defined()) {
     bias = register_parameter("bias", new_bias.detach(), new_bias.requires_grad());
   }
 }
 
-void LinearImpl::set_lora(Lora layer) {
-  if (layer->A.size(1) != in_features || layer->B.size(0) != out_features) {
-    fail(Errc::kShape, "Linear: LoRA is [" + std::to_string(layer->B.size(0)) + ", " +
-                           std::to_string(layer->A.size(1)) + "], expected [" +
-                           std::to_string(out_features) + ", " + std::to_string(in_features) + "]");
-  }
-  remove_lora();
-  lora = register_module("lora", layer.ptr());
-  lora->train(is_training());
-}
-
-void LinearImpl::remove_lora() {
-  if (lora) unregister_module("lora");
-  lora.reset();
-}
-
 void LinearImpl::pretty_print(std::ostream& stream) const {
   stream << "quantal::Linear(in_features=" << in_features << ", out_features=" << out_features
          << ", bias=" << (current_bias().defined() ? "true" : "false")
-         << (packed ? ", " + form_name(packed->spec()) : "")
-         << (lora ? ", lora r=" + std::to_string(lora->rank()) : "") << ")";
+         << (packed   ? ", " + form_name(packed->spec())
+             : custom ? ", " + custom->name()
+                      : "");
+  for (const auto& [name, adapter] : loras_) {
+    stream << ", " << (adapter->is_dora() ? "dora" : "lora") << " '" << name
+           << "' r=" << adapter->rank();
+  }
+  stream << ")";
 }
 
 // ------------------------------------------------------------------ whole models

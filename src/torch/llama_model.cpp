@@ -57,7 +57,7 @@ RmsNormImpl::RmsNormImpl(std::int64_t size, double eps, torch::ScalarType dtype)
 torch::Tensor RmsNormImpl::forward(const torch::Tensor& x) {
   const auto wide = x.to(torch::kFloat);
   const auto scaled = wide * torch::rsqrt(wide.square().mean(-1, /*keepdim=*/true) + eps_);
-  return weight * scaled.to(x.scalar_type());
+  return (weight * scaled.to(x.scalar_type())).to(x.scalar_type());
 }
 
 LlamaAttentionImpl::LlamaAttentionImpl(const LlamaConfig& c, torch::ScalarType dtype)

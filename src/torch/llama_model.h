@@ -16,7 +16,8 @@ struct Rotary {
 /// Angle of dimension i and i + head_dim / 2 at position p: p * theta^(-2 i / head_dim).
 Rotary rotary_angles(const LlamaConfig& config, std::int64_t first, std::int64_t length);
 
-/// y = weight * dtype(x / sqrt(mean(x^2) + eps)), the mean over the last dimension in float32.
+/// y = weight * dtype(x / sqrt(mean(x^2) + eps)), the mean over the last dimension in float32; y
+/// has the dtype of x whatever that of the weight.
 class RmsNormImpl : public torch::nn::Module {
  public:
   RmsNormImpl(std::int64_t size, double eps, torch::ScalarType dtype);

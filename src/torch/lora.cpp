@@ -10,6 +10,8 @@
 #include <utility>
 
 #include "quantal/io.h"
+#include "torch/merge_state.h"
+#include "torch/state.h"
 
 namespace quantal {
 namespace {
@@ -82,7 +84,7 @@ Json to_json(const LoraConfig& config) {
           {"rank_pattern", config.rank_pattern},
           {"alpha_pattern", config.alpha_pattern},
           {"use_rslora", config.use_rslora},
-          {"use_dora", false},
+          {"use_dora", config.use_dora},
           {"bias", "none"},
           {"fan_in_fan_out", false},
           {"init_lora_weights", true},
@@ -91,7 +93,7 @@ Json to_json(const LoraConfig& config) {
 
 /// Where PEFT's arithmetic differs from B A x and quantal has no form of it.
 void refuse_variants(const Json& json, const std::string& path) {
-  for (const char* name : {"use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "use_bdlora"}) {
+  for (const char* name : {"lora_bias", "fan_in_fan_out", "use_qalora", "use_bdlora"}) {
     if (json.contains(name) && json[name].is_boolean() && json[name].get<bool>()) {
       fail(Errc::kUnsupported, std::string("lora: ") + name + " is true, expected false",
            {path, "", -1});
@@ -116,6 +118,7 @@ LoraConfig config_from(const Json& json) {
   config.target_modules = targets.is_string() ? std::vector<std::string>{targets.get<std::string>()}
                                               : targets.get<std::vector<std::string>>();
   config.use_rslora = json.value("use_rslora", false);
+  config.use_dora = json.value("use_dora", false);
   if (json.contains("rank_pattern") && !json["rank_pattern"].is_null()) {
     config.rank_pattern = json["rank_pattern"].get<std::map<std::string, std::int64_t>>();
   }
@@ -187,6 +190,7 @@ class AdapterFile {
   std::set<std::string> used_;
 };
 
+/// One adapter of a file; its magnitudes, where it is DoRA, are put on it.
 Lora read_lora(AdapterFile& file, const std::string& name, const LinearImpl& layer,
                const LoraConfig& config) {
   const torch::Tensor a = file.take(name + ".lora_A.weight", {-1, layer.in_features});
@@ -200,84 +204,182 @@ Lora read_lora(AdapterFile& file, const std::string& name, const LinearImpl& lay
   const torch::NoGradGuard no_grad;
   lora->A.copy_(a);
   lora->B.copy_(b);
+  if (!config.use_dora) return lora;
+  const torch::Tensor m = file.take(name + ".lora_magnitude_vector", {layer.out_features});
+  if (!m.defined()) {
+    fail(Errc::kCorrupt, "lora: lora_magnitude_vector [out] is missing, which DoRA has",
+         {file.path(), kPrefix + name, -1});
+  }
+  lora->set_magnitude(m);
   return lora;
+}
+
+std::string listed(const std::vector<std::string>& names) {
+  std::string text;
+  for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
+  return text;
+}
+
+bool contains(const std::vector<std::string>& names, const std::string& name) {
+  return std::ranges::find(names, name) != names.end();
+}
+
+void require_adapter(torch::nn::Module& model, const char* where, const std::string& name) {
+  const std::vector<std::string> known = adapter_names(model);
+  if (contains(known, name)) return;
+  fail(Errc::kConfig, std::string(where) + ": adapter is '" + name + "', expected " +
+                          (known.empty() ? "add_lora first" : "one of " + listed(known)));
+}
+
+void require_new(torch::nn::Module& model, const std::string& name) {
+  if (!contains(adapter_names(model), name)) return;
+  fail(Errc::kConfig, "lora: name of the adapter is '" + name +
+                          "', which the model has already, expected another one (or "
+                          "delete_adapter first)");
+}
+
+void set_trainable(const LoraImpl& adapter, bool trainable) {
+  for (auto& p : adapter.parameters()) p.set_requires_grad(trainable);
+}
+
+void attach(const std::string& name, LinearImpl& layer, const LoraConfig& config,
+            const std::string& adapter_name) {
+  const std::int64_t r = from_pattern(config.rank_pattern, name, config.r);
+  Lora lora(layer.in_features, layer.out_features, r, scaling_of(config, name, r),
+            config.lora_dropout);
+  if (config.use_dora) lora->set_magnitude(layer.weight_norm(*lora));
+  layer.set_lora(lora, adapter_name);
 }
 
 }  // namespace
 
-std::int64_t add_lora(torch::nn::Module& model, const LoraConfig& config) {
+std::int64_t add_lora(torch::nn::Module& model, const LoraConfig& config, const std::string& name) {
   check_config(config);
+  require_new(model, name);
+  const std::vector<std::string> active = active_adapters(model);
   std::int64_t count = 0;
-  for (auto& parameter : model.parameters()) parameter.set_requires_grad(false);
-  for (const auto& [name, layer] : named_linears(model)) {
-    if (!is_target(name, config)) continue;
-    const std::int64_t r = from_pattern(config.rank_pattern, name, config.r);
-    layer->set_lora(Lora(layer->in_features, layer->out_features, r, scaling_of(config, name, r),
-                         config.lora_dropout));
+  for (const auto& [layer_name, layer] : named_linears(model)) {
+    if (!is_target(layer_name, config)) continue;
+    attach(layer_name, *layer, config, name);
+    set_trainable(*layer->lora(name), active.empty());
+    layer->set_active(active.empty() ? std::vector<std::string>{name} : active);
     ++count;
   }
   if (count == 0) {
-    std::string asked;
-    for (const auto& t : config.target_modules) asked += (asked.empty() ? "" : ", ") + t;
-    fail(Errc::kConfig,
-         "lora: target_modules is [" + asked + "], expected some of " + linear_kinds(model));
+    fail(Errc::kConfig, "lora: target_modules is [" + listed(config.target_modules) +
+                            "], expected some of " + linear_kinds(model));
   }
+  freeze_base(model);
   return count;
 }
 
-std::vector<torch::Tensor> lora_parameters(torch::nn::Module& model) {
+std::vector<torch::Tensor> lora_parameters(torch::nn::Module& model, const std::string& name) {
   std::vector<torch::Tensor> out;
-  for (const auto& [name, layer] : named_linears(model)) {
-    if (layer->lora) out.insert(out.end(), {layer->lora->A, layer->lora->B});
+  for (const auto& [layer_name, layer] : named_linears(model)) {
+    for (const auto& [adapter_name, adapter] : layer->loras()) {
+      const bool wanted =
+          name.empty() ? contains(layer->active(), adapter_name) : adapter_name == name;
+      if (!wanted) continue;
+      for (const auto& parameter : adapter->parameters()) out.push_back(parameter);
+    }
   }
   return out;
 }
 
+std::vector<std::string> adapter_names(torch::nn::Module& model) {
+  std::vector<std::string> names;
+  for (const auto& [layer_name, layer] : named_linears(model)) {
+    for (const auto& [name, adapter] : layer->loras()) {
+      if (!contains(names, name)) names.push_back(name);
+    }
+  }
+  return names;
+}
+
+std::vector<std::string> active_adapters(torch::nn::Module& model) {
+  std::vector<std::string> names;
+  for (const auto& [layer_name, layer] : named_linears(model)) {
+    for (const std::string& name : layer->active()) {
+      if (!contains(names, name)) names.push_back(name);
+    }
+  }
+  return names;
+}
+
+void set_adapter(torch::nn::Module& model, const std::vector<std::string>& names,
+                 bool inference_mode) {
+  for (const std::string& name : names) require_adapter(model, "set_adapter", name);
+  for (const auto& [layer_name, layer] : named_linears(model)) {
+    layer->set_active(names);
+    for (const auto& [name, adapter] : layer->loras()) {
+      set_trainable(*adapter, !inference_mode && contains(names, name));
+    }
+  }
+}
+
+void delete_adapter(torch::nn::Module& model, const std::string& name) {
+  require_adapter(model, "delete_adapter", name);
+  for (const auto& [layer_name, layer] : named_linears(model)) {
+    if (layer->merge_state && contains(layer->merge_state->names, name)) {
+      fail(Errc::kConfig, "delete_adapter: adapter '" + name + "' is merged into layer '" +
+                              layer_name + "', expected unmerge_adapter first");
+    }
+  }
+  for (const auto& [layer_name, layer] : named_linears(model)) layer->remove_lora(name);
+}
+
 void save_lora_adapter(torch::nn::Module& model, const LoraConfig& config,
-                       const std::string& folder) {
+                       const std::string& folder, const std::string& name) {
   const torch::NoGradGuard no_grad;
   std::vector<torch::Tensor> held;
   std::vector<std::pair<std::string, TensorView>> tensors;
-  const auto add = [&](const std::string& name, const torch::Tensor& t) {
+  const auto add = [&](const std::string& key, const torch::Tensor& t) {
     held.push_back(t.detach().to(torch::kFloat).contiguous());
-    tensors.emplace_back(kPrefix + name, tensor_view(held.back()));
+    tensors.emplace_back(kPrefix + key, tensor_view(held.back()));
   };
-  for (const auto& [name, layer] : named_linears(model)) {
-    if (!layer->lora) continue;
-    add(name + ".lora_A.weight", layer->lora->A);
-    add(name + ".lora_B.weight", layer->lora->B);
+  LoraConfig written = config;
+  for (const auto& [layer_name, layer] : named_linears(model)) {
+    const auto adapter = layer->lora(name);
+    if (!adapter) continue;
+    add(layer_name + ".lora_A.weight", adapter->A);
+    add(layer_name + ".lora_B.weight", adapter->B);
+    if (adapter->is_dora()) add(layer_name + ".lora_magnitude_vector", adapter->magnitude);
+    written.use_dora = adapter->is_dora();  // what is in the file, whatever the config says
   }
-  if (tensors.empty())
-    fail(Errc::kConfig, "lora: the model has no adapters, expected add_lora first");
+  if (tensors.empty()) require_adapter(model, "save_lora_adapter", name);
   std::error_code error;
   std::filesystem::create_directories(folder, error);
   if (error) fail(Errc::kIo, "lora: cannot make the folder: " + error.message(), {folder, "", -1});
   const std::filesystem::path base(folder);
   write_safetensors((base / "adapter_model.safetensors").string(), tensors, {{"format", "pt"}});
-  const std::string text = to_json(config).dump(2);
+  const std::string text = to_json(written).dump(2);
   write_file_atomic((base / "adapter_config.json").string(),
                     {reinterpret_cast<const std::uint8_t*>(text.data()), text.size()});
 }
 
-LoraConfig load_lora_adapter(torch::nn::Module& model, const std::string& folder, bool trainable) {
+LoraConfig load_lora_adapter(torch::nn::Module& model, const std::string& folder, bool trainable,
+                             const std::string& name) {
   const std::filesystem::path base(folder);
   const LoraConfig config = read_config((base / "adapter_config.json").string());
   AdapterFile file((base / "adapter_model.safetensors").string());
   std::vector<std::pair<std::shared_ptr<LinearImpl>, Lora>> adapters;
   std::vector<std::pair<std::shared_ptr<LinearImpl>, torch::Tensor>> replaced;
-  for (const auto& [name, layer] : named_linears(model)) {
-    if (is_target(name, config))
-      adapters.emplace_back(layer, read_lora(file, name, *layer, config));
-    const auto whole = file.take(name + ".weight", {layer->out_features, layer->in_features});
+  for (const auto& [layer_name, layer] : named_linears(model)) {
+    if (is_target(layer_name, config))
+      adapters.emplace_back(layer, read_lora(file, layer_name, *layer, config));
+    const auto whole = file.take(layer_name + ".weight", {layer->out_features, layer->in_features});
     if (whole.defined()) replaced.emplace_back(layer, whole);
   }
   file.refuse_unused();
   // Everything fits: only now does the model change.
+  std::vector<std::string> active = active_adapters(model);
+  if (active.empty()) active = {name};
   for (const auto& [layer, weight] : replaced) layer->set_dense(weight, layer->current_bias());
   for (const auto& [layer, lora] : adapters) {
-    for (auto& p : lora->parameters()) p.set_requires_grad(trainable);
-    layer->set_lora(lora);
+    set_trainable(*lora, trainable);
+    layer->set_lora(lora, name);
   }
+  for (const auto& [layer_name, layer] : named_linears(model)) layer->set_active(active);
   return config;
 }
 

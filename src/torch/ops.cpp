@@ -27,6 +27,8 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 using LinearSignature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                    const at::Tensor&, const OptionalTensor&, at::IntArrayRef);
+using Int8Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                 const at::Tensor&, const OptionalTensor&, at::IntArrayRef, double);
 using GradInputSignature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                       const at::Tensor&, at::IntArrayRef);
 
@@ -40,6 +42,13 @@ at::Tensor call_linear(const at::Tensor& x, const at::Tensor& codes, const at::T
                        const at::Tensor& shared, const OptionalTensor& bias, const Ints& spec) {
   static const auto op = find_op<LinearSignature>("quantal::linear");
   return op.call(x, codes, stats, shared, bias, spec);
+}
+
+at::Tensor call_linear_int8(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& stats,
+                            const at::Tensor& shared, const OptionalTensor& bias, const Ints& spec,
+                            double threshold) {
+  static const auto op = find_op<Int8Signature>("quantal::linear_int8");
+  return op.call(x, codes, stats, shared, bias, spec, threshold);
 }
 
 at::Tensor call_grad_input(const at::Tensor& grad, const at::Tensor& codes, const at::Tensor& stats,
@@ -59,13 +68,17 @@ struct GradInputFunction : public torch::autograd::Function<GradInputFunction> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads);
 };
 
+/// y = x W^T + bias; with a threshold the product of LLM.int8, whose rounding of x the gradient
+/// passes straight through.
 struct LinearFunction : public torch::autograd::Function<LinearFunction> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& codes,
                             const at::Tensor& stats, const at::Tensor& shared,
-                            const OptionalTensor& bias, const Ints& spec) {
+                            const OptionalTensor& bias, const Ints& spec,
+                            std::optional<double> threshold) {
     ctx->save_for_backward({codes, stats, shared});
     ctx->saved_data["spec"] = spec;
     if (bias) ctx->saved_data["bias_dtype"] = bias->scalar_type();
+    if (threshold) return call_linear_int8(x, codes, stats, shared, bias, spec, *threshold);
     return call_linear(x, codes, stats, shared, bias, spec);
   }
 
@@ -82,14 +95,15 @@ struct LinearFunction : public torch::autograd::Function<LinearFunction> {
       const auto rows = grads[0].reshape({-1, grads[0].size(-1)});
       grad_bias = rows.sum(0).to(bias_dtype->second.toScalarType());
     }
-    return {grad_x, {}, {}, {}, grad_bias, {}};
+    return {grad_x, {}, {}, {}, grad_bias, {}, {}};
   }
 };
 
 variable_list GradInputFunction::backward(AutogradContext* ctx, const variable_list& grads) {
   const variable_list saved = ctx->get_saved_variables();
   const Ints spec = ctx->saved_data["spec"].toIntVector();
-  return {LinearFunction::apply(grads[0], saved[0], saved[1], saved[2], OptionalTensor{}, spec),
+  return {LinearFunction::apply(grads[0], saved[0], saved[1], saved[2], OptionalTensor{}, spec,
+                                std::optional<double>{}),
           {},
           {},
           {},
@@ -208,17 +222,27 @@ PackedTensors quantize(const torch::Tensor& weight, const QuantizeOptions& optio
     fail(Errc::kShape, "quantize: weight has " + std::to_string(weight.dim()) +
                            " dimensions, expected at least 2");
   }
-  const torch::NoGradGuard no_grad;
-  const torch::Tensor source = weight.contiguous();
-  const TensorView view = tensor_view(source);
   const Dialect& dialect = dialect_of(options.method);
   const std::int64_t cols = weight.size(-1);
   const std::int64_t rows = cols == 0 ? 0 : weight.numel() / cols;
-  PackedTensors out = empty_packed(dialect.make_spec(rows, cols, options));
-  dialect.quantize(out.spec, view.dtype, view.bytes.data(),
-                   out.codes.mutable_data_ptr<std::uint8_t>(),
-                   out.stats.mutable_data_ptr<std::uint8_t>(),
-                   out.shared.mutable_data_ptr<std::uint8_t>(), stable_executor());
+  return quantize(weight, dialect.make_spec(rows, cols, options));
+}
+
+PackedTensors quantize(const torch::Tensor& weight, const PackedSpec& spec) {
+  const torch::NoGradGuard no_grad;
+  const torch::Tensor source = weight.contiguous();
+  const TensorView view = tensor_view(source);
+  if (weight.dim() < 2 || weight.size(-1) != spec.cols ||
+      weight.numel() != checked_mul(spec.rows, spec.cols, "quantize: weight")) {
+    fail(Errc::kShape, "quantize: weight has shape " + shape_string(view.shape) + ", expected [" +
+                           std::to_string(spec.rows) + ", " + std::to_string(spec.cols) +
+                           "] of the spec");
+  }
+  PackedTensors out = empty_packed(spec);
+  dialect_by_id(spec.dialect)
+      .quantize(spec, view.dtype, view.bytes.data(), out.codes.mutable_data_ptr<std::uint8_t>(),
+                out.stats.mutable_data_ptr<std::uint8_t>(),
+                out.shared.mutable_data_ptr<std::uint8_t>(), stable_executor());
   return out;
 }
 
@@ -253,7 +277,15 @@ double relative_error(const torch::Tensor& weight, const PackedTensors& w) {
 
 torch::Tensor linear(const torch::Tensor& x, const PackedTensors& w, const torch::Tensor& bias) {
   const OptionalTensor optional_bias = bias.defined() ? OptionalTensor(bias) : std::nullopt;
-  return LinearFunction::apply(x, w.codes, w.stats, w.shared, optional_bias, spec_ints(w.spec));
+  return LinearFunction::apply(x, w.codes, w.stats, w.shared, optional_bias, spec_ints(w.spec),
+                               std::optional<double>{});
+}
+
+torch::Tensor linear_int8(const torch::Tensor& x, const PackedTensors& w, const torch::Tensor& bias,
+                          double threshold) {
+  const OptionalTensor optional_bias = bias.defined() ? OptionalTensor(bias) : std::nullopt;
+  return LinearFunction::apply(x, w.codes, w.stats, w.shared, optional_bias, spec_ints(w.spec),
+                               std::optional<double>(threshold));
 }
 
 }  // namespace quantal

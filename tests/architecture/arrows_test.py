@@ -39,8 +39,10 @@ ARROWS["python"] = set(ARROWS["torch"]) | {"torch"}
 PUBLIC_ROOMS = {
     "archive": "io",
     "backend": "policy",
+    "coverage": "policy",
     "ggml": "formats",
     "model_fit": "checkpoint",
+    "packed": "kernels",
     "plan": "checkpoint",
     "safetensors": "io",
     "shards": "formats",

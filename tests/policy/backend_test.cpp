@@ -379,5 +379,18 @@ TEST(Engine, NamesTheKernelSetOfEveryDialect) {
   }
 }
 
+TEST(Engine, ImportReportNeedsNoOtherPackage) {
+  const std::string text = report_import_status(Backend::CUDA, Machine{});
+  EXPECT_EQ(text.find("Import Status Report\n=====") == 0, true) << text;
+  EXPECT_NE(text.find("\nBackend: cuda\n"), std::string::npos) << text;
+  EXPECT_NE(text.find("quantal " + std::string(library_version()) + "; its own engine:\n"),
+            std::string::npos)
+      << text;
+  EXPECT_NE(text.find(engine_text(Machine{})), std::string::npos) << text;
+  EXPECT_NE(text.find("Methods of this build: bnb_nf4, bnb_int8, hqq"), std::string::npos) << text;
+  EXPECT_NE(report_import_status().find("Backend: not specified"), std::string::npos);
+  EXPECT_EQ(library_version().find("0."), 0u);
+}
+
 }  // namespace
 }  // namespace quantal

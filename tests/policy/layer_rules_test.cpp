@@ -156,6 +156,33 @@ TEST(LayerRules, ResolvedSkipReasonsReachTheLayer) {
   EXPECT_NE(choice.reason.find("7 bits"), std::string::npos) << choice.reason;
 }
 
+TEST(LayerRules, Int8ThresholdIsForInt8Layers) {
+  QuantizationConfig config;
+  config.method = M::BNB_INT8;
+  config.backend_options = {{"int8_threshold", "6.0"}};
+  LayerOverride four;
+  four.method = M::BNB_NF4;
+  config.layer_configs = {{"four", four}};
+  LayerRules rules(config);
+  EXPECT_EQ(rules.choose("eight", 64, 64).int8_threshold, 6.0);
+  EXPECT_FALSE(rules.choose("four", 64, 64).int8_threshold);
+  config.backend_options["int8_threshold"] = "null";
+  EXPECT_FALSE(LayerRules(config).choose("eight", 64, 64).int8_threshold);
+  for (const std::string wrong : {"six", "-1", "nan", "inf", "6.0x", ""}) {
+    config.backend_options["int8_threshold"] = wrong;
+    try {
+      decide_adapter(Backend::CUDA, config);
+      FAIL() << wrong;
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), Errc::kConfig);
+      EXPECT_NE(std::string(error.what()).find("int8_threshold is '" + wrong + "'"),
+                std::string::npos)
+          << error.what();
+    }
+    EXPECT_FALSE(validate_quantization_config(config, Backend::CUDA).empty()) << wrong;
+  }
+}
+
 TEST(LayerRules, BadPatternsThrow) {
   QuantizationConfig config = hqq();
   config.skip_modules = {"re:("};

@@ -19,20 +19,24 @@ BINARY = os.environ.get("QUANTAL_FINETUNE", str(ROOT / "build/release/examples/f
 MODEL = GOLDEN / "checkpoints" / "dense-bf16"
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("method", ["none", "hqq", "bnb_nf4"])
-def test_python_loads_the_adapter_with_equal_logits(method, tmp_path):
+def test_python_loads_the_adapter_with_equal_logits(method, kind, tmp_path):
     rows = np.random.default_rng(3).integers(0, 256, (12, 32))
     np.save(tmp_path / "ids.npy", rows)
     done = subprocess.run(
         [BINARY, "--model", MODEL, "--method", method, "--eval", tmp_path / "ids.npy"]
         + ["--train", tmp_path / "ids.npy", "--steps", "8", "--batch", "4", "--lr", "2e-2"]
         + ["--lora-r", "4", "--out", tmp_path / "adapter", "--logits", tmp_path / "logits.npy"]
-        + ["--report", tmp_path / "report.json"],
+        + ["--report", tmp_path / "report.json"]
+        + (["--dora"] if kind == "dora" else []),
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert settings["use_dora"] is (kind == "dora")
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["losses"][-1] < report["losses"][0]
 

@@ -30,18 +30,21 @@ class EmbeddingImpl : public torch::nn::Module {
   /// dtype of the rows: of the weight, or the compute_dtype of the packed form.
   torch::ScalarType dtype() const;
 
-  bool is_quantized() const { return packed != nullptr; }
+  bool is_quantized() const { return packed != nullptr; }  ///< whether the table is packed
   /// Exchanges the table for a packed one [num_embeddings, embedding_dim] without bias; the dense
   /// one is released. Throws Error{kShape}; Error{kUnsupported} for statistics that rows share.
   void set_quantized(QuantizedLinear table);
   /// Exchanges whatever is there for a dense table. Throws Error{kShape}.
   void set_dense(torch::Tensor new_weight);
+  /// Prints sizes and form.
   void pretty_print(std::ostream& stream) const override;
 
-  std::int64_t num_embeddings, embedding_dim;
-  torch::Tensor weight;  ///< undefined while packed
-  std::shared_ptr<QuantizedLinearImpl> packed;
+  std::int64_t num_embeddings;                  ///< rows of the table
+  std::int64_t embedding_dim;                   ///< columns of the table
+  torch::Tensor weight;                         ///< undefined while packed
+  std::shared_ptr<QuantizedLinearImpl> packed;  ///< null while it is dense
 };
+/// Holder of an EmbeddingImpl.
 TORCH_MODULE(Embedding);
 
 /// All quantal::Embedding of a model with their dotted names; one that is registered twice appears

@@ -21,13 +21,21 @@ namespace quantal {
 
 /// The members of a Llama config.json that decide the arithmetic; same names.
 struct LlamaConfig {
-  std::int64_t vocab_size = 0, hidden_size = 0, intermediate_size = 0;
-  std::int64_t num_hidden_layers = 0, num_attention_heads = 0, num_key_value_heads = 0;
-  std::int64_t head_dim = 0, max_position_embeddings = 2048;
-  double rms_norm_eps = 1e-6, rope_theta = 10000;
-  bool tie_word_embeddings = false, attention_bias = false, mlp_bias = false;
-  std::vector<std::int64_t> eos_token_ids;
-  std::string json = "{}";  ///< the text it came from
+  std::int64_t vocab_size = 0;                  ///< rows of the embedding
+  std::int64_t hidden_size = 0;                 ///< width of the residual stream
+  std::int64_t intermediate_size = 0;           ///< width inside an MLP
+  std::int64_t num_hidden_layers = 0;           ///< blocks
+  std::int64_t num_attention_heads = 0;         ///< of queries
+  std::int64_t num_key_value_heads = 0;         ///< of keys and values
+  std::int64_t head_dim = 0;                    ///< width of a head
+  std::int64_t max_position_embeddings = 2048;  ///< longest sequence
+  double rms_norm_eps = 1e-6;                   ///< added to the mean square
+  double rope_theta = 10000;                    ///< base of the rotation angles
+  bool tie_word_embeddings = false;             ///< the head is the embedding
+  bool attention_bias = false;                  ///< biases of q, k, v, o
+  bool mlp_bias = false;                        ///< biases of gate, up, down
+  std::vector<std::int64_t> eos_token_ids;      ///< that end a generated text
+  std::string json = "{}";                      ///< the text it came from
 
   /// Throws Error{kConfig} for missing or contradicting sizes, Error{kUnsupported} for another
   /// model_type, activation or kind of rope scaling.
@@ -37,14 +45,16 @@ struct LlamaConfig {
 /// Keys and values of the tokens seen so far, one pair [batch, kv_heads, capacity, head_dim] per
 /// layer; owned by the caller, made by LlamaImpl::make_cache.
 struct KvCache {
-  std::vector<torch::Tensor> keys, values;
-  std::int64_t length = 0;
+  std::vector<torch::Tensor> keys;    ///< by layer
+  std::vector<torch::Tensor> values;  ///< by layer
+  std::int64_t length = 0;            ///< positions that are filled
 };
 
+/// Of LlamaImpl::generate.
 struct GenerateOptions {
-  std::int64_t max_new_tokens = 32;
-  double temperature = 0;  ///< 0 = greedy
-  std::uint64_t seed = 0;  ///< of the sampler, used where temperature > 0
+  std::int64_t max_new_tokens = 32;  ///< at most
+  double temperature = 0;            ///< 0 = greedy
+  std::uint64_t seed = 0;            ///< of the sampler, used where temperature > 0
 };
 
 class LlamaBlockImpl;
@@ -63,6 +73,7 @@ class LlamaImpl : public torch::nn::Module {
   /// The same for the positions after those in `cache`, which is extended; logits of the last
   /// position only, [batch, vocab].
   torch::Tensor step(const torch::Tensor& ids, KvCache& cache);
+  /// An empty cache for so many sequences and positions.
   KvCache make_cache(std::int64_t batch, std::int64_t capacity) const;
 
   /// Mean negative log likelihood (nats) of tokens 1 .. length-1 of each row, each predicted from
@@ -78,14 +89,14 @@ class LlamaImpl : public torch::nn::Module {
   void initialize(std::uint64_t seed);
   /// Recompute each block in backward instead of keeping its activations; same gradients.
   void set_gradient_checkpointing(bool on) { checkpointing_ = on; }
-  const LlamaConfig& config() const { return config_; }
+  const LlamaConfig& config() const { return config_; }  ///< what it was built from
   /// Tensors that files may have beside the one they are: {"lm_head.weight":
   /// "model.embed_tokens.weight"} if the embedding is tied.
   std::map<std::string, std::string> tied_tensors() const;
   Embedding embed_tokens() const;  ///< the table of token embeddings
 
-  std::shared_ptr<LlamaModelImpl> model;
-  Linear lm_head{nullptr};  ///< empty if the embedding is tied
+  std::shared_ptr<LlamaModelImpl> model;  ///< embedding, blocks and final norm
+  Linear lm_head{nullptr};                ///< empty if the embedding is tied
 
  private:
   void check_ids(const torch::Tensor& ids, std::int64_t past) const;
@@ -95,6 +106,7 @@ class LlamaImpl : public torch::nn::Module {
   LlamaConfig config_;
   bool checkpointing_ = false;
 };
+/// Holder of a LlamaImpl.
 TORCH_MODULE(Llama);
 
 /// Builds a Llama from a GGUF file, a safetensors file or a Hugging Face folder, decoded to `dtype`

@@ -8,8 +8,9 @@
 
 namespace quantal {
 
-/// kF32 <-> torch::kFloat and so on for the types that torch has. Both throw Error{kDtype}.
+/// kF32 -> torch::kFloat and so on for the types that torch has. Throws Error{kDtype}.
 torch::ScalarType to_torch(DType dtype);
+/// The inverse of to_torch. Throws Error{kDtype}.
 DType from_torch(torch::ScalarType type);
 
 /// Views a contiguous CPU tensor as quantal's TensorView; `t` must outlive it.
@@ -18,13 +19,13 @@ TensorView tensor_view(const torch::Tensor& t);
 
 /// A packed matrix in three contiguous uint8 CPU tensors, sizes as layout_of(spec) says.
 struct PackedTensors {
-  PackedSpec spec;
+  PackedSpec spec;       ///< what the bytes mean
   torch::Tensor codes;   ///< [rows, code_bytes]
   torch::Tensor stats;   ///< [stat_rows, stat_bytes]
   torch::Tensor shared;  ///< [shared_bytes]
 
-  bool defined() const { return codes.defined(); }
-  std::int64_t nbytes() const;
+  bool defined() const { return codes.defined(); }  ///< whether there are tensors
+  std::int64_t nbytes() const;                      ///< of the three tensors
   /// Borrowed; throws Error{kShape} / Error{kDtype} if a tensor does not fit `spec`.
   PackedView view() const;
 };
@@ -39,6 +40,10 @@ PackedTensors to_tensors(PackedMatrix&& w);
 /// Quantizes `weight` [..., cols] (f32, f16 or bf16) on torch's thread pool; bits as
 /// Dialect::quantize. Throws what make_spec and Dialect::quantize throw.
 PackedTensors quantize(const torch::Tensor& weight, const QuantizeOptions& options);
+
+/// The same into a form that is known already: `weight` [..., spec.cols] of spec.rows rows. Throws
+/// Error{kShape} for other sizes.
+PackedTensors quantize(const torch::Tensor& weight, const PackedSpec& spec);
 
 /// The exact values w(r, c), rounded to `dtype`, as a fresh [rows, cols] tensor.
 torch::Tensor dequantize(const PackedTensors& w, torch::ScalarType dtype);
@@ -59,5 +64,15 @@ double relative_error(const torch::Tensor& weight, const PackedTensors& w);
 /// package, not both.
 torch::Tensor linear(const torch::Tensor& x, const PackedTensors& w,
                      const torch::Tensor& bias = {});
+
+/// The product of LLM.int8 with a row-scaled 8-bit weight of bitsandbytes: entries of x are rounded
+/// to int8 by row, those of at least `threshold` (6 upstream; 0 = none) go through dequantized
+/// weights instead (matmul_int8 in kernels.h).
+///
+/// x, bias and errors as for linear(); Error{kUnsupported} for another form of w. The gradient
+/// passes the rounding straight through: `dx = dy W` with the dequantized W, exact for the outlier
+/// columns and bitsandbytes' choice for the others; differentiable twice.
+torch::Tensor linear_int8(const torch::Tensor& x, const PackedTensors& w,
+                          const torch::Tensor& bias = {}, double threshold = 6.0);
 
 }  // namespace quantal
