@@ -127,13 +127,17 @@ def main() -> None:
         return
     if not (args.folder / "config.json").exists():
         llama_folder.write(args.folder, args.shape, args.layers)
-    results = [(case, n, run(args.folder, case, n)) for case in args.cases for n in args.ranks]
+    results = []
+    for case in args.cases:
+        for n in args.ranks:
+            results.append((case, n, run(args.folder, case, n)))
+            print(table(results[-1:]), flush=True)
     ranks = " ".join(map(str, args.ranks))
     text = (
         pairs.heading(
             "Shard-direct loading",
             f"python bench/shard_load.py --shape {args.shape} --ranks {ranks}",
-        )
+        ).replace(pairs.FIGURE + "\n", "")
         + f"\n{table(results)}\n\n{NOTE}\n"
     )
     print(text)

@@ -73,6 +73,7 @@ def plugin_of(version: int, model, original: bool):
             auto_wrap_policy="transformer_based_wrap",
             transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
             cpu_ram_efficient_loading=False,
+            state_dict_type="FULL_STATE_DICT",
         )
     return FullyShardedDataParallelPlugin(
         fsdp_version=1,

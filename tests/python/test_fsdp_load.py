@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
 
 from conftest import hqq, nf4, tiny_llama
 from fsdp_support import FORMS, METHODS, attach, train, whole_bytes, whole_tensor
@@ -154,6 +155,23 @@ def test_options(dense):
     """Views in bfloat16, offload, a model or a config of the caller's, PEFT's modules_to_save."""
     for result in run_ranks(2, _options, dense):
         assert result == [True] * 5
+
+
+def _replicas(rank: int, world: int, dense: str) -> tuple:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+    model = load_sharded(dense, config=METHODS["nf4"], mesh=mesh, attach=attach())
+    expected = packed_bytes(_adapter(METHODS["nf4"]).quantize_model(load_model(dense)))
+    held = local_base_bytes(model)
+    losses = train(model, rank, world, 2)
+    return same_bytes(whole_bytes(model), expected), losses[1] < losses[0], held
+
+
+def test_replicas_of_shards(dense):
+    """A 2-D mesh: two replicas, each cut in two."""
+    results = run_ranks(4, _replicas, dense)
+    model = _adapter(METHODS["nf4"]).quantize_model(load_model(dense))
+    total = sum(la.packed_bytes() for la in packed_layers(model).values())
+    assert all(same and falls and held < 0.75 * total for same, falls, held in results)
 
 
 # ---------------------------------------------------------------------- errors

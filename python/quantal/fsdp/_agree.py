@@ -23,12 +23,15 @@ def _portable(error: BaseException) -> bytes:
 
 
 class Agreement:
-    """Keeps the ranks of a group in step. Every call is collective."""
+    """Keeps ranks in step. Every call is collective.
 
-    def __init__(self, group: Any, device: str) -> None:
+    group     that exchanges bytes
+    everyone  that fails together; default: the same
+    """
+
+    def __init__(self, group: Any, device: str, everyone: Any = None) -> None:
         self.group, self.device = group, device
-        self.rank = dist.get_rank(group)
-        self.size = dist.get_world_size(group)
+        self.everyone = group if everyone is None else everyone
 
     def check(self, error: BaseException | None = None) -> None:
         """Raises on every rank if any of them passes an error: that one on its own rank, on the
@@ -37,12 +40,12 @@ class Agreement:
         if getattr(error, _AGREED, False):
             raise error  # type: ignore[misc]
         failed = torch.tensor([0 if error is None else 1], device=self.device)
-        dist.all_reduce(failed, group=self.group)
+        dist.all_reduce(failed, group=self.everyone)
         if int(failed.item()) == 0:
             return
-        said: list[Any] = [None] * self.size
+        said: list[Any] = [None] * dist.get_world_size(self.everyone)
         mine = None if error is None else _portable(error)
-        dist.all_gather_object(said, mine, group=self.group)
+        dist.all_gather_object(said, mine, group=self.everyone)
         if error is not None:
             setattr(error, _AGREED, True)
             raise error

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from .. import _check, _core
@@ -72,7 +73,8 @@ def load_sharded(
     one rank is raised on all of them.
     """
     mesh = default_mesh() if mesh is None else mesh
-    agreement = Agreement(shard_group(mesh), mesh.device_type)
+    everyone = dist.group.WORLD if mesh.size() == dist.get_world_size() else None
+    agreement = Agreement(shard_group(mesh), mesh.device_type, everyone)
     error: BaseException | None = None
     try:
         loading = _Loading(path, model, config)
