@@ -1,9 +1,10 @@
-"""One token through a quantized linear layer against bf16 `nn.Linear` and bitsandbytes, on the CPU.
+"""Products with one quantized matrix beside every rival that is installed, on the CPU.
 
-    python bench/forward_speed.py [--output bench/results/forward_speed.md]
+    python bench/forward_speed.py [--rows 1,4,16,512] [--output bench/results/forward_speed.md]
 
-Weights rotate through enough copies that they come from memory, as in a model larger than the
-cache.
+Times are wall times of single calls with the caches evicted before each (weights come from memory,
+as in a model larger than the cache), quantal and the rival in turn. The limits of the machine are
+measured in the same run. Writes a table and a picture beside it.
 """
 
 from __future__ import annotations
@@ -11,137 +12,157 @@ from __future__ import annotations
 import argparse
 import itertools
 import pathlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
+import forward_plot
+import forward_rivals
+import limits
 import pairs
+import peers_candidate
 import torch
-from torch import nn
-
-import quantal
 
 SHAPES = [(4096, 4096), (14336, 4096)]
-ROTATE_BYTES = 256 << 20
+FORMS: dict[str, type[peers_candidate.Candidate]] = {
+    "NF4, double quantization": peers_candidate.Nf4Double,
+    "MLX 4-bit g64": peers_candidate.Mlx4,
+    "HQQ 4-bit g64": peers_candidate.Hqq4,
+    "Q4_0": peers_candidate.Q40,
+    "HQQ 8-bit g64": peers_candidate.Hqq8,
+    "Q8_0": peers_candidate.Q80,
+    "MLX 3-bit g64": peers_candidate.Mlx3,
+    "Quanto 2-bit g128": peers_candidate.QuantoInt2,
+}
+#: Rivals of each form, beside torch bf16: those that store as many bits.
+RIVALS = {
+    "NF4, double quantization": ["bitsandbytes NF4", "torch int4", "ggml Q4_0", "ggml Q4_K"],
+    "MLX 4-bit g64": ["ggml Q4_0"],
+    "Q4_0": ["bitsandbytes NF4", "ggml Q4_0"],
+    "Q8_0": ["ggml Q8_0"],
+}
+_FLUSH = torch.ones(12 << 20, dtype=torch.int64)
 
 
-def quantized(linear: nn.Linear, method: str, **config) -> nn.Module:
-    options = {"support": "extended"}
-    adapter = quantal.create_quantization_adapter(
-        quantal.Backend.CPU,
-        quantal.QuantizationConfig(
-            method=method,
-            compute_dtype=torch.bfloat16,
-            skip_modules=[],
-            backend_options=options,
-            **config,
-        ),
-    )
-    return adapter.quantize_model(nn.Sequential(linear))[0]
+def settle() -> None:
+    """Evicts the caches and lets the threads of every library fall asleep."""
+    _FLUSH.sum()
+    time.sleep(0.003)
 
 
-def copies(layer: nn.Module) -> list[nn.Module]:
-    import copy
+@dataclass
+class Row:
+    """One line of the table; `speed` is GB/s of packed bytes for one row of x, else GFLOP/s."""
 
-    size = sum(
-        t.numel() * t.element_size() for t in itertools.chain(layer.parameters(), layer.buffers())
-    )
-    return [layer] + [copy.deepcopy(layer) for _ in range(max(1, ROTATE_BYTES // size))]
-
-
-def rotating(layer: nn.Module, x: torch.Tensor):
-    layers = copies(layer)
-    with torch.no_grad():
-        for each in layers:  # bitsandbytes converts its weight on the first call
-            each(x)
-    cycle = itertools.cycle(layers)
-
-    @torch.no_grad()
-    def run():
-        return next(cycle)(x)
-
-    return run
+    shape: str
+    m: int
+    form: str
+    milliseconds: float
+    speed: float
+    share: float  # of the limit: bytes read, or the dense product of the machine
+    rivals: dict[str, float]  # rival time / ours
 
 
-def bitsandbytes_layer(linear: nn.Linear) -> nn.Module:
-    import bitsandbytes as bnb
+def measure_form(
+    form: str,
+    weight: torch.Tensor,
+    products: dict[str, tuple[Callable, torch.dtype]],
+    ms: list[int],
+    seconds: float,
+    top: limits.Limits,
+) -> list[Row]:
+    candidate = FORMS[form]()
+    handle = candidate.quantize(weight)
+    rows, cols = weight.shape
+    found = []
+    for m in ms:
+        x = torch.randn(m, cols).to(torch.bfloat16)
+        names = [n for n in ["torch bf16", *RIVALS.get(form, [])] if n in products]
+        ratios, ours = {}, []
+        for name in names:
+            product, dtype = products[name]
+            theirs = x.to(dtype)
+            pair = pairs.measure(
+                lambda x=x: candidate.matmul(handle, x),
+                lambda product=product, theirs=theirs: product(theirs),
+                seconds,
+                between=settle,
+            )
+            ratios[name] = pair.ratio
+            ours.append(pair.ours)
+        best = sorted(ours)[len(ours) // 2]
+        if m == 1:
+            speed = candidate.nbytes(handle) / best / 1e9
+            share = speed / top.read
+        else:
+            speed = 2 * m * rows * cols / best / 1e9
+            share = speed / top.bf16
+        found.append(Row(f"{rows}x{cols}", m, form, best * 1e3, speed, share, ratios))
+        print(found[-1], flush=True)
+    return found
 
-    new = bnb.nn.Linear4bit(
-        linear.in_features,
-        linear.out_features,
-        bias=False,
-        compute_dtype=torch.bfloat16,
-        compress_statistics=True,
-        quant_type="nf4",
-    )
-    new.weight = bnb.nn.Params4bit(
-        linear.weight.data.clone(),
-        requires_grad=False,
-        compress_statistics=True,
-        quant_type="nf4",
-        module=new,
-    )
-    return new.to("cpu").eval()
+
+def cells(row: Row, names: list[str]) -> list[str]:
+    unit = "GB/s" if row.m == 1 else "GFLOP/s"
+    ratios = [f"**{row.rivals[n]:.2f}x**" if n in row.rivals else "-" for n in names]
+    return [
+        row.shape,
+        str(row.m),
+        row.form,
+        f"{row.milliseconds:.2f}",
+        f"{row.speed:.1f} {unit}" if row.m == 1 else f"{row.speed:.0f} {unit}",
+        f"{row.share:.0%}",
+        *ratios,
+    ]
 
 
+@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=1.5)
-    parser.add_argument("--rows", default="1,16,512", help="rows of activations, comma separated")
+    parser.add_argument("--seconds", type=float, default=0.6, help="of one pair of candidates")
+    parser.add_argument("--rows", default="1,4,16,512", help="rows of x, comma separated")
+    parser.add_argument("--forms", default="all", help="comma separated beginnings of names")
     parser.add_argument("--output", type=pathlib.Path)
     args = parser.parse_args()
     torch.manual_seed(0)
-    rows = []
-    for (out_features, in_features), m in itertools.product(SHAPES, map(int, args.rows.split(","))):
-        linear = nn.Linear(
-            in_features, out_features, bias=False, dtype=torch.bfloat16
-        ).requires_grad_(False)
-        x = torch.randn(m, in_features, dtype=torch.bfloat16)
-        dense = rotating(linear, x)
-        cases = [
-            ("NF4 + double quantization", quantized(_copy(linear), "bnb_nf4")),
-            ("HQQ 4-bit g64", quantized(_copy(linear), "hqq", bits=4, group_size=64)),
-            ("HQQ 8-bit g128", quantized(_copy(linear), "hqq", bits=8, group_size=128)),
-        ]
-        theirs = rotating(bitsandbytes_layer(linear), x)
-        for name, layer in cases:
-            ours = rotating(layer, x)
-            dense_pair = pairs.measure(ours, dense, args.seconds)
-            cells = [
-                f"{out_features}x{in_features}",
-                str(m),
-                name,
-                f"{dense_pair.ours * 1e3:.2f}",
-                f"**{dense_pair.ratio:.2f}x**",
-            ]
-            if "NF4" in name:
-                pair = pairs.measure(ours, theirs, args.seconds)
-                cells.append(f"**{pair.ratio:.2f}x**")
-            else:
-                cells.append("-")
-            rows.append(cells)
-            print(cells, flush=True)
+    top = limits.measure()
+    wanted = args.forms.split(",")
+    forms = [f for f in FORMS if args.forms == "all" or f.startswith(tuple(wanted))]
+    rows: list[Row] = []
+    rivals = forward_rivals.forward_rivals()
+    for out_features, in_features in SHAPES:
+        weight = (torch.randn(out_features, in_features) * 0.02).to(torch.bfloat16)
+        used = {"torch bf16", *itertools.chain(*(RIVALS.get(f, []) for f in forms))}
+        products = {n: (make(weight), t) for n, (make, t) in rivals.items() if n in used}
+        for form in forms:
+            ms = list(map(int, args.rows.split(",")))
+            rows += measure_form(form, weight, products, ms, args.seconds, top)
+    names = [n for n in rivals if any(n in r.rivals for r in rows)]
     page = pairs.table(
-        "A quantized linear layer against bf16 nn.Linear and bitsandbytes on the CPU",
+        "Products with a quantized matrix on the CPU",
         "python bench/forward_speed.py",
         [
             "weight",
             "rows of x",
-            "method",
-            "quantal ms",
-            "bf16 nn.Linear / ours",
-            "bitsandbytes NF4 / ours",
+            "form",
+            "ms",
+            "speed",
+            "of the limit",
+            *(f"{n} / ours" for n in names),
         ],
-        rows,
-        "bf16 activations, cold weights (copies rotate through 256 MiB). bitsandbytes runs its "
-        "inference path without gradient, NF4 with double quantization.",
+        [cells(row, names) for row in rows],
+        f"Limits in the same run: {top.line()}. Speed is packed bytes per second for one row of x, "
+        "else 2 * rows * weights per second; the limit is the read bandwidth or the dense product. "
+        "bf16 activations (ggml takes float32 and rounds them to 8 bits), caches evicted before "
+        "each call, results into a buffer that is kept (quantal and ggml). bitsandbytes on its "
+        "packed inference path, ggml in its interleaved layout. A limit is a median too: a share "
+        "above 100% says that the machine was slower while the limit was taken.",
     )
     print(page)
     if args.output:
         args.output.write_text(page, encoding="utf-8")
-
-
-def _copy(linear: nn.Linear) -> nn.Linear:
-    import copy
-
-    return copy.deepcopy(linear)
+        picture = args.output.with_suffix(".svg")
+        picture.write_text(forward_plot.svg(rows, top), encoding="utf-8")
 
 
 if __name__ == "__main__":

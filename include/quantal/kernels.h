@@ -27,17 +27,18 @@ struct Panel {
 void dequantize(const PackedView& w, const Panel& panel, DType out_dtype, void* out,
                 std::int64_t ld, const Executor& executor);
 
-/// True if `matmul` and `matmul_transposed` run straight from packed codes for this spec
-/// (kRowRuns); otherwise use panels.
+/// True if the products run straight from packed codes (kRowRuns); otherwise use panels.
 bool supports_packed_matmul(const PackedSpec& spec) noexcept;
-/// Rows of activations up to which the packed product is expected to beat panels, from the measured
-/// table of the active ISA.
-std::int64_t packed_matmul_max_rows(const PackedSpec& spec, DType x_dtype) noexcept;
+enum class ProductKind { kForward, kBackward };  ///< matmul, matmul_transposed
+/// Rows of activations up to which the packed product beats panels, as measured for the active set.
+std::int64_t packed_matmul_max_rows(const PackedSpec& spec, DType x_dtype,
+                                    ProductKind product = ProductKind::kForward) noexcept;
 
 /// `y[m, n] = sum_k x[m, k] * w(n, k) (+ bias[n])`, accumulated in float32 with a summation order
 /// that depends on nothing but the shapes. x [m_rows, cols] and y [m_rows, rows] row-major and
 /// contiguous, both of `dtype`; bias float32 of `rows` or null. |error| <= 8 * sqrt(cols) * 2^-24 *
-/// sum|x||w| + rounding of y to dtype.
+/// sum|x||w| + rounding of y to dtype. For bfloat16 on "avx512bf16", w here is w(n, k) rounded to
+/// bfloat16, as panels are, and subnormals count as zero.
 void matmul(const PackedView& w, DType dtype, const void* x, std::int64_t m_rows, const float* bias,
             void* y, const Executor& executor);
 
@@ -56,8 +57,9 @@ void matmul_int8(const PackedView& w, DType dtype, const void* x, std::int64_t m
 
 // ------------------------------------------------------------------ dispatch
 
-/// Name of the kernel set in use: "scalar", "avx2", "avx512" or "neon". The environment variable
-/// QUANTAL_CPU forces one; an unknown or unsupported value is Error{kDevice} on first use.
+/// The kernel set in use: "scalar", "avx2", "avx512", "avx512bf16", "avx512amx" or "neon".
+/// QUANTAL_CPU in the environment forces one; an unknown or unsupported value is Error{kDevice} on
+/// first use.
 std::string_view active_cpu_kernels();
 /// All sets that this machine can run, best first.
 std::vector<std::string_view> available_cpu_kernels();

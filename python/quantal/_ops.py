@@ -191,6 +191,21 @@ def dequantize(
         return torch.ops.quantal.dequantize(codes, stats, shared, spec, dtype)
 
 
+def dequantize_out(out: torch.Tensor, buffers: Buffers, spec: Spec) -> torch.Tensor:
+    """`dequantize` into a contiguous `out` [rows, cols] of its own dtype; an empty one is resized.
+    No gradients."""
+    _check_out(out, (out,))
+    if out.numel() == 0:
+        out.resize_(int(spec[1]), int(spec[2]))
+    try:
+        torch.ops.quantal.dequantize.out(*buffers, spec, out=out)
+    except RuntimeError:
+        expected = torch.empty(int(spec[1]), int(spec[2]), dtype=out.dtype, device="meta")
+        with _typed(expected, buffers, spec, int(spec[2]), (out, int(spec[2]))):
+            raise
+    return out
+
+
 def _needs_gradient(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
     return is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
 

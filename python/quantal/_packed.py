@@ -224,9 +224,20 @@ class PackedWeight(nn.Module):
         device = self.codes.device if self.codes.device.type != "meta" else weights.device
         self._set_buffers(*_ops.quantize(weights.to(device), self._spec))
 
-    @_check.arguments("dequantize_weights", dtype=_check.optional(_check.dtype))
-    def dequantize_weights(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The exact decoded values [rows, cols]; a new dense tensor."""
+    @_check.arguments(
+        "dequantize_weights",
+        dtype=_check.optional(_check.dtype),
+        out=_check.optional(_check.tensor),
+    )
+    def dequantize_weights(
+        self, dtype: torch.dtype | None = None, *, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The exact decoded values [rows, cols]: a new dense tensor, or `out` (contiguous; its
+        dtype rules)."""
+        if out is not None:
+            if dtype is not None and parse_dtype(dtype) != out.dtype:
+                raise DtypeError(f"dequantize_weights: out is {out.dtype}, expected {dtype}")
+            return _ops.dequantize_out(out, self._buffers_packed, self._spec)
         return _ops.dequantize(
             *self._buffers_packed, self._spec, parse_dtype(dtype or self.value_dtype)
         )

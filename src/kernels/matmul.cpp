@@ -1,6 +1,10 @@
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <new>
 #include <string>
-#include <vector>
 
 #include "kernels/cpu/dispatch.h"
 #include "quantal/kernels.h"
@@ -9,7 +13,7 @@ namespace quantal {
 namespace {
 
 constexpr std::int64_t kTaskCodes = 64 * 1024;  // weights of one task
-constexpr std::int64_t kColumnUnit = 64;        // output columns are cut at multiples of this
+constexpr std::int64_t kColumnUnit = 128;       // output columns are cut at multiples of this
 
 void check_product(const PackedView& w, std::int64_t m_rows, const char* where) {
   if (!supports_packed_matmul(w.spec)) {
@@ -21,6 +25,28 @@ void check_product(const PackedView& w, std::int64_t m_rows, const char* where) 
     fail(Errc::kShape,
          std::string(where) + ": m_rows is " + std::to_string(m_rows) + ", expected >= 0");
   }
+}
+
+/// What a thread's scratch is for: activations of a product, sums of its tasks.
+enum class Scratch { kInputs, kSums };
+
+/// Memory that the calling thread keeps from product to product: nothing is allocated once it has
+/// grown. Valid until the thread asks for the same again.
+template <Scratch kUse>
+void* thread_scratch(std::int64_t bytes) {
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  thread_local std::unique_ptr<void, Free> memory;
+  thread_local std::int64_t capacity = 0;
+  if (bytes > capacity) {
+    capacity = 0;
+    const std::int64_t rounded = ceil_div(bytes, 4096) * 4096;
+    memory.reset(std::aligned_alloc(64, static_cast<std::size_t>(rounded)));
+    if (memory == nullptr) throw std::bad_alloc();
+    capacity = rounded;
+  }
+  return memory.get();
 }
 
 /// Activations as the kernels take them: float32 rows, zero-padded to whole vectors. Borrows the
@@ -36,29 +62,127 @@ class Inputs {
     if (kind_ == FloatKind::kF32 && cols_ == ld_ && reinterpret_cast<std::uintptr_t>(in) % 4 == 0) {
       return reinterpret_cast<const float*>(in);
     }
-    scratch_.resize(static_cast<std::size_t>(ld_ * rows));
+    auto* scratch = static_cast<float*>(thread_scratch<Scratch::kInputs>(ld_ * rows * 4));
     const std::int64_t bytes = kind_ == FloatKind::kF32 ? 4 : 2;
     for (int m = 0; m < rows; ++m) {
-      float* row = scratch_.data() + m * ld_;
+      float* row = scratch + m * ld_;
       kernels_.widen(kind_, in + m * cols_ * bytes, cols_, row);
       std::fill(row + cols_, row + ld_, 0.0F);
     }
-    return scratch_.data();
+    return scratch;
   }
 
  private:
   const CpuKernels& kernels_;
   FloatKind kind_;
   std::int64_t cols_, ld_;
-  std::vector<float> scratch_;
 };
 
 /// Calls body(first input row, number of input rows) for blocks that one kernel call takes.
 template <class Body>
-void for_input_blocks(std::int64_t m_rows, Body body) {
-  for (std::int64_t m = 0; m < m_rows; m += kMaxInputRows) {
-    body(m, static_cast<int>(std::min<std::int64_t>(kMaxInputRows, m_rows - m)));
+void for_input_blocks(std::int64_t m_rows, std::int64_t most, Body body) {
+  for (std::int64_t m = 0; m < m_rows; m += most) body(m, std::min(most, m_rows - m));
+}
+
+/// Blocks of nearly equal size, as few as `most` allows.
+std::int64_t block_rows(std::int64_t m_rows, std::int64_t most) {
+  return ceil_div(m_rows, std::max<std::int64_t>(ceil_div(m_rows, most), 1));
+}
+
+/// Rows of weights of one task: whole register tiles; no result depends on where they are cut.
+std::int64_t row_grain(const KernelMatrix& matrix, std::int64_t tile) {
+  return ceil_div(ceil_div(kTaskCodes, matrix.cols), tile) * tile;
+}
+
+std::int64_t column_grain(const KernelMatrix& matrix) {
+  return ceil_div(kTaskCodes, kColumnUnit * std::max<std::int64_t>(matrix.rows, 1));
+}
+
+/// Multiples of this many elements lie in the same sets of a first-level cache.
+constexpr std::int64_t kCacheSetElements = 2048;
+constexpr std::int64_t kBf16RowUnit = 32;       // rows of weights that stand together in a panel
+constexpr std::int64_t kPackGrain = 32 * 1024;  // activations packed by one task
+
+/// Elements from one packed row of activations to the next: whole units, and not in the same sets.
+std::int64_t bf16_ld(std::int64_t width, std::int64_t unit) {
+  const std::int64_t ld = ceil_div(width, unit) * unit;
+  return ld % kCacheSetElements == 0 ? ld + 32 : ld;
+}
+
+/// Rows of `ld` elements in the thread's scratch, each written by pack(row, out). Here and below,
+/// bodies go to the executor by reference: std::function would copy their captures to the heap.
+template <class Pack>
+const std::uint16_t* pack_rows(std::int64_t rows, std::int64_t ld, std::int64_t width,
+                               const Executor& executor, Pack pack) {
+  auto* packed = static_cast<std::uint16_t*>(thread_scratch<Scratch::kInputs>(ld * rows * 2));
+  const auto body = [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) pack(i, packed + i * ld);
+  };
+  if (rows * width <= kPackGrain) {
+    body(0, rows);
+  } else {
+    executor.parallel_for(0, rows, ceil_div(kPackGrain, width), std::ref(body));
   }
+  return packed;
+}
+
+/// The job with scratch of the calling thread.
+Bf16Job with_scratch(Bf16Job job) {
+  job.scratch = static_cast<float*>(thread_scratch<Scratch::kSums>(kBf16ScratchFloats * 4));
+  return job;
+}
+
+void matmul_bf16(const Bf16Kernels& kernels, const KernelMatrix& matrix, const std::uint16_t* x,
+                 std::int64_t m_rows, const float* bias, std::uint16_t* y,
+                 const Executor& executor) {
+  const std::int64_t ld = bf16_ld(matrix.cols, 64);
+  const std::int64_t block = block_rows(m_rows, kMaxBf16Inputs);
+  for_input_blocks(m_rows, block, [&](std::int64_t m, std::int64_t count) {
+    const std::uint16_t* packed =
+        pack_rows(count, ld, matrix.cols, executor, [&](std::int64_t i, std::uint16_t* out) {
+          kernels.pack(matrix, x + (m + i) * matrix.cols, out);
+        });
+    const Bf16Job job{.x = packed,
+                      .ldx = ld,
+                      .inputs = count,
+                      .bias = bias,
+                      .y = y + m * matrix.rows,
+                      .ldy = matrix.rows};
+    const std::int64_t units = ceil_div(matrix.rows, kBf16RowUnit);
+    const auto body = [&](std::int64_t begin, std::int64_t end) {
+      kernels.matmul(matrix, with_scratch(job), begin * kBf16RowUnit,
+                     std::min(end * kBf16RowUnit, matrix.rows));
+    };
+    executor.parallel_for(0, units, row_grain(matrix, kBf16RowUnit) / kBf16RowUnit, std::ref(body));
+  });
+}
+
+void matmul_transposed_bf16(const Bf16Kernels& kernels, const KernelMatrix& matrix,
+                            const std::uint16_t* g, std::int64_t m_rows, std::uint16_t* y,
+                            const Executor& executor) {
+  const std::int64_t ld = bf16_ld(matrix.rows, 2);
+  const std::int64_t units = ceil_div(matrix.cols, kColumnUnit);
+  const std::int64_t block = block_rows(m_rows, kMaxBf16Inputs);
+  for_input_blocks(m_rows, block, [&](std::int64_t m, std::int64_t count) {
+    const std::uint16_t* rows = g + m * matrix.rows;
+    if (ld != matrix.rows) {
+      rows = pack_rows(count, ld, matrix.rows, executor, [&](std::int64_t i, std::uint16_t* out) {
+        std::memcpy(out, g + (m + i) * matrix.rows, static_cast<std::size_t>(matrix.rows) * 2);
+        out[matrix.rows] = 0;
+      });
+    }
+    const Bf16Job job{.x = rows,
+                      .ldx = ld,
+                      .inputs = count,
+                      .bias = nullptr,
+                      .y = y + m * matrix.cols,
+                      .ldy = matrix.cols};
+    const auto body = [&](std::int64_t begin, std::int64_t end) {
+      kernels.matmul_transposed(matrix, with_scratch(job), begin * kColumnUnit,
+                                std::min(end * kColumnUnit, matrix.cols));
+    };
+    executor.parallel_for(0, units, column_grain(matrix), std::ref(body));
+  });
 }
 
 }  // namespace
@@ -67,10 +191,14 @@ bool supports_packed_matmul(const PackedSpec& spec) noexcept {
   return spec.group_map == GroupMap::kRowRuns;
 }
 
-std::int64_t packed_matmul_max_rows(const PackedSpec& spec, DType x_dtype) noexcept {
-  if (!supports_packed_matmul(spec)) return 0;
+std::int64_t packed_matmul_max_rows(const PackedSpec& spec, DType x_dtype,
+                                    ProductKind product) noexcept {
+  if (!supports_packed_matmul(spec) || !is_weight_dtype(x_dtype)) return 0;
   try {
-    return x_dtype == DType::kF32 ? cpu_kernels().max_rows_f32 : cpu_kernels().max_rows_16bit;
+    const CpuKernels& kernels = cpu_kernels();
+    const MaxRows& limits =
+        product == ProductKind::kForward ? kernels.max_rows : kernels.transposed_max_rows;
+    return limits.rows[static_cast<int>(x_dtype)];
   } catch (const Error&) {
     return 0;  // QUANTAL_CPU names no set; the product itself reports it
   }
@@ -82,23 +210,25 @@ void matmul(const PackedView& w, DType dtype, const void* x, std::int64_t m_rows
   const FloatKind kind = float_kind(dtype, "matmul", "dtype");
   check_product(w, m_rows, "matmul");
   const CpuKernels& kernels = cpu_kernels();
+  if (kind == FloatKind::kBF16 && kernels.bf16 != nullptr) {
+    return matmul_bf16(kernels.bf16(), matrix, static_cast<const std::uint16_t*>(x), m_rows, bias,
+                       static_cast<std::uint16_t*>(y), executor);
+  }
   const auto element = static_cast<std::int64_t>(dtype_size(dtype));
   const auto* in = static_cast<const std::uint8_t*>(x);
   auto* out = static_cast<std::uint8_t*>(y);
   Inputs inputs(kernels, kind, matrix.cols);
-  // Tasks of whole register tiles; no result depends on where they are cut.
-  const std::int64_t grain = ceil_div(ceil_div(kTaskCodes, matrix.cols), 8) * 8;
-  for_input_blocks(m_rows, [&](std::int64_t m, int count) {
-    const MatmulJob job{.x = inputs.widen(in + m * matrix.cols * element, count),
+  for_input_blocks(m_rows, kMaxInputRows, [&](std::int64_t m, std::int64_t count) {
+    const MatmulJob job{.x = inputs.widen(in + m * matrix.cols * element, static_cast<int>(count)),
                         .ldx = inputs.ld(),
-                        .inputs = count,
+                        .inputs = static_cast<int>(count),
                         .bias = bias,
                         .y_kind = kind,
                         .y = out + m * matrix.rows * element,
                         .ldy = matrix.rows};
-    executor.parallel_for(0, matrix.rows, grain, [&](std::int64_t begin, std::int64_t end) {
-      kernels.matmul(matrix, job, begin, end);
-    });
+    executor.parallel_for(
+        0, matrix.rows, row_grain(matrix, 8),
+        [&](std::int64_t begin, std::int64_t end) { kernels.matmul(matrix, job, begin, end); });
   });
 }
 
@@ -108,24 +238,28 @@ void matmul_transposed(const PackedView& w, DType dtype, const void* g, std::int
   const FloatKind kind = float_kind(dtype, "matmul_transposed", "dtype");
   check_product(w, m_rows, "matmul_transposed");
   const CpuKernels& kernels = cpu_kernels();
+  if (kind == FloatKind::kBF16 && kernels.bf16 != nullptr) {
+    return matmul_transposed_bf16(kernels.bf16(), matrix, static_cast<const std::uint16_t*>(g),
+                                  m_rows, static_cast<std::uint16_t*>(y), executor);
+  }
   const auto element = static_cast<std::int64_t>(dtype_size(dtype));
   const auto* in = static_cast<const std::uint8_t*>(g);
   auto* out = static_cast<std::uint8_t*>(y);
   Inputs inputs(kernels, kind, matrix.rows);
   const std::int64_t units = ceil_div(matrix.cols, kColumnUnit);
-  const std::int64_t grain =
-      ceil_div(kTaskCodes, kColumnUnit * std::max<std::int64_t>(matrix.rows, 1));
-  for_input_blocks(m_rows, [&](std::int64_t m, int count) {
-    const TransposedJob job{.g = inputs.widen(in + m * matrix.rows * element, count),
-                            .ldg = inputs.ld(),
-                            .inputs = count,
-                            .y_kind = kind,
-                            .y = out + m * matrix.cols * element,
-                            .ldy = matrix.cols};
-    executor.parallel_for(0, units, grain, [&](std::int64_t begin, std::int64_t end) {
+  for_input_blocks(m_rows, kMaxInputRows, [&](std::int64_t m, std::int64_t count) {
+    const TransposedJob job{
+        .g = inputs.widen(in + m * matrix.rows * element, static_cast<int>(count)),
+        .ldg = inputs.ld(),
+        .inputs = static_cast<int>(count),
+        .y_kind = kind,
+        .y = out + m * matrix.cols * element,
+        .ldy = matrix.cols};
+    const auto body = [&](std::int64_t begin, std::int64_t end) {
       kernels.matmul_transposed(matrix, job, begin * kColumnUnit,
                                 std::min(end * kColumnUnit, matrix.cols));
-    });
+    };
+    executor.parallel_for(0, units, column_grain(matrix), std::ref(body));
   });
 }
 

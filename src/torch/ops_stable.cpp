@@ -5,7 +5,8 @@
 //   linear(Tensor x, Tensor codes, Tensor stats, Tensor shared, Tensor? bias, int[] spec) -> Tensor
 //   linear_int8(..., Tensor? bias, int[] spec, float threshold) -> Tensor
 //   linear_grad_input(Tensor grad, Tensor codes, Tensor stats, Tensor shared, int[] spec) -> Tensor
-//   linear.out, linear_grad_input.out: into a tensor of the result's shape and dtype
+//   dequantize.out, linear.out, linear_grad_input.out: into a tensor of the result's shape and
+//   dtype
 //
 // `spec` is spec_to_ints(PackedSpec); codes, stats and shared are the uint8 buffers of
 // layout_of(spec). Only torch/csrc/stable headers are used, so one binary serves torch >= 2.11.
@@ -35,8 +36,8 @@ namespace {
 /// Panels begin at multiples of this column (contract of quantal::dequantize).
 constexpr std::int64_t kColumnUnit = 128;
 
-bool use_packed_product(const PackedSpec& spec, DType dtype, std::int64_t m) {
-  return supports_packed_matmul(spec) && m <= packed_matmul_max_rows(spec, dtype);
+bool use_packed_product(const PackedSpec& spec, DType dtype, std::int64_t m, ProductKind product) {
+  return supports_packed_matmul(spec) && m <= packed_matmul_max_rows(spec, dtype, product);
 }
 
 // ------------------------------------------------------------------ products over panels
@@ -142,6 +143,22 @@ Tensor dequantize_cpu(Tensor codes, Tensor stats, Tensor shared, Ints spec_ints,
   return out;
 }
 
+/// The dtype is that of `out`.
+void dequantize_out_cpu(Tensor codes, Tensor stats, Tensor shared, Ints spec_ints, Tensor out) {
+  const Packed w = packed_of(codes, stats, shared, spec_ints);
+  const PackedSpec& spec = w.view.spec;
+  check_cpu("quantal::dequantize: out", out);
+  const DType dtype = weight_dtype("quantal::dequantize: out", out.scalar_type());
+  if (out.dim() != 2 || out.size(0) != spec.rows || out.size(1) != spec.cols ||
+      !out.is_contiguous()) {
+    fail(Errc::kShape, "quantal::dequantize: out has shape " + sizes_string(out) +
+                           ", expected a contiguous [" + std::to_string(spec.rows) + ", " +
+                           std::to_string(spec.cols) + "]");
+  }
+  dequantize(w.view, {0, spec.rows, 0, spec.cols}, dtype, out.mutable_data_ptr(), spec.cols,
+             stable_executor());
+}
+
 /// Throws Error{kDevice}, Error{kDtype} or Error{kShape}.
 void check_bias(const Tensor& bias, std::int64_t rows) {
   check_cpu("quantal::linear: bias", bias);
@@ -182,7 +199,7 @@ void linear_into(const Packed& w, const Rows& x, const std::optional<Tensor>& bi
   const PackedSpec& spec = w.view.spec;
   const DType dtype = weight_dtype("quantal::linear: x", x.scalar_type());
   const std::int64_t m = x.count();
-  if (use_packed_product(spec, dtype, m)) {
+  if (use_packed_product(spec, dtype, m, ProductKind::kForward)) {
     std::vector<float> wide;
     const float* b = bias_values(bias, spec.rows, wide);
     if (m > 0) matmul(w.view, dtype, x.data(), m, b, y.mutable_data(), stable_executor());
@@ -199,7 +216,7 @@ void grad_input_into(const Packed& w, const Rows& g, Rows& dx) {
   const DType dtype = weight_dtype("quantal::linear_grad_input: grad", g.scalar_type());
   const std::int64_t m = g.count();
   if (m == 0) return;
-  if (use_packed_product(spec, dtype, m)) {
+  if (use_packed_product(spec, dtype, m, ProductKind::kBackward)) {
     matmul_transposed(w.view, dtype, g.data(), m, dx.mutable_data(), stable_executor());
     return;
   }
@@ -335,6 +352,7 @@ Tensor linear_grad_input_meta(Tensor grad, Tensor, Tensor, Tensor, Ints spec) {
   return meta_with_last(grad, spec_from_ints(spec).cols);
 }
 
+void dequantize_out_meta(Tensor, Tensor, Tensor, Ints, Tensor) {}
 void linear_out_meta(Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>, Ints, Tensor) {}
 void linear_grad_input_out_meta(Tensor, Tensor, Tensor, Tensor, Ints, Tensor) {}
 
@@ -345,6 +363,9 @@ STABLE_TORCH_LIBRARY(quantal, m) {
   m.def(
       "dequantize(Tensor codes, Tensor stats, Tensor shared, int[] spec, ScalarType dtype) "
       "-> Tensor");
+  m.def(
+      "dequantize.out(Tensor codes, Tensor stats, Tensor shared, int[] spec, *, Tensor(a!) out) "
+      "-> ()");
   m.def(
       "linear(Tensor x, Tensor codes, Tensor stats, Tensor shared, Tensor? bias, int[] spec) "
       "-> Tensor");
@@ -365,6 +386,7 @@ STABLE_TORCH_LIBRARY(quantal, m) {
 STABLE_TORCH_LIBRARY_IMPL(quantal, CPU, m) {
   m.impl("quantize", TORCH_BOX(&quantize_cpu));
   m.impl("dequantize", TORCH_BOX(&dequantize_cpu));
+  m.impl("dequantize.out", TORCH_BOX(&dequantize_out_cpu));
   m.impl("linear", TORCH_BOX(&linear_cpu));
   m.impl("linear.out", TORCH_BOX(&linear_out_cpu));
   m.impl("linear_int8", TORCH_BOX(&linear_int8_cpu));
@@ -375,6 +397,7 @@ STABLE_TORCH_LIBRARY_IMPL(quantal, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(quantal, Meta, m) {
   m.impl("quantize", TORCH_BOX(&quantize_meta));
   m.impl("dequantize", TORCH_BOX(&dequantize_meta));
+  m.impl("dequantize.out", TORCH_BOX(&dequantize_out_meta));
   m.impl("linear", TORCH_BOX(&linear_meta));
   m.impl("linear.out", TORCH_BOX(&linear_out_meta));
   m.impl("linear_int8", TORCH_BOX(&linear_int8_meta));

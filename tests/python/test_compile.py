@@ -10,7 +10,7 @@ from torch import nn
 
 from conftest import EXTENDED
 from qlora_support import LLM_INT8, METHODS, lora, quantized, randomize_lora
-from quantal import QuantizationConfig, QuantizedLinear
+from quantal import DtypeError, QuantizationConfig, QuantizedLinear, ShapeError
 from quantal.functional import linear, matmul
 
 FORMS = {
@@ -198,6 +198,27 @@ def test_out_inside_a_graph():
         (grad, *packed, layer._spec),
         {"out": torch.empty(5, 64)},
     )
+    torch.library.opcheck(
+        torch.ops.quantal.dequantize.out, (*packed, layer._spec), {"out": torch.empty(96, 64)}
+    )
+
+
+def test_dequantized_into_a_given_tensor():
+    layer = make("hqq4")
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        out = torch.empty(96, 64, dtype=dtype)
+        assert layer.dequantize_weights(out=out) is out
+        assert torch.equal(out, layer.dequantize_weights(dtype))
+    empty = torch.empty(0, dtype=torch.bfloat16)
+    assert torch.equal(layer.dequantize_weights(out=empty), layer.dequantize_weights(empty.dtype))
+    with pytest.raises(ShapeError, match=r"out has shape \[64, 96\], expected"):
+        layer.dequantize_weights(out=torch.empty(64, 96))
+    with pytest.raises(ShapeError, match="contiguous"):
+        layer.dequantize_weights(out=torch.empty(64, 96).t())
+    with pytest.raises(DtypeError, match="out is int64"):
+        layer.dequantize_weights(out=torch.empty(96, 64, dtype=torch.int64))
+    with pytest.raises(DtypeError, match="expected torch.float16"):
+        layer.dequantize_weights(torch.float16, out=torch.empty(96, 64))
 
 
 @pytest.mark.parametrize("name", ["nf4", "int8-outliers"])

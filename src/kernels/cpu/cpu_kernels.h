@@ -9,6 +9,7 @@ namespace quantal {
 
 /// Activation rows that one call of a product takes; callers cut larger inputs.
 inline constexpr int kMaxInputRows = 16;
+inline constexpr std::int64_t kMaxBf16Inputs = 512;  ///< the same of Bf16Kernels
 /// Accumulators of `matmul` are added to a running total after this many columns, those of
 /// `matmul_transposed` after kTransposedBlockRows rows (kTransposedBigBlockRows for matrices of
 /// more than kTransposedManyRows rows). Part of the defined summation order.
@@ -83,6 +84,17 @@ struct MatmulJob {
   std::int64_t ldy;
 };
 
+/// The same with bfloat16 for x (rows of ldx elements, each from Bf16Kernels::pack), w and y.
+struct Bf16Job {
+  const std::uint16_t* x;
+  std::int64_t ldx;
+  std::int64_t inputs;  ///< <= kMaxBf16Inputs
+  const float* bias;
+  std::uint16_t* y;
+  std::int64_t ldy;
+  float* scratch = nullptr;  ///< the calling thread's own, kBf16ScratchFloats, whole cache lines
+};
+
 /// y[m, k] = sum_n g[m, n] w(n, k). g is float32 with rows of ldg >= rows elements.
 struct TransposedJob {
   const float* g;
@@ -100,6 +112,34 @@ using DecodeRow = void (*)(const KernelMatrix& w, std::int64_t row, std::int64_t
 
 struct Int8Kernels;
 
+/// Products of bfloat16 activations with weights rounded to bfloat16, where the processor has
+/// instructions for them.
+struct Bf16Kernels {
+  /// One row of activations of w.cols elements to the order in which `matmul` reads it, zero up to
+  /// the next multiple of 64.
+  void (*pack)(const KernelMatrix& w, const std::uint16_t* in, std::uint16_t* out) noexcept;
+  /// Output rows [row_begin, row_end).
+  void (*matmul)(const KernelMatrix& w, const Bf16Job& job, std::int64_t row_begin,
+                 std::int64_t row_end) noexcept;
+  /// Output columns [col_begin, col_end) of y[m, k] = sum_n x[m, n] w(n, k); col_begin is a
+  /// multiple of 128. x has w.rows elements in a row and a zero after an odd number of them.
+  void (*matmul_transposed)(const KernelMatrix& w, const Bf16Job& job, std::int64_t col_begin,
+                            std::int64_t col_end) noexcept;
+};
+void matmul_panels_avx512bf16(const KernelMatrix& w, const Bf16Job& job, std::int64_t row_begin,
+                              std::int64_t row_end) noexcept;
+void matmul_transposed_avx512bf16(const KernelMatrix& w, const Bf16Job& job, std::int64_t col_begin,
+                                  std::int64_t col_end) noexcept;
+const Bf16Kernels& bf16_kernels_avx512bf16();
+
+/// float32 that a Bf16Job's scratch holds for a thread: 512 KiB, too much for some stacks.
+inline constexpr std::int64_t kBf16ScratchFloats = 128 * 1024;
+
+/// Rows of activations up to which a packed product is chosen, by FloatKind of the activations.
+struct MaxRows {
+  int rows[3];
+};
+
 /// One instruction set's kernels.
 struct CpuKernels {
   const char* name;
@@ -113,8 +153,9 @@ struct CpuKernels {
                             std::int64_t col_end) noexcept;
   /// n elements of `kind` to float32, exact.
   void (*widen)(FloatKind kind, const void* in, std::int64_t n, float* out) noexcept;
-  const Int8Kernels& (*int8)();      ///< int8_kernels.h
-  int max_rows_f32, max_rows_16bit;  ///< packed_matmul_max_rows by width of the activations
+  const Int8Kernels& (*int8)();           ///< int8_kernels.h
+  const Bf16Kernels& (*bf16)();           ///< null: 16-bit activations are widened to float32
+  MaxRows max_rows, transposed_max_rows;  ///< packed_matmul_max_rows
 };
 
 #define QUANTAL_DECLARE_KERNELS(isa)                                                               \

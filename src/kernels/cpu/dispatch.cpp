@@ -8,6 +8,10 @@
 
 #include "kernels/cpu/int8_kernels.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace quantal {
 namespace {
 
@@ -49,29 +53,99 @@ bool has_avx512() noexcept {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+bool has_avx512_bf16() noexcept { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+/// AMX_BF16: leaf 7, edx. Such a set differs by where the framework's product takes over.
+bool has_amx() noexcept {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return has_avx512_bf16() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 &&
+         (edx >> 22 & 1U) != 0;
+}
 const Int8Kernels& int8_kernels_best_avx512() {
   return int8_kernels_avx512(__builtin_cpu_supports("avx512vnni") != 0);
 }
 #endif
 
-// Best first. The last two numbers: float32 and 16-bit inputs up to which the packed product beats
-// dequantizing and the framework's dense product. Measured at 4096 x 4096, 4 bits, group 64, one
-// Zen 5 core, AVX-512 against torch 2.13 (bench/kernels_bench.cpp): float32 4.1 ms at 16 inputs and
-// 8.1 ms at 32, torch's product alone 10.1 and 16.0 ms; bfloat16 2.9 ms at 8 and 4.6 ms at 16,
-// torch 2.2 and 2.8 ms plus 1.4 ms to dequantize. AVX2 and NEON machines were not measured against
-// their own torch; theirs are half, as is the speed of the AVX2 kernels here.
+// Rows of activations (float32, float16, bfloat16) up to which the packed products beat dequantized
+// panels and the framework's dense product. Measured at 4096 x 4096, 4 bits, group 64, one Zen 5
+// core against torch 2.13: with AVX512_BF16 the product from packed codes equals torch's product of
+// an undecoded bfloat16 matrix at 512 rows (445 to 443 GFLOP/s; backward 346 to 377) and beats it
+// below, so panels are never wanted (docs/performance.md). AVX-512 without it: float32 4.1 ms at 16
+// inputs and 8.1 ms at 32, torch's product alone 10.1 and 16.0 ms; 16 bits 2.9 ms at 8 and 4.6 ms
+// at 16, torch 2.2 and 2.8 ms plus 1.4 ms to dequantize. AVX2 and NEON machines were not measured
+// against their own torch; theirs are half, as is the speed of the AVX2 kernels here. Machines with
+// AMX were not measured either: their dense product is several times faster than AVX512_BF16.
+constexpr int kAnyRows = 1 << 30;
+constexpr MaxRows kAvx512Rows = {{32, 12, 12}};
+constexpr MaxRows kBf16Rows = {{32, 12, kAnyRows}};
+constexpr MaxRows kAmxRows = {{32, 12, 32}};
+constexpr MaxRows kHalfRows = {{16, 6, 6}};
+constexpr MaxRows kScalarRows = {{1, 1, 1}};
+
+// Best first.
 const CpuKernels kSets[] = {
 #if defined(__x86_64__)
-    {"avx512", has_avx512, dequantize_avx512, matmul_avx512, matmul_transposed_avx512, widen_avx512,
-     int8_kernels_best_avx512, 32, 12},
-    {"avx2", has_avx2, dequantize_avx2, matmul_avx2, matmul_transposed_avx2, widen_avx2,
-     int8_kernels_avx2, 16, 6},
+    {"avx512amx",
+     has_amx,
+     dequantize_avx512,
+     matmul_avx512,
+     matmul_transposed_avx512,
+     widen_avx512,
+     int8_kernels_best_avx512,
+     bf16_kernels_avx512bf16,
+     {{32, 12, 64}},
+     {{32, 12, 64}}},
+    {"avx512bf16",
+     has_avx512_bf16,
+     dequantize_avx512,
+     matmul_avx512,
+     matmul_transposed_avx512,
+     widen_avx512,
+     int8_kernels_best_avx512,
+     bf16_kernels_avx512bf16,
+     {{32, 12, 64}},
+     {{32, 12, 64}}},
+    {"avx512",
+     has_avx512,
+     dequantize_avx512,
+     matmul_avx512,
+     matmul_transposed_avx512,
+     widen_avx512,
+     int8_kernels_best_avx512,
+     nullptr,
+     {{32, 12, 12}},
+     {{32, 12, 12}}},
+    {"avx2",
+     has_avx2,
+     dequantize_avx2,
+     matmul_avx2,
+     matmul_transposed_avx2,
+     widen_avx2,
+     int8_kernels_avx2,
+     nullptr,
+     {{16, 6, 6}},
+     {{16, 6, 6}}},
 #elif defined(__aarch64__)
-    {"neon", always, dequantize_neon, matmul_neon, matmul_transposed_neon, widen_neon,
-     int8_kernels_neon, 16, 6},
+    {"neon",
+     always,
+     dequantize_neon,
+     matmul_neon,
+     matmul_transposed_neon,
+     widen_neon,
+     int8_kernels_neon,
+     nullptr,
+     {{16, 6, 6}},
+     {{16, 6, 6}}},
 #endif
-    {"scalar", always, dequantize_scalar, matmul_scalar, matmul_transposed_scalar, widen_scalar,
-     int8_kernels_scalar, 1, 1},
+    {"scalar",
+     always,
+     dequantize_scalar,
+     matmul_scalar,
+     matmul_transposed_scalar,
+     widen_scalar,
+     int8_kernels_scalar,
+     nullptr,
+     {{1, 1, 1}},
+     {{1, 1, 1}}},
 };
 
 std::atomic<const CpuKernels*> g_active{nullptr};

@@ -27,7 +27,7 @@ void encode_row_int8_scalar(WeightRun w, std::int64_t n, float factor, std::uint
 EncodeRowInt8 row_int8_encoder() {
   [[maybe_unused]] const std::string_view active = active_cpu_kernels();
 #if defined(__x86_64__) || defined(__i386__)
-  if (active == "avx512") return encode_row_int8_avx512;
+  if (active.starts_with("avx512")) return encode_row_int8_avx512;
   if (active == "avx2") return encode_row_int8_avx2;
 #elif defined(__aarch64__)
   if (active == "neon") return encode_row_int8_neon;

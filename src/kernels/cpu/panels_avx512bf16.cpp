@@ -1,0 +1,175 @@
+// Products of many bfloat16 activations with weights rounded to bfloat16 (cpu_kernels.h,
+// Bf16Kernels): weights go to panels in which a lane is a row, as in a dense product.
+//
+// Order of a sum: two products at a time, from zero in each kPanelDepth packed columns; these
+// partial sums are added in order; the bias comes last.
+#include "kernels/cpu/bf16_avx512_inl.h"
+
+namespace quantal {
+namespace {
+
+constexpr std::int64_t kPanelRows = 32;
+constexpr std::int64_t kPanelDepth = 512;  // columns: 32 KiB
+constexpr std::int64_t kDecodeRows = 16;   // rows that are transposed at a time
+constexpr std::int64_t kScratchLd = kPanelDepth + 32;
+static_assert(kSumColumns % kPanelDepth == 0);
+static_assert(kMaxBf16Inputs * kPanelRows <= kBf16ScratchFloats);
+
+/// sums[m][32 rows] += sum over column pairs of x[m] w; panel[p] are two columns of 32 rows.
+template <int kInputs>
+void multiply_panel(const std::uint32_t* panel, const std::uint16_t* x, std::int64_t ldx,
+                    std::int64_t columns, float* sums) {
+  __m512 part[kInputs * 2];
+#pragma GCC unroll 24
+  for (int i = 0; i < kInputs * 2; ++i) part[i] = _mm512_setzero_ps();
+  for (std::int64_t k = 0; k < columns; k += 2, panel += kPanelRows) {
+    const __m512bh first = as_bf16(load_512(panel));
+    const __m512bh second = as_bf16(load_512(panel + kLanes));
+#pragma GCC unroll 12
+    for (int m = 0; m < kInputs; ++m) {
+      int two = 0;
+      __builtin_memcpy(&two, x + m * ldx + k, sizeof(two));
+      const __m512bh input = as_bf16(_mm512_set1_epi32(two));
+      part[2 * m] = _mm512_dpbf16_ps(part[2 * m], first, input);
+      part[2 * m + 1] = _mm512_dpbf16_ps(part[2 * m + 1], second, input);
+    }
+  }
+#pragma GCC unroll 24
+  for (int i = 0; i < kInputs * 2; ++i) {
+    _mm512_storeu_ps(sums + i * kLanes, _mm512_add_ps(_mm512_loadu_ps(sums + i * kLanes), part[i]));
+  }
+}
+
+void multiply_inputs(const std::uint32_t* panel, const std::uint16_t* x, std::int64_t ldx,
+                     std::int64_t inputs, std::int64_t columns, float* sums) {
+  std::int64_t m = 0;
+  const auto from = [&](auto width) {
+    constexpr int kInputs = decltype(width)::kBits;
+    for (; m + kInputs <= inputs; m += kInputs) {
+      multiply_panel<kInputs>(panel, x + m * ldx, ldx, columns, sums + m * kPanelRows);
+    }
+  };
+  from(Width<12>{});
+  from(Width<6>{});
+  from(Width<3>{});
+  from(Width<1>{});
+}
+
+/// out[j * kPanelRows + r] = 32-bit lane j of row r, for 16 rows of 32 columns.
+void transpose(const std::uint16_t* rows, std::uint32_t* out) {
+  __m512i a[16];
+  __m512i b[16];
+#pragma GCC unroll 16
+  for (int r = 0; r < 16; ++r) a[r] = load_512(rows + r * kScratchLd);
+#pragma GCC unroll 8
+  for (int r = 0; r < 16; r += 2) {  // lanes of rows r and r + 1 in turn
+    b[r] = _mm512_unpacklo_epi32(a[r], a[r + 1]);
+    b[r + 1] = _mm512_unpackhi_epi32(a[r], a[r + 1]);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < 16; r += 4) {  // block q of a[r + i]: lane 4 q + i of rows r .. r + 3
+    a[r] = _mm512_unpacklo_epi64(b[r], b[r + 2]);
+    a[r + 1] = _mm512_unpackhi_epi64(b[r], b[r + 2]);
+    a[r + 2] = _mm512_unpacklo_epi64(b[r + 1], b[r + 3]);
+    a[r + 3] = _mm512_unpackhi_epi64(b[r + 1], b[r + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {  // blocks of four rows side by side
+    const __m512i low02 = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
+    const __m512i low13 = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xDD);
+    const __m512i high02 = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+    const __m512i high13 = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xDD);
+    _mm512_storeu_si512(out + i * kPanelRows, _mm512_shuffle_i32x4(low02, high02, 0x88));
+    _mm512_storeu_si512(out + (4 + i) * kPanelRows, _mm512_shuffle_i32x4(low13, high13, 0x88));
+    _mm512_storeu_si512(out + (8 + i) * kPanelRows, _mm512_shuffle_i32x4(low02, high02, 0xDD));
+    _mm512_storeu_si512(out + (12 + i) * kPanelRows, _mm512_shuffle_i32x4(low13, high13, 0xDD));
+  }
+}
+
+/// Weight rows [row, row + rows), rows <= kPanelRows, against all inputs.
+class PanelProduct {
+ public:
+  PanelProduct(const KernelMatrix& w, const Bf16Job& job)
+      : w_(w),
+        job_(job),
+        decode_(bf16_decoder(w)),
+        stats_needed_(step_fields(w) != 0),
+        sums_(job.scratch) {}
+
+  void run(std::int64_t row, std::int64_t rows) {
+    for (std::int64_t i = 0; i < job_.inputs * kPanelRows; i += kLanes) {
+      _mm512_store_ps(sums_ + i, _mm512_setzero_ps());
+    }
+    for (std::int64_t c = 0; c < w_.cols; c += kSumColumns) {
+      const std::int64_t n = min64(kSumColumns, w_.cols - c);
+      for (std::int64_t r = 0; stats_needed_ && r < rows; ++r) {
+        expand_stretch<VecBf16>(w_, row + r, c, n, stats_[r]);
+      }
+      for (std::int64_t k = 0; k < n; k += kPanelDepth) {
+        const std::int64_t columns = fill_panel(row, rows, c, k, min64(kPanelDepth, n - k));
+        multiply_inputs(panel_, job_.x + c + k, job_.ldx, job_.inputs, columns, sums_);
+      }
+    }
+    for (std::int64_t m = 0; m < job_.inputs; ++m) {
+      for (std::int64_t r = 0; r < rows; r += kLanes) store(m, row + r, min64(kLanes, rows - r), r);
+    }
+  }
+
+ private:
+  /// Columns [c + k, c + k + n) of all rows; returns n rounded up to kPadColumns.
+  std::int64_t fill_panel(std::int64_t row, std::int64_t rows, std::int64_t c, std::int64_t k,
+                          std::int64_t n) {
+    const std::int64_t padded = (n + kPadColumns - 1) / kPadColumns * kPadColumns;
+    for (std::int64_t first = 0; first < kPanelRows; first += kDecodeRows) {
+      for (std::int64_t r = 0; r < kDecodeRows; ++r) {
+        decode(row, rows, first + r, c, k, n, padded, scratch_ + r * kScratchLd);
+      }
+      for (std::int64_t j = 0; j < padded; j += 32) {
+        transpose(scratch_ + j, panel_ + j / 2 * kPanelRows + first);
+      }
+    }
+    return padded;
+  }
+
+  void decode(std::int64_t row, std::int64_t rows, std::int64_t r, std::int64_t c, std::int64_t k,
+              std::int64_t n, std::int64_t padded, std::uint16_t* out) const {
+    if (r >= rows) {
+      for (std::int64_t i = 0; i < padded; ++i) out[i] = 0;
+      return;
+    }
+    const std::uint8_t* codes = w_.codes + (row + r) * w_.code_bytes + (c + k) * w_.bits / 8;
+    const std::int64_t bytes = n * w_.bits / 8;
+    // What the next panel reads: further columns, or the rows after these.
+    const std::int64_t last = c + k + n >= w_.cols ? kPanelRows * w_.code_bytes - w_.code_bytes : 0;
+    if (last == 0 || row + r + kPanelRows < w_.rows) {
+      for (std::int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(codes + bytes + last + b);
+    }
+    decode_(w_, stats_[r], row + r, c, k, n, out);
+  }
+
+  void store(std::int64_t m, std::int64_t row, std::int64_t rows, std::int64_t at) const {
+    const __mmask16 mask = VecAvx512::first(static_cast<int>(rows));
+    __m512 v = _mm512_load_ps(sums_ + m * kPanelRows + at);
+    if (job_.bias != nullptr) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, job_.bias + row));
+    store_kind_n<VecAvx512>(FloatKind::kBF16, v, job_.y + m * job_.ldy + row, rows);
+  }
+
+  const KernelMatrix& w_;
+  const Bf16Job& job_;
+  const DecodeBf16 decode_;
+  const bool stats_needed_;
+  Stretch stats_[kPanelRows];
+  alignas(64) std::uint16_t scratch_[kDecodeRows * kScratchLd];
+  alignas(64) std::uint32_t panel_[kPanelDepth / 2 * kPanelRows];
+  float* const sums_;
+};
+
+}  // namespace
+
+void matmul_panels_avx512bf16(const KernelMatrix& w, const Bf16Job& job, std::int64_t row,
+                              std::int64_t row_end) noexcept {
+  PanelProduct product(w, job);
+  for (; row < row_end; row += kPanelRows) product.run(row, min64(kPanelRows, row_end - row));
+}
+
+}  // namespace quantal
