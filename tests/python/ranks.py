@@ -76,6 +76,6 @@ class Ranks:
 
 def run_ranks(world: int, function, *args, timeout: float = 60.0) -> list:
     """What ``function(rank, world, *args)`` returned on each rank; an error of a rank fails."""
-    results = Ranks(world, function, *args, timeout=timeout).join()
+    results = Ranks(world, function, *args, timeout=timeout).join(timeout + 60.0)
     assert [kind for kind, _ in results] == ["value"] * max(world, 1), results
     return [value for _, value in results]

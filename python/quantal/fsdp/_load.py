@@ -33,7 +33,7 @@ from ..linear import PackedLinear
 from ..replace import TRIM_BYTES, _return_free_memory
 from ._agree import Agreement
 from ._rows import RowQuantizer, local_rows
-from ._shard import default_mesh, shard_group, shard_model
+from ._shard import default_mesh, is_mesh, shard_group, shard_model
 from ._storage import convert_storage_
 
 #: Elements of a dense tensor that are read at a time.
@@ -41,6 +41,11 @@ PANEL_ELEMENTS = 8 << 20
 Attach = Callable[[nn.Module], nn.Module]
 
 
+@_check.arguments(
+    mesh=_check.optional(is_mesh),
+    attach=_check.optional(_check.function),
+    storage_dtype=_check.optional(_check.dtype),
+)
 def load_sharded(
     path: str | os.PathLike,
     model: Any = None,

@@ -71,7 +71,24 @@ def offload_policy(value: Any) -> Any:
     )
 
 
-@_check.arguments(model=_check.module, check=_check.flag)
+def is_mesh(where: str, name: str, value: Any) -> None:
+    """A DeviceMesh of one or two dimensions."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    _check.instance(where, name, value, DeviceMesh, "a torch DeviceMesh, or None for all ranks")
+    if value.ndim > 2:
+        raise ConfigError(
+            f"{where}: {name} has {value.ndim} dimensions, expected 1 (shards) or 2 (replicas, "
+            "shards)"
+        )
+
+
+@_check.arguments(
+    model=_check.module,
+    mesh=_check.optional(is_mesh),
+    blocks=_check.optional(_check.names),
+    check=_check.flag,
+)
 def shard_model(
     model: nn.Module,
     mesh: Any = None,
