@@ -86,21 +86,30 @@ def warn(message: str) -> None:
 # ------------------------------------------------------------------ rules of whole signatures
 
 
+def _positions(function: Callable, rules: dict[str, Rule]) -> list[tuple[str, Rule, int]]:
+    """Each rule with the place of its argument in a call; one that has to be named has none."""
+    named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    places = {p.name: i for i, p in enumerate(parameters) if p.kind in named}
+    return [(name, rule, places.get(name, sys.maxsize)) for name, rule in rules.items()]
+
+
 def arguments(called: str = "", /, **rules: Rule) -> Callable[[_Function], _Function]:
     """A decorator that looks at the arguments of these names before the function sees any.
 
     called  name of the function in messages; default: its own"""
 
     def decorate(function: _Function) -> _Function:
-        signature = inspect.signature(function)
         where = called or function.__name__
+        looks = _positions(function, rules)
 
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            given = signature.bind(*args, **kwargs).arguments
-            for name, rule in rules.items():
-                if name in given:
-                    rule(where, name, given[name])
+            for name, rule, position in looks:
+                if position < len(args):
+                    rule(where, name, args[position])
+                elif name in kwargs:
+                    rule(where, name, kwargs[name])
             return function(*args, **kwargs)
 
         return wrapper  # type: ignore[return-value]

@@ -95,8 +95,19 @@ class PackedWeight(nn.Module):
     #: Set while adapters are attached to a model whose weights are read later.
     _awaits_weights: bool = False
 
-    def _init_packed(self, spec: list[int], device: torch.device | str | None) -> None:
-        """Zero-filled buffers of this form."""
+    def _init_packed(
+        self,
+        spec: list[int],
+        device: torch.device | str | None,
+        buffers: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
+        """Zero-filled buffers of this form, or those that are given and known to fit."""
+        if buffers is not None:
+            self._set_facts(spec)
+            self.register_buffer("shared", None)
+            self._set_buffers(*buffers)
+            self.register_buffer("spec", torch.tensor(self._spec, dtype=torch.int64))
+            return
         self._set_spec(spec)
         layout = _core.layout(self._spec)
         for name in ("codes", "stats"):
@@ -107,13 +118,17 @@ class PackedWeight(nn.Module):
         self.register_buffer("spec", torch.tensor(self._spec, dtype=torch.int64))
 
     def _set_spec(self, spec: list[int]) -> None:
-        facts = _core.describe(checked_spec(type(self).__name__, spec))
+        self._set_facts(checked_spec(type(self).__name__, spec))
+
+    def _set_facts(self, spec: list[int]) -> None:
+        """What `spec`, a list of integers, says about this layer."""
+        facts = _core.describe(spec)
         if (facts["rows"], facts["cols"]) != (self._rows, self._cols):
             raise ShapeError(
                 f"{type(self).__name__}: spec is for [{facts['rows']}, {facts['cols']}], expected "
                 f"[{self._rows}, {self._cols}]"
             )
-        self._spec = [int(v) for v in spec]
+        self._spec = list(spec)
         self.value_dtype = parse_dtype(facts["value_dtype"])
         self.bits: int = facts["bits"]
         self.group_size: int = facts["group_size"]

@@ -117,7 +117,7 @@ class QuantizedLinear(nn.Module, ABC):
         options = follow_weight_dtype(options, weight.dtype)
         spec = _core.make_spec(weight.shape[0], weight.shape[1], options)
         buffers = _ops.quantize(weight, spec)
-        layer = cls.from_packed(spec, *buffers, config=config, compute_dtype=compute_dtype)
+        layer = PackedLinear._adopt(spec, buffers, config, compute_dtype)
         layer.bias = linear.bias
         return layer.train(linear.training)
 
@@ -145,16 +145,7 @@ class QuantizedLinear(nn.Module, ABC):
         """A layer around existing buffers, which it takes over without a copy."""
         buffers = {"codes": codes, "stats": stats, "shared": shared}
         facts = checked_parts("from_packed", spec, buffers)
-        layer = PackedLinear(
-            facts["cols"],
-            facts["rows"],
-            False,
-            config,
-            spec=list(spec),
-            compute_dtype=compute_dtype,
-            device="meta",
-        )
-        layer._set_buffers(codes, stats, shared)
+        layer = PackedLinear._adopt(list(spec), (codes, stats, shared), config, compute_dtype)
         if bias is not None and tuple(bias.shape) != (facts["rows"],):
             raise ShapeError(
                 f"from_packed: bias has shape {list(bias.shape)}, expected {[facts['rows']]}"
@@ -208,18 +199,45 @@ class PackedLinear(PackedWeight, QuantizedLinear, nn.Linear):  # type: ignore[ov
                 raise ConfigError(f"QuantizedLinear: layer cannot be quantized: {choice.reason}")
             spec = _core.make_spec(out_features, in_features, choice.options)
             compute_dtype = compute_dtype or parse_dtype(choice.compute_dtype)
-        self.in_features = in_features
-        self.out_features = out_features
+        self._init_layer((out_features, in_features), spec, config, compute_dtype, device)
+        data = torch.zeros(out_features, dtype=bias_dtype or self.compute_dtype, device=device)
+        self.register_parameter("bias", nn.Parameter(data) if bias else None)
+
+    @classmethod
+    def _adopt(
+        cls,
+        spec: list[int],
+        buffers: _ops.Buffers,
+        config: QuantizationConfig | None,
+        compute_dtype: torch.dtype | None,
+    ) -> PackedLinear:
+        """A layer without bias around buffers that are known to fit `spec`."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        config = config if config is not None else default_config()
+        shape = int(spec[1]), int(spec[2])
+        layer._init_layer(shape, spec, config, compute_dtype, None, buffers)
+        layer.register_parameter("bias", None)
+        return layer
+
+    def _init_layer(
+        self,
+        shape: tuple[int, int],
+        spec: list[int],
+        config: QuantizationConfig,
+        compute_dtype: torch.dtype | None,
+        device: torch.device | str | None,
+        buffers: _ops.Buffers | None = None,
+    ) -> None:
+        """All of a layer but its bias."""
+        self.out_features, self.in_features = self._rows, self._cols = shape
         self.config = config
-        self._rows, self._cols = out_features, in_features
-        self._init_packed(spec, device)
+        self._init_packed(spec, device, buffers)
         self.compute_dtype = compute_dtype or config.compute_dtype or self.value_dtype
         threshold = config.backend_options.get("int8_threshold")
         is_int8 = self.dialect == "bnb" and self.bits == 8
         #: Outlier threshold of the product of LLM.int8; None: exact weights.
         self.int8_threshold = float(threshold) if threshold is not None and is_int8 else None
-        data = torch.zeros(out_features, dtype=bias_dtype or self.compute_dtype, device=device)
-        self.register_parameter("bias", nn.Parameter(data) if bias else None)
 
     # ------------------------------------------------------------------ use
 
