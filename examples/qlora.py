@@ -36,6 +36,20 @@ def quantized(folder: str | None, method: str) -> torch.nn.Module:
     return adapter.quantize_model(dense_model(folder))
 
 
+def train(model: PeftModel, ids: torch.Tensor, steps: int) -> None:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2e-3)
+    model.train()
+    for step in range(steps):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step in (0, steps - 1):
+            print(f"step {step}: loss {loss.item():.4f}")
+    model.eval()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--method", default="bnb_nf4", help="any method of quantal")
@@ -63,17 +77,7 @@ def main() -> None:
     print(f"LoftQ: mean error of {len(errors)} layers {before:.4f} -> {after:.4f}")
 
     ids = torch.arange(4)[:, None] * 11 + torch.arange(32)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=2e-3)
-    model.train()
-    for step in range(args.steps):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if step in (0, args.steps - 1):
-            print(f"step {step}: loss {loss.item():.4f}")
-    model.eval()
+    train(model, ids, args.steps)
     logits = model(input_ids=ids).logits
 
     # PEFT's own folder: it loads over this base, over another quantization, over a dense model.

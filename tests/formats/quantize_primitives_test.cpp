@@ -21,7 +21,9 @@ std::vector<const QuantizeKernels*> vector_sets() {
   for (const std::string_view name : available_cpu_kernels()) {
     if (name == "scalar") continue;
     select_cpu_kernels(name);
-    EXPECT_EQ(std::string_view(quantize_kernels().name), name);
+    // Sets that differ in products only share the primitives: avx512bf16 has those of avx512.
+    EXPECT_TRUE(name.starts_with(quantize_kernels().name)) << name;
+    if (!out.empty() && out.back() == &quantize_kernels()) continue;
     out.push_back(&quantize_kernels());
   }
   select_cpu_kernels(available_cpu_kernels().front());

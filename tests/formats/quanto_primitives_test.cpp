@@ -21,7 +21,9 @@ std::vector<const RoundedKernels*> vector_sets() {
   for (const std::string_view name : available_cpu_kernels()) {
     if (name == "scalar") continue;
     select_cpu_kernels(name);
-    EXPECT_EQ(std::string_view(rounded_kernels().name), name);
+    // Sets that differ in products only share the primitives: avx512bf16 has those of avx512.
+    EXPECT_TRUE(name.starts_with(rounded_kernels().name)) << name;
+    if (!out.empty() && out.back() == &rounded_kernels()) continue;
     out.push_back(&rounded_kernels());
   }
   select_cpu_kernels(available_cpu_kernels().front());
