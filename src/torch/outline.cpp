@@ -13,7 +13,7 @@ namespace {
 
 using Kind = OutlineTensor::Kind;
 
-constexpr std::string_view kPacked = "packed", kLora = "lora";
+constexpr std::string_view kPacked = "packed";
 
 std::string joined(const std::string& module, const std::string& name) {
   return module.empty() ? name : module + "." + name;
@@ -35,9 +35,11 @@ class Outline {
     if (const auto* packed = dynamic_cast<QuantizedLinearImpl*>(&module)) {
       add_packed(parent_of(name, kPacked), *packed);
     } else if (const auto* lora = dynamic_cast<LoraImpl*>(&module)) {
-      const std::string layer = parent_of(name, kLora);
-      add_adapter(layer + ".lora_A.weight", lora->A);
-      add_adapter(layer + ".lora_B.weight", lora->B);
+      const std::size_t dot = name.rfind('.');  // "a.q_proj.lora_default"
+      const std::string layer = dot == std::string::npos ? "" : name.substr(0, dot);
+      add_adapter(joined(layer, "lora_A.weight"), lora->A);
+      add_adapter(joined(layer, "lora_B.weight"), lora->B);
+      if (lora->is_dora()) add_adapter(joined(layer, "lora_magnitude_vector"), lora->magnitude);
     } else {
       const bool linear = dynamic_cast<LinearImpl*>(&module) != nullptr;
       for (const auto& item : module.named_parameters(/*recurse=*/false)) {
