@@ -8,15 +8,47 @@ The tip "smaller groups for better quality, larger for speed" of docs/api.md, me
 from __future__ import annotations
 
 import argparse
+import copy
+import itertools
 import pathlib
+from collections.abc import Callable
 
 import pairs
 import torch
-from forward_speed import quantized, rotating
 from torch import nn
+
+import quantal
 
 SHAPE = (4096, 4096)
 SIZES = (32, 64, 128, 256)
+ROTATE_BYTES = 256 << 20
+
+
+def quantized(linear: nn.Linear, group_size: int) -> nn.Module:
+    config = quantal.QuantizationConfig(
+        method="hqq",
+        bits=4,
+        group_size=group_size,
+        compute_dtype=torch.bfloat16,
+        skip_modules=[],
+        backend_options={"support": "extended"},
+    )
+    adapter = quantal.create_quantization_adapter(quantal.Backend.CPU, config)
+    return adapter.quantize_model(nn.Sequential(linear))[0]
+
+
+def rotating(layer: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Calls with copies that together exceed the cache, as in a model."""
+    tensors = itertools.chain(layer.parameters(), layer.buffers())
+    size = sum(t.numel() * t.element_size() for t in tensors)
+    copies = [layer] + [copy.deepcopy(layer) for _ in range(max(1, ROTATE_BYTES // size))]
+    cycle = itertools.cycle(copies)
+
+    @torch.no_grad()
+    def run() -> torch.Tensor:
+        return next(cycle)(x)
+
+    return run
 
 
 def main() -> None:
@@ -31,7 +63,7 @@ def main() -> None:
     def layer(size: int) -> nn.Module:
         dense = nn.Linear(SHAPE[1], SHAPE[0], bias=False, dtype=torch.bfloat16)
         dense.weight.data.copy_(weight)
-        return quantized(dense, "hqq", bits=4, group_size=size)
+        return quantized(dense, size)
 
     layers = {size: layer(size) for size in SIZES}
     rows = []

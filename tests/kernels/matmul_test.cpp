@@ -198,7 +198,9 @@ TEST_F(Products, UnitVectorsGiveTheWeights) {
   for (std::string_view name : available_cpu_kernels()) {
     select_cpu_kernels(name);
     for (const PackedSpec& spec : kernel_specs()) {
-      if (!supports_packed_matmul(spec) || spec.cols > 600) continue;
+      // The other sets have the bits of each other and one order; short rows reach all their codes.
+      const bool own_order = name.starts_with("avx512") && name != "avx512";
+      if (!supports_packed_matmul(spec) || spec.cols > (own_order ? 600 : 64)) continue;
       // Few inputs, a tile, panels: each its own kernel in the set for bfloat16.
       for (std::int64_t m : {3, 20, 40}) check_unit_vectors(spec, m, false, ++seed);
       check_unit_vectors(spec, 5, true, ++seed);

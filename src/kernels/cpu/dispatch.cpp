@@ -68,12 +68,13 @@ const Int8Kernels& int8_kernels_best_avx512() {
 // Rows of activations (float32, float16, bfloat16) up to which the packed products beat dequantized
 // panels and the framework's dense product. Measured at 4096 x 4096, 4 bits, group 64, one Zen 5
 // core against torch 2.13: with AVX512_BF16 the product from packed codes equals torch's product of
-// an undecoded bfloat16 matrix at 512 rows (445 to 443 GFLOP/s; backward 346 to 377) and beats it
-// below, so panels are never wanted (docs/performance.md). AVX-512 without it: float32 4.1 ms at 16
-// inputs and 8.1 ms at 32, torch's product alone 10.1 and 16.0 ms; 16 bits 2.9 ms at 8 and 4.6 ms
-// at 16, torch 2.2 and 2.8 ms plus 1.4 ms to dequantize. AVX2 and NEON machines were not measured
-// against their own torch; theirs are half, as is the speed of the AVX2 kernels here. Machines with
-// AMX were not measured either: their dense product is several times faster than AVX512_BF16.
+// an undecoded bfloat16 matrix from 64 rows to 512 (445 to 443 GFLOP/s; backward 346 to 377 at 512,
+// 310 to 228 at 64), so panels are never wanted (docs/performance.md). AVX-512 without it:
+// float32 4.1 ms at 16 inputs and 8.1 ms at 32, torch's product alone 10.1 and 16.0 ms; 16 bits 2.9
+// ms at 8 and 4.6 ms at 16, torch 2.2 and 2.8 ms plus 1.4 ms to dequantize. AVX2 and NEON machines
+// were not measured against their own torch; theirs are half, as is the speed of the AVX2 kernels
+// here. Machines with AMX were not measured either: their dense product is several times faster
+// than AVX512_BF16.
 constexpr int kAnyRows = 1 << 30;
 constexpr MaxRows kAvx512Rows = {{32, 12, 12}};
 constexpr MaxRows kBf16Rows = {{32, 12, kAnyRows}};
