@@ -162,8 +162,8 @@ def main() -> None:
         page += (
             "\nProcessor time. 210 layers: what is done beside the codecs costs one to two "
             "milliseconds per layer whatever the method, for the module, its row in the report "
-            "with an error from samples, and giving the dense weights back to the system (a fourth). "
-            "The quickest codecs take less than that. Memory during `quantize_model`: "
+            "with an error from samples, and giving the dense weights back to the system (a "
+            "fourth). The quickest codecs take less than that. Memory during `quantize_model`: "
             "[memory.md](memory.md).\n"
         )
     print(page)

@@ -1,5 +1,6 @@
 """QLoRA from start to end: quantize, start the adapters from the quantization error, train, save,
-load, merge in both ways. Small sizes, half a minute on a CPU; `--folder` takes any model of transformers.
+load, merge in both ways. Small sizes, half a minute on a CPU; `--folder` takes any model of
+transformers.
 
     python examples/qlora.py [--method hqq] [--dora] [--steps 20] [--folder MODEL] [--output DIR]
 """

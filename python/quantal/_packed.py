@@ -148,9 +148,9 @@ class PackedWeight(nn.Module):
     def _buffers_packed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """codes, stats and shared as uint8. Raises where a rank holds only a part of them."""
         try:  # past nn.Module.__getattr__, which costs as much as a small product
-            parameters = self._parameters
+            parameters: dict[str, Any] = self._parameters
             codes, stats = parameters["codes"], parameters["stats"]
-            shared = self._buffers["shared"]
+            shared: Any = self._buffers["shared"]
         except KeyError:  # FSDP1 hangs plain tensors on the module
             codes, stats, shared = self.codes, self.stats, self.shared
         if self._awaits_weights:
@@ -163,7 +163,7 @@ class PackedWeight(nn.Module):
             return self._bytes_of("codes", codes), self._bytes_of("stats", stats), shared
         if type(codes).__name__ == "DTensor":
             self._refuse_part("codes")
-        return codes, stats, shared  # type: ignore[return-value]
+        return codes, stats, shared
 
     def _bytes_of(self, name: str, data: torch.Tensor) -> torch.Tensor:
         """The uint8 matrix behind a parameter that is stored under another dtype."""

@@ -212,7 +212,7 @@ class PackedLinear(PackedWeight, QuantizedLinear, nn.Linear):  # type: ignore[ov
         compute_dtype: torch.dtype | None,
     ) -> PackedLinear:
         """A layer without bias around buffers that are known to fit `spec`."""
-        layer = cls.__new__(cls)
+        layer: Any = cls.__new__(cls)
         nn.Module.__init__(layer)
         config = config if config is not None else default_config()
         shape = int(spec[1]), int(spec[2])
