@@ -40,7 +40,7 @@ def _child(rank: int, world: int, folder: str, function, args, timeout: float) -
 class Ranks:
     """Started ranks; `world` 0 is one process without a process group."""
 
-    def __init__(self, world: int, function, *args, timeout: float = 60.0) -> None:
+    def __init__(self, world: int, function, *args, timeout: float = 600.0) -> None:
         self._folder = tempfile.TemporaryDirectory()
         context = multiprocessing.get_context("fork")
         self.processes = [
@@ -55,7 +55,7 @@ class Ranks:
     def kill(self, rank: int, number: int = signal.SIGKILL) -> None:
         os.kill(self.processes[rank].pid, number)
 
-    def join(self, seconds: float = 120.0) -> list:
+    def join(self, seconds: float = 900.0) -> list:
         """("value", result), ("error", exception) or ("died", exit code) of each rank."""
         end = time.monotonic() + seconds
         found = []
@@ -74,7 +74,7 @@ class Ranks:
         return found
 
 
-def run_ranks(world: int, function, *args, timeout: float = 60.0) -> list:
+def run_ranks(world: int, function, *args, timeout: float = 600.0) -> list:
     """What ``function(rank, world, *args)`` returned on each rank; an error of a rank fails."""
     results = Ranks(world, function, *args, timeout=timeout).join(timeout + 60.0)
     assert [kind for kind, _ in results] == ["value"] * max(world, 1), results

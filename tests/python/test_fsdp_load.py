@@ -18,6 +18,7 @@ from qlora_support import packed_bytes, packed_layers, same_bytes
 from quantal import (
     ConfigError,
     QuantalError,
+    convert,
     create_quantization_adapter,
     load_model,
     model_digest,
@@ -126,6 +127,25 @@ def test_tied_embeddings(tmp_path):
     reference = _adapter(METHODS["nf4"]).quantize_model(load_model(tmp_path / "m"))
     for tied, digest in run_ranks(2, _tied, str(tmp_path / "m")):
         assert tied and digest == model_digest(reference)
+
+
+def _tied_packed(rank: int, world: int, path: str, expected: str) -> tuple:
+    model = load_sharded(path)
+    same = model_digest(model) == expected  # before FSDP has gathered anything
+    loss = model(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.item()
+    return same, model_digest(model) == expected, round(loss, 4)
+
+
+def test_a_packed_embedding_that_is_the_output_layer(tmp_path):
+    """Two modules, one weight, packed once in the file."""
+    tiny_llama(tied=True).save_pretrained(tmp_path / "dense")
+    path = str(tmp_path / "tied.gguf")
+    convert(tmp_path / "dense", path, "gguf", mode="Q8_0", skip_modules=[])
+    model = load_model(path)
+    assert model.lm_head.codes is model.model.embed_tokens.codes
+    loss = model(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.item()
+    for found in run_ranks(3, _tied_packed, path, model_digest(model)):
+        assert found == (True, True, round(loss, 4))
 
 
 def _options(rank: int, world: int, dense: str) -> list:

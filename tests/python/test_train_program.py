@@ -89,7 +89,7 @@ class Program:
         port, count = free_port(), max(1, ranks)
         self.ranks = [Ranks(0, _as_rank, r, ranks, port, arguments) for r in range(count)]
 
-    def join(self, seconds: float = 120) -> list:
+    def join(self, seconds: float = 900) -> list:
         return [r.join(seconds)[0] for r in self.ranks]
 
     def kill(self, number: int = signal.SIGKILL, only: int | None = None) -> None:
@@ -108,7 +108,7 @@ def run(ranks: int, arguments: list[str]) -> None:
 
 
 def wait_for_step(output, step: int) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 600
     while time.monotonic() < end:
         path = output / "metrics.jsonl"
         if path.exists() and any(line["step"] >= step for line in read_lines(str(path))):
@@ -158,8 +158,8 @@ def test_a_run_leaves_what_it_promises(place, uninterrupted):
 
 #: Other numbers of ranks add 12 gradients in another order: 2^-24 of their size each, and AdamW
 #: divides by their root mean square, so that elements near zero move by up to the learning rate.
-#: Measured: 2e-5 after 8 steps.
-BOUND = 1e-3
+#: Measured: 2e-6 after 8 steps.
+BOUND = 1e-4
 
 
 @pytest.mark.parametrize("ranks", [0, 1, 3])
@@ -195,11 +195,11 @@ def test_first_losses_do_not_depend_on_ranks(place, uninterrupted, tmp_path):
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
 def test_the_others_say_that_a_rank_is_gone(place, tmp_path, how):
-    more = ("--timeout", 3, "--max_steps", 100000)
+    more = ("--timeout", 10, "--max_steps", 100000)
     program = Program(3, flags(place, tmp_path, *more))
     wait_for_step(tmp_path, 4)
     program.kill(getattr(signal, how), only=1)
-    found = [r.join(30)[0] for i, r in enumerate(program.ranks) if i != 1]
+    found = [r.join(300)[0] for i, r in enumerate(program.ranks) if i != 1]
     program.kill(signal.SIGKILL, only=1)
     for (kind, error), rank in zip(found, (0, 2), strict=True):
         assert kind == "error" and isinstance(error, quantal.QuantalError), (kind, error)
@@ -211,7 +211,7 @@ def test_sigterm_saves_and_stops(place, tmp_path):
     program = Program(2, flags(place, tmp_path, "--max_steps", 100000, "--save_steps", 0))
     wait_for_step(tmp_path, 2)
     program.kill(signal.SIGTERM, only=0)
-    assert [kind for kind, _ in program.join(30)] == ["value", "value"]
+    assert [kind for kind, _ in program.join(300)] == ["value", "value"]
     (name,) = [n for n in os.listdir(tmp_path / "checkpoints") if n.startswith("step-")]
     assert int(name.removeprefix("step-")) == max(
         line["step"] for line in read_lines(str(tmp_path / "metrics.jsonl"))
@@ -282,7 +282,7 @@ def test_by_torchrun(place, tmp_path):
     arguments = [a for a in flags(place, tmp_path) if a != "--no_plots"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command += ["--master_port", str(free_port()), os.path.join(root, "train.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "12 rows = 2 ranks x 6 x 1" in done.stdout and "adapter: " in done.stdout
     assert "tok/s" in done.stderr and "8/8" in done.stderr

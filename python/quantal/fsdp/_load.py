@@ -154,8 +154,14 @@ def _forget_placeholders(model: nn.Module) -> None:
 def _materialize(model: nn.Module, device: str) -> None:
     """Memory for this rank's share of every parameter; what has some already keeps its values."""
 
+    placed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
     def place(t: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(t, device=device) if t.is_meta else t
+        if not t.is_meta:
+            return t
+        if id(t) not in placed:  # tied ones stay one
+            placed[id(t)] = t, torch.zeros_like(t, device=device)
+        return placed[id(t)][1]
 
     model._apply(place)
 
@@ -194,20 +200,30 @@ class _Loading:
             compute = (
                 config.config if isinstance(config, QuantizationAdapter) else config
             ).compute_dtype
-        names: dict[int, list[str]] = {}
         modules = module_names(model)
+        tied: dict[int, list[str]] = {}
         for name, module in modules.items():
-            names.setdefault(id(module), []).append(name)
+            weight = module._parameters.get("weight")
+            tied.setdefault(id(module if weight is None else weight), []).append(name)
         for name in sorted(self.layers & modules.keys()):
-            old = modules[name]
+            old: Any = modules[name]
             if packable_shape(old) is None:
                 raise UnsupportedError(
                     f"load_sharded: {name} is packed in the file and a {type(old).__name__} in the "
                     "model, expected a linear layer or an embedding"
                 )
-            layer = _meta_layer(old, self.reader.layer_spec(name), compute)
-            for each in names[id(old)]:
-                model = set_module(model, each, layer)
+            made: dict[int, PackedWeight] = {}
+            for each in [name, *tied[id(old.weight)]]:
+                module = modules[each]
+                if module is not old and each in self.layers:
+                    continue  # the file has bytes of its own for it
+                if id(module) not in made:
+                    layer = _meta_layer(module, self.reader.layer_spec(name), compute)
+                    if made:  # an embedding and the output layer: two modules, one weight
+                        first = made[id(old)]
+                        layer._set_buffers(first.codes, first.stats, first.shared)
+                    made[id(module)] = layer
+                model = set_module(model, each, made[id(module)])
         return model
 
     def _require_fit(self) -> None:
