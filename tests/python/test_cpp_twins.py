@@ -63,6 +63,7 @@ def test_config_has_the_same_members_in_the_same_order_with_the_same_defaults():
         "bits_set",
         "double_quant_set",
         "custom_method",
+        "note",
     }
 
 

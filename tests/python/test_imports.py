@@ -20,7 +20,7 @@ from imports import (
     suppress_output,
     validate_imports,
 )
-from quantal import _core, _custom
+from quantal import _core
 
 HAS_BNB = importlib.util.find_spec("bitsandbytes") is not None
 
@@ -217,7 +217,7 @@ def test_report_imports_no_package():
 
 
 def test_module_prints_the_report(monkeypatch):
-    monkeypatch.setattr(_custom, "_classes", {})  # what other tests registered
+    monkeypatch.setattr(_core, "custom_methods", list)  # what other tests registered
     run = subprocess.run(
         [sys.executable, "-m", "quantal", "--backend", "MPS"], capture_output=True, text=True
     )
