@@ -130,7 +130,8 @@ def shard_model(
         check_alike(model, mesh)
     for unit in units:
         fully_shard(unit, **policies)
-    return fully_shard(model, **policies)
+    fully_shard(model, **policies)
+    return model
 
 
 def _check_storage(model: nn.Module, policy: Any) -> None:

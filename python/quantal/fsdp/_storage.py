@@ -39,8 +39,8 @@ def convert_storage_(model: _Model, dtype: torch.dtype | str) -> _Model:
                 f"convert_storage_: {name} is sharded already, expected a model before fully_shard"
             )
         old = layer.codes, layer.stats
-        new = [known.get(id(p)) for p in old]
-        if None in new:
+        new = [known[id(p)] for p in old if id(p) in known]
+        if len(new) < len(old):
             whole = layer._buffers_packed[:2]
             new = [nn.Parameter(view_bytes(b, dtype), requires_grad=False) for b in whole]
         layer._storage = dtype
