@@ -65,6 +65,8 @@ class Ggml:
     """Products of ggml's own library, the one inside llama-cpp-python."""
 
     TYPES = {"Q4_0": 2, "Q8_0": 8, "Q4_K": 12}
+    #: Types that ggml can interleave on x86; the product of others reads their own layout.
+    INTERLEAVED = ("Q4_0", "Q4_K")
     _F32 = 0
 
     def __init__(self) -> None:
@@ -77,7 +79,8 @@ class Ggml:
         self.backend = self.call("backend_cpu_init", ctypes.c_void_p)
         threads = ctypes.c_int(torch.get_num_threads())
         self.call("backend_cpu_set_n_threads", None, self.backend, threads)
-        self.repack = self._repack_buffers()
+        self.plain = self.call("backend_get_default_buffer_type", ctypes.c_void_p, self.backend)
+        self.interleaved = self._repack_buffers()
 
     def call(self, name: str, result: Any, *arguments: Any) -> Any:
         symbol = "ggml_" + name
@@ -101,7 +104,7 @@ class Ggml:
                 break
             if b"REPACK" in self.call("backend_buft_name", ctypes.c_char_p, kind):
                 return kind
-        return self.call("backend_get_default_buffer_type", ctypes.c_void_p, self.backend)
+        return self.plain
 
     def context(self) -> int:
         class Params(ctypes.Structure):
@@ -145,7 +148,8 @@ class GgmlProduct:
         )
         context = ggml.context()
         self.weight = ggml.matrix(context, kind, self.rows, self.cols)
-        ggml.call("backend_alloc_ctx_tensors_from_buft", ctypes.c_void_p, context, ggml.repack)
+        buffers = ggml.interleaved if name in Ggml.INTERLEAVED else ggml.plain
+        ggml.call("backend_alloc_ctx_tensors_from_buft", ctypes.c_void_p, context, buffers)
         self._set(self.weight, packed)
         self.nbytes = packed.numel()
         self.graphs: dict[int, tuple] = {}

@@ -449,7 +449,9 @@ def test_hqq_single_torch_file(tmp_path):
     state = torch.load(tmp_path / "m.pt", weights_only=False)
     for name, module in theirs.named_modules():
         if isinstance(module, HQQLinear):
-            empty = HQQLinear(None, None, torch.float32, device="cpu", initialize=False)
+            empty = HQQLinear(
+                None, None, compute_dtype=torch.float32, device="cpu", initialize=False
+            )
             empty.load_state_dict({"W_q": state[f"{name}.W_q"], "meta": state[f"{name}.meta"]})
             assert torch.equal(empty.dequantize(), module.dequantize()), name
 
