@@ -17,8 +17,9 @@ from fsdp_support import FORMS, METHODS, attach, train, whole_bytes, whole_tenso
 from qlora_support import packed_bytes, packed_layers, same_bytes
 from quantal import (
     ConfigError,
+    PackedLinear,
     QuantalError,
-    convert,
+    QuantizedEmbedding,
     create_quantization_adapter,
     load_model,
     model_digest,
@@ -138,9 +139,13 @@ def _tied_packed(rank: int, world: int, path: str, expected: str) -> tuple:
 
 def test_a_packed_embedding_that_is_the_output_layer(tmp_path):
     """Two modules, one weight, packed once in the file."""
-    tiny_llama(tied=True).save_pretrained(tmp_path / "dense")
-    path = str(tmp_path / "tied.gguf")
-    convert(tmp_path / "dense", path, "gguf", mode="Q8_0", skip_modules=[])
+    path = str(tmp_path / "tied")
+    model = tiny_llama(tied=True)
+    head = PackedLinear.from_linear(model.lm_head, METHODS["mlx4"])
+    parts = head._spec, head.codes, head.stats, head.shared
+    model.lm_head = head
+    model.model.embed_tokens = QuantizedEmbedding.from_packed(*parts)
+    save_model(_adapter(METHODS["mlx4"]).quantize_model(model), path)
     model = load_model(path)
     assert model.lm_head.codes is model.model.embed_tokens.codes
     loss = model(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.item()

@@ -1,5 +1,6 @@
 """The training program: runs, is killed, goes on with other numbers of ranks, names errors."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import quantal
 from qlora_support import METHODS
 from quantal_train import cli, data
-from quantal_train.monitor import read_lines
+from quantal_train.monitor import Monitor, read_lines
 from quantal_train.run import run as run_program
 from ranks import Ranks
 
@@ -289,6 +290,36 @@ def test_by_torchrun(place, tmp_path):
     assert (tmp_path / "training.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_dry_run_prints_the_plan(place, tmp_path, capfd):
+    from quantal_train.dry_run import make_plan
+
+    given = flags(place, tmp_path, "--dry-run", "--ranks", 2, "--memory_gb", 1)
+    ((kind, error),) = Program(0, given).join()
+    assert kind == "value", error
+    args = cli.parse(given)
+    args.precision = "fp32"
+    plan = make_plan(args, 2, "cpu")
+    assert capfd.readouterr().out.strip() == plan.to_text().strip()
+    assert (
+        plan.fits and "hqq 4-bit" in plan.to_text() and not tmp_path.joinpath("args.json").exists()
+    )
+    trained = 4 * sum(64 + n for n in (64, 32, 32, 64, 128, 128)) + 4 * (128 + 64)
+    assert plan.adapter_parameters == 2 * trained
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    args = cli.parse(["--model", "m", "--data", "d", "--output_dir", str(tmp_path)])
+    monitor = Monitor(args, True, 0, 1)
+    monitor.step(1, {"loss": 2.0, "tokens": 10, "seconds": 1.0, "peak_bytes": 1e9})
+    monitor.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [e.value for e in events.Scalars("loss")] == [2.0]
+
+
 # ---------------------------------------------------------------------- data
 
 
@@ -400,14 +431,8 @@ def test_order_covers_every_row_each_epoch():
 def test_what_does_not_fit(place, tmp_path, more, message):
     if "cuda" in more and torch.cuda.is_available():
         pytest.skip("has CUDA")
-    if "tensorboard" in more:
-        pytest.importorskip_reason = None
-        try:
-            import tensorboard  # noqa: F401
-        except ImportError:
-            pass
-        else:
-            pytest.skip("has tensorboard")
+    if "tensorboard" in more and importlib.util.find_spec("tensorboard"):
+        pytest.skip("has tensorboard")
     words = more.split()
     if words[-1] == "--tokenizer":
         words.append(f"{place}/model")
