@@ -153,6 +153,8 @@ def _kind_of(
             return ShapeError
     if tensor.device.type != "meta" and not torch.isfinite(tensor).all():
         return UnsupportedError
+    if out is not None and not out[0].is_contiguous():
+        return ShapeError
     return QuantalError
 
 
