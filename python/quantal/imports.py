@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from . import _check, _core
+from ._custom import registered_adapters
 from .backend import Backend, machine
 
 logger = logging.getLogger("quantal")
@@ -373,7 +374,7 @@ def report_import_status(backend: Backend | str | None = None) -> str:
     lines = ["Import Status Report", "=" * 50, f"Backend: {chosen or 'not specified'}", ""]
     lines.append(f"quantal {_core.version} on torch {torch.__version__}; its own engine:")
     lines.append(_core.engine_text(machine()).rstrip("\n"))
-    custom = _core.custom_methods()
+    custom = list(registered_adapters())
     if custom:
         lines.append(f"  registered here: {', '.join(custom)}")
     lines += ["", "Other packages (quantizing, saving and loading need none of them):"]

@@ -78,6 +78,7 @@ def test_configs_and_the_factory_know_the_name(row_int):
         assert not adapter.report.fallback and adapter.config.bits == 8
         assert validate_quantization_config(config, backend) == []
     assert quantal.registered_adapters() == {"row_int": RowAdapter}
+    assert "  registered here: row_int\n" in quantal.report_import_status()
 
 
 def test_an_unknown_name_lists_the_methods():
