@@ -29,7 +29,8 @@ void dequantize(const PackedView& w, const Panel& panel, DType out_dtype, void* 
 
 /// True if the products run straight from packed codes (kRowRuns); otherwise use panels.
 bool supports_packed_matmul(const PackedSpec& spec) noexcept;
-enum class ProductKind { kForward, kBackward };  ///< matmul, matmul_transposed
+/// Which of the two products: matmul or matmul_transposed.
+enum class ProductKind { kForward, kBackward };
 /// Rows of activations up to which the packed product beats panels, as measured for the active set.
 std::int64_t packed_matmul_max_rows(const PackedSpec& spec, DType x_dtype,
                                     ProductKind product = ProductKind::kForward) noexcept;
