@@ -15,7 +15,6 @@
 #include <vector>
 
 /// Everything of quantal.
-/// Everything of quantal.
 namespace quantal {
 
 // ------------------------------------------------------------------ errors
@@ -164,5 +163,12 @@ class Executor {
 
 /// Runs everything on the calling thread.
 const Executor& serial_executor();
+
+// ------------------------------------------------------------------ memory
+
+/// Asks the system to back memory that nobody wrote to yet with large pages: decoding into fresh
+/// pages of 4 KiB takes several times as long as decoding. Only a hint; below 4 MiB, and where the
+/// system knows no such hint, nothing happens.
+void prefer_large_pages(void* data, std::size_t bytes) noexcept;
 
 }  // namespace quantal

@@ -250,6 +250,7 @@ torch::Tensor dequantize(const PackedTensors& w, torch::ScalarType dtype) {
   const PackedView view = w.view();
   const DType out_dtype = from_torch(dtype);
   torch::Tensor out = torch::empty({w.spec.rows, w.spec.cols}, torch::TensorOptions().dtype(dtype));
+  prefer_large_pages(out.mutable_data_ptr(), out.nbytes());
   dequantize(view, {0, w.spec.rows, 0, w.spec.cols}, out_dtype, out.mutable_data_ptr(), w.spec.cols,
              stable_executor());
   return out;

@@ -88,7 +88,9 @@ Tensor empty_like_of(const Tensor& like, const Ints& sizes, ScalarType type) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<std::int64_t>(sizes.size()),
                                                   sizes.data(), strides.data(), dtype,
                                                   aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  Tensor out(handle);
+  prefer_large_pages(out.mutable_data_ptr(), out.numel() * aoti_torch_dtype_element_size(dtype));
+  return out;
 }
 
 Packed packed_of(const Tensor& codes, const Tensor& stats, const Tensor& shared, const Ints& spec) {
