@@ -155,6 +155,8 @@ def main() -> None:
 def command_of(args: argparse.Namespace) -> str:
     command = "python bench/quantize_speed.py"
     command += " --quick" if args.quick else ""
+    if args.rows:  # the page has the rows of several calls
+        return f"{command} --rows FILE"
     return command + (
         "" if len(args.only) == len(rivals.CASES) else f" --only {' '.join(args.only)}"
     )
@@ -170,7 +172,8 @@ called on as many threads as quantal uses.
 
 Every call returns a result in fresh memory, as its users get it. quantal asks for that memory in
 pages of 2 MiB, which is most of its lead in decoding; the sections with THP_MEM_ALLOC_ENABLE=1,
-where torch does so for every package, show what remains without it.
+where torch does so for every package, show what remains without it: both sides of the 4-bit rows
+then write as fast as this machine's fresh memory can be had.
 """
 
 
