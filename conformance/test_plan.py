@@ -8,8 +8,8 @@ import quantal
 from quantal import QuantizationConfig, create_quantization_adapter
 
 EXTENDED = {"support": "extended"}
-#: bytes per parameter of the documentation, and what statistics may add: the model is float32, so two
-#: of them in a group of 64 take 8 bytes
+#: bytes per parameter of the documentation, and what statistics may add: the model is float32, so
+#: two of them in a group of 64 take 8 bytes
 METHODS = [
     ("bnb_int8", 8, 1, 0.02),
     ("bnb_nf4", 4, 0.5, 0.05),

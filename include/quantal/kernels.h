@@ -27,6 +27,11 @@ struct Panel {
 void dequantize(const PackedView& w, const Panel& panel, DType out_dtype, void* out,
                 std::int64_t ld, const Executor& executor);
 
+/// `||W - deq(W)||_F / ||W||_F` of evenly spaced rows, about 2^13 values in all: the error that
+/// reports show. `weights` [rows, cols] of kF32, kF16 or kBF16; 0 where the sampled ones
+/// are all zero. Throws Error{kDtype}.
+double sampled_error(const PackedView& w, DType dtype, const void* weights);
+
 /// True if the products run straight from packed codes (kRowRuns); otherwise use panels.
 bool supports_packed_matmul(const PackedSpec& spec) noexcept;
 /// Which of the two products: matmul or matmul_transposed.

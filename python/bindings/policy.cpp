@@ -5,6 +5,8 @@
 
 #include "bindings/bindings.h"
 #include "quantal/formats.h"
+#include "quantal/merge_report.h"
+#include "quantal/transcode.h"
 
 namespace quantal::python {
 
@@ -133,9 +135,38 @@ void bind_report(py::module_& m) {
       .def("to_json", &CoverageReport::to_json);
 }
 
+void bind_merge_report(py::module_& m) {
+  using Row = std::tuple<std::string, std::int64_t, std::int64_t, double, double, double>;
+  py::class_<MergeReport>(m, "MergeReport")
+      .def(py::init([](const std::vector<Row>& rows) {
+        MergeReport report;
+        for (const auto& [name, codes, changed, norm, surviving, noise] : rows) {
+          report.layers.push_back({name, codes, changed, norm, surviving, noise});
+        }
+        return report;
+      }))
+      .def("codes", &MergeReport::codes)
+      .def("codes_changed", &MergeReport::codes_changed)
+      .def("surviving", &MergeReport::surviving)
+      .def("noise", &MergeReport::noise)
+      .def("to_text", &MergeReport::to_text)
+      .def("to_json", &MergeReport::to_json);
+}
+
+/// The threshold with which a layer of this form multiplies; none but for LLM.int8.
+std::optional<double> layer_int8_threshold(const std::vector<std::int64_t>& spec,
+                                           const std::string& value) {
+  if (options_of(spec_from_ints(spec)).method != QuantizationMethod::BNB_INT8) return std::nullopt;
+  QuantizationConfig config;
+  config.backend_options["int8_threshold"] = value;
+  return int8_threshold(config);
+}
+
 }  // namespace
 
 void bind_policy(py::module_& m) {
+  bind_merge_report(m);
+  m.def("int8_threshold", &layer_int8_threshold);
   m.def("method_names", &method_names);
   m.def("built_methods", &built_methods,
         "Values of the methods that this build can quantize with.");

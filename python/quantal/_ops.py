@@ -181,6 +181,12 @@ def quantize(weight: torch.Tensor, spec: Spec) -> Buffers:
         return torch.ops.quantal.quantize(weight.detach(), spec)
 
 
+def sampled_error(weight: torch.Tensor, buffers: Buffers, spec: Spec) -> float:
+    """``||W - deq(W)|| / ||W||`` of evenly spaced rows, about 2^13 values."""
+    with _typed(weight, buffers, spec, int(spec[2])):
+        return torch.ops.quantal.sampled_error(weight.detach(), *buffers, spec)
+
+
 def dequantize(
     codes: torch.Tensor,
     stats: torch.Tensor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -39,6 +40,12 @@ def checked_parts(where: str, spec: Any, parts: dict[str, torch.Tensor]) -> dict
                 f"{where}: {name} has shape {list(buffer.shape)}, expected {list(layout[name])}"
             )
     return _core.describe(spec)
+
+
+@functools.lru_cache(maxsize=256)
+def _described(spec: tuple[int, ...]) -> dict[str, Any]:
+    """What a spec says. A model has thousands of layers and a handful of forms."""
+    return _core.describe(list(spec))
 
 
 def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -90,6 +97,11 @@ class PackedWeight(nn.Module):
     spec: torch.Tensor
     _rows: int
     _cols: int
+    _spec: list[int]
+    value_dtype: torch.dtype
+    bits: int
+    group_size: int
+    dialect: str
     #: What ``codes`` and ``stats`` are viewed as; never a conversion of values.
     _storage: torch.dtype = torch.uint8
     #: Set while adapters are attached to a model whose weights are read later.
@@ -104,9 +116,14 @@ class PackedWeight(nn.Module):
         """Zero-filled buffers of this form, or those that are given and known to fit."""
         if buffers is not None:
             self._set_facts(spec)
-            self.register_buffer("shared", None)
-            self._set_buffers(*buffers)
-            self.register_buffer("spec", torch.tensor(self._spec, dtype=torch.int64))
+            # Past nn.Module's look at every name and value: nothing can stand there already.
+            for name, data in zip(("codes", "stats"), buffers[:2], strict=True):
+                if not isinstance(data, nn.Parameter):  # tied layers share one
+                    data = nn.Parameter(data, requires_grad=False)
+                self._parameters[name] = data
+            self._buffers["shared"] = buffers[2]
+            self._buffers["spec"] = torch.tensor(self._spec, dtype=torch.int64)
+            self.accept_bytes()
             return
         self._set_spec(spec)
         layout = _core.layout(self._spec)
@@ -122,17 +139,17 @@ class PackedWeight(nn.Module):
 
     def _set_facts(self, spec: list[int]) -> None:
         """What `spec`, a list of integers, says about this layer."""
-        facts = _core.describe(spec)
+        facts = _described(tuple(spec))
         if (facts["rows"], facts["cols"]) != (self._rows, self._cols):
             raise ShapeError(
                 f"{type(self).__name__}: spec is for [{facts['rows']}, {facts['cols']}], expected "
                 f"[{self._rows}, {self._cols}]"
             )
-        self._spec = list(spec)
-        self.value_dtype = parse_dtype(facts["value_dtype"])
-        self.bits: int = facts["bits"]
-        self.group_size: int = facts["group_size"]
-        self.dialect: str = facts["dialect"]
+        own = self.__dict__
+        own["_spec"] = list(spec)
+        own["value_dtype"] = parse_dtype(facts["value_dtype"])
+        for name in ("bits", "group_size", "dialect"):
+            own[name] = facts[name]
 
     def _set_buffers(self, codes: torch.Tensor, stats: torch.Tensor, shared: torch.Tensor) -> None:
         for name, data in (("codes", codes), ("stats", stats)):

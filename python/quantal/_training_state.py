@@ -203,7 +203,8 @@ def _tensor(data: bytes) -> torch.Tensor:
 def rng_tensors(rank: int) -> dict[str, torch.Tensor]:
     """States of the generators of this process: torch (CPU and the current device), numpy and
     Python."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    state: Any = np.random.get_state()
+    _, keys, position, has_gauss, gauss = state
     found = {
         "torch": torch.get_rng_state(),
         "numpy": _tensor(keys.tobytes()),

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -238,7 +238,7 @@ def _row_hashes(rows: torch.Tensor) -> bytes:
     count = rows.shape[0]
     if count == 0 or rows.numel() == 0:
         return b""
-    data = memoryview(bytes_of(rows)).cast("B")
+    data = memoryview(cast(Any, bytes_of(rows))).cast("B")
     width = len(data) // count
     sha = hashlib.sha256
     return b"".join(sha(data[i * width : (i + 1) * width]).digest() for i in range(count))

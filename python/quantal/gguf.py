@@ -50,7 +50,7 @@ def _load_model(source: _core.ModelSource, dtype: torch.dtype, path: str) -> nn.
             path,
         )
     values.pop("torch_dtype", None)  # that of the file; the caller's counts
-    config = AutoConfig.for_model(**values, **dtype_keyword(dtype))
+    config = AutoConfig.for_model(**{**values, **dtype_keyword(dtype)})
     with parameters_on_meta():
         model = AutoModelForCausalLM.from_config(config)
     expected = model.state_dict(keep_vars=True)

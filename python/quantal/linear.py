@@ -24,8 +24,6 @@ _SHAPE: dict[str, _check.Rule] = {
 }
 #: Elements that an error measurement or a conversion decodes at a time.
 CHUNK_ELEMENTS = 1 << 20
-#: Elements that the error in a report is estimated from.
-SAMPLE_ELEMENTS = 1 << 14
 #: Whether autocast is on for any device; costs nothing where it is not.
 _any_autocast = torch._C._is_any_autocast_enabled
 
@@ -172,6 +170,9 @@ class PackedLinear(PackedWeight, QuantizedLinear, nn.Linear):  # type: ignore[ov
     config where the form is already known. A new layer holds zeros: call ``quantize_weights``.
     """
 
+    compute_dtype: torch.dtype
+    int8_threshold: float | None
+
     @_check.arguments(
         "QuantizedLinear",
         **_SHAPE,
@@ -230,14 +231,16 @@ class PackedLinear(PackedWeight, QuantizedLinear, nn.Linear):  # type: ignore[ov
         buffers: _ops.Buffers | None = None,
     ) -> None:
         """All of a layer but its bias."""
-        self.out_features, self.in_features = self._rows, self._cols = shape
-        self.config = config
-        self._init_packed(spec, device, buffers)
-        self.compute_dtype = compute_dtype or config.compute_dtype or self.value_dtype
         threshold = config.backend_options.get("int8_threshold")
-        is_int8 = self.dialect == "bnb" and self.bits == 8
+        own = self.__dict__  # assigning to attributes of a module costs more than a small product
+        own["out_features"], own["in_features"] = own["_rows"], own["_cols"] = shape
+        own["config"] = config
+        self._init_packed(spec, device, buffers)
+        own["compute_dtype"] = compute_dtype or config.compute_dtype or self.value_dtype
         #: Outlier threshold of the product of LLM.int8; None: exact weights.
-        self.int8_threshold = float(threshold) if threshold is not None and is_int8 else None
+        own["int8_threshold"] = (
+            None if threshold is None else _core.int8_threshold(self._spec, str(threshold))
+        )
 
     # ------------------------------------------------------------------ use
 
@@ -265,16 +268,9 @@ class PackedLinear(PackedWeight, QuantizedLinear, nn.Linear):  # type: ignore[ov
         return (error / total) ** 0.5 if total > 0 else 0.0
 
     def _sampled_error(self, weights: torch.Tensor) -> float:
-        """`relative_error` of evenly spaced rows, about SAMPLE_ELEMENTS values: an estimate to one
-        percent of itself that costs little beside the quickest codec."""
-        rows = max(1, SAMPLE_ELEMENTS // max(1, self.in_features))
-        if rows >= self.out_features or not self._row_runs:
-            return self.relative_error(weights)
-        chosen = torch.linspace(0, self.out_features - 1, rows, device=weights.device).long()
-        dense = weights.detach()[chosen].float()
-        norm = float(dense.norm())
-        difference = dense.sub_(self._dequantize_rows(chosen, torch.float32))
-        return float(difference.norm()) / norm if norm > 0 else 0.0
+        """`relative_error` of evenly spaced rows: an estimate to one percent of itself that costs
+        little beside the quickest codec."""
+        return _ops.sampled_error(weights, self._buffers_packed, self._spec)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """``x @ W.T + bias``: computed in ``compute_dtype``, returned in the dtype of `x`."""

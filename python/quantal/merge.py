@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import _check
+from . import _check, _core
 from ._errors import ConfigError
 from ._packed import PackedWeight
 
@@ -40,54 +40,40 @@ class MergeReport:
     layers: list[LayerMerge]
 
     @property
+    def _native(self) -> _core.MergeReport:
+        return _core.MergeReport([dataclasses.astuple(layer) for layer in self.layers])
+
+    @property
     def codes(self) -> int:
-        return sum(layer.codes for layer in self.layers)
+        """Codes of all layers."""
+        return self._native.codes()
 
     @property
     def codes_changed(self) -> int:
-        return sum(layer.codes_changed for layer in self.layers)
-
-    def _mean(self, values: list[float]) -> float:
-        weights = [layer.delta_norm**2 for layer in self.layers]
-        total = sum(weights)
-        return sum(v * w for v, w in zip(values, weights, strict=True)) / total if total else 1.0
+        """Codes that are other ones now, in all layers."""
+        return self._native.codes_changed()
 
     @property
     def surviving(self) -> float:
-        return self._mean([layer.surviving for layer in self.layers])
+        """Mean of the layers; 1 without any."""
+        return self._native.surviving()
 
     @property
     def noise(self) -> float:
-        moved = [layer for layer in self.layers if layer.delta_norm > 0]
-        if not moved:
-            return 0.0
-        return MergeReport(moved)._mean([layer.noise**2 for layer in moved]) ** 0.5
+        """Root of the mean square of the layers."""
+        return self._native.noise()
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "codes": self.codes,
-            "codes_changed": self.codes_changed,
-            "surviving": self.surviving,
-            "noise": self.noise,
-            "layers": [dataclasses.asdict(layer) for layer in self.layers],
-        }
+        """``to_json`` as a dictionary."""
+        return json.loads(self.to_json())
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict())
+        """Object {codes, codes_changed, surviving, noise, layers: [fields of LayerMerge]}."""
+        return self._native.to_json()
 
     def to_text(self) -> str:
         """A table for a terminal, the layers that kept least first."""
-        rows = sorted(self.layers, key=lambda layer: layer.surviving)
-        total = LayerMerge("all", self.codes, self.codes_changed, 0.0, self.surviving, self.noise)
-        width = max([len(layer.name) for layer in rows] + [5])
-        lines = [f"{'layer':<{width}}  codes changed  surviving  noise"]
-        for layer in [*rows, total]:
-            changed = layer.codes_changed / layer.codes if layer.codes else 0.0
-            lines.append(
-                f"{layer.name:<{width}}  {changed:>12.2%}  {layer.surviving:>9.3f}  "
-                f"{layer.noise:>5.3f}"
-            )
-        return "\n".join(lines)
+        return self._native.to_text()
 
     def __str__(self) -> str:
         return self.to_text()

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from .adapters import QuantizationAdapter
 
 logger = logging.getLogger("quantal")
-#: Freed dense weights after which memory is given back: rare enough to cost nothing.
-TRIM_BYTES = 32 << 20
+#: Freed dense weights after which memory is given back. Packed weights take the place of freed ones
+#: meanwhile, so memory does not grow by this.
+TRIM_BYTES = 128 << 20
 
 
 def _dense_users(model: nn.Module) -> dict[int, str]:
@@ -47,6 +48,14 @@ def _linear_names(model: nn.Module) -> list[list[str]]:
         if type(module) is nn.Linear:
             names.setdefault(id(module), []).append(name)
     return list(names.values())
+
+
+def _own_tensors(module: nn.Module) -> list[torch.Tensor]:
+    """Parameters and buffers of a layer; directly where it has no parts, as linear layers."""
+    if module._modules:
+        return [*module.parameters(), *module.buffers()]
+    held = [*module._parameters.values(), *module._buffers.values()]
+    return [t for t in held if t is not None]
 
 
 class _Walk:
@@ -78,7 +87,7 @@ class _Walk:
         self.report.add(
             names[0],
             method if packed else type(layer).__name__,
-            parameters=sum(p.numel() for p in linear.parameters()),
+            parameters=sum(p.numel() for p in linear._parameters.values() if p is not None),
             bytes_before=_module_bytes(linear),
             bytes_after=_module_bytes(layer),
             relative_error=_relative_error(layer, linear.weight),
@@ -172,7 +181,7 @@ def _relative_error(layer: nn.Module, weight: torch.Tensor) -> float:
 
 
 def _module_bytes(module: nn.Module) -> int:
-    return sum(map(tensor_bytes, [*module.parameters(), *module.buffers()]))
+    return sum(map(tensor_bytes, _own_tensors(module)))
 
 
 @_check.arguments(

@@ -16,7 +16,8 @@ void prefer_large_pages([[maybe_unused]] void* data, [[maybe_unused]] std::size_
   static const std::size_t page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
   auto* const begin = static_cast<std::uint8_t*>(data);
   const std::size_t skipped = (page - reinterpret_cast<std::uintptr_t>(begin) % page) % page;
-  madvise(begin + skipped, (bytes - skipped) / page * page, MADV_HUGEPAGE);  // a refusal is no error
+  madvise(begin + skipped, (bytes - skipped) / page * page,
+          MADV_HUGEPAGE);  // a refusal is no error
 #endif
 }
 

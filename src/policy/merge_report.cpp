@@ -1,10 +1,9 @@
-// Sums and texts of a merge report; those of Python's MergeReport.
+#include "quantal/merge_report.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <nlohmann/json.hpp>
-
-#include "quantal/torch/merge.h"
 
 namespace quantal {
 namespace {

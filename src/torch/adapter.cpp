@@ -111,7 +111,9 @@ double pack_linear(LinearImpl& layer, const LayerRules::Choice& choice) {
   const torch::NoGradGuard no_grad;
   const QuantizeOptions options = options_for(choice, layer.weight.scalar_type());
   PackedTensors packed = quantize(layer.weight, options);
-  const double error = relative_error(layer.weight, packed);
+  const torch::Tensor dense = layer.weight.contiguous();
+  const double error =
+      sampled_error(packed.view(), from_torch(dense.scalar_type()), dense.const_data_ptr());
   QuantizedLinear form(std::move(packed), layer.bias, to_torch(choice.compute_dtype));
   form->int8_threshold = choice.int8_threshold;
   layer.set_quantized(std::move(form));

@@ -2,6 +2,8 @@
 //
 //   row_square_sums(Tensor codes, Tensor stats, Tensor shared, int[] spec) -> Tensor
 //       float64 [rows], of the exact values
+//   sampled_error(Tensor weight, Tensor codes, Tensor stats, Tensor shared, int[] spec) -> float
+//       of evenly spaced rows of a dense [rows, cols] (kernels.h)
 //   merge_survival(Tensor codes, Tensor stats, Tensor shared, Tensor new_codes, Tensor new_stats,
 //                  Tensor new_shared, int[] spec, Tensor target) -> Tensor
 //       float64 [4]: codes changed, norm of the wanted change, surviving part, noise (survival.h)
@@ -26,6 +28,18 @@ Tensor row_square_sums_cpu(Tensor codes, Tensor stats, Tensor shared, Ints spec_
   Tensor out = empty_like_of(codes, {w.view.spec.rows}, ScalarType::Double);
   std::ranges::copy(sums, static_cast<double*>(out.mutable_data_ptr()));
   return out;
+}
+
+double sampled_error_cpu(Tensor weight, Tensor codes, Tensor stats, Tensor shared, Ints spec_ints) {
+  const Packed w = packed_of(codes, stats, shared, spec_ints);
+  const PackedSpec& spec = w.view.spec;
+  const DType dtype = weight_dtype("quantal::sampled_error: weight", weight.scalar_type());
+  const Rows rows("quantal::sampled_error: weight", weight, spec.cols);
+  if (rows.count() != spec.rows) {
+    fail(Errc::kShape, "quantal::sampled_error: weight has " + std::to_string(rows.count()) +
+                           " rows, expected " + std::to_string(spec.rows));
+  }
+  return sampled_error(w.view, dtype, rows.data());
 }
 
 Tensor merge_survival_cpu(Tensor codes, Tensor stats, Tensor shared, Tensor new_codes,
@@ -64,12 +78,16 @@ Tensor merge_survival_meta(Tensor codes, Tensor, Tensor, Tensor, Tensor, Tensor,
 STABLE_TORCH_LIBRARY_FRAGMENT(quantal, m) {
   m.def("row_square_sums(Tensor codes, Tensor stats, Tensor shared, int[] spec) -> Tensor");
   m.def(
+      "sampled_error(Tensor weight, Tensor codes, Tensor stats, Tensor shared, int[] spec) "
+      "-> float");
+  m.def(
       "merge_survival(Tensor codes, Tensor stats, Tensor shared, Tensor new_codes, "
       "Tensor new_stats, Tensor new_shared, int[] spec, Tensor target) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(quantal, CPU, m) {
   m.impl("row_square_sums", TORCH_BOX(&row_square_sums_cpu));
+  m.impl("sampled_error", TORCH_BOX(&sampled_error_cpu));
   m.impl("merge_survival", TORCH_BOX(&merge_survival_cpu));
 }
 

@@ -40,6 +40,7 @@ PUBLIC_ROOMS = {
     "archive": "io",
     "backend": "policy",
     "coverage": "policy",
+    "merge_report": "policy",
     "ggml": "formats",
     "model_fit": "checkpoint",
     "packed": "kernels",

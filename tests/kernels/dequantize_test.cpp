@@ -1,6 +1,7 @@
 // Every kernel set against the scalar reference, bit for bit.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "kernels/ref/ref.h"
@@ -118,6 +119,50 @@ TEST_F(KernelSets, PhasesBeyondTheRowAreReadInsideTheBuffers) {
     EXPECT_EQ(out.size(), 1200U);
   }
   EXPECT_THROW(gather_stats(w.view()), Error);
+}
+
+/// Relative error of the rows that a sample of a large matrix consists of, by its formula.
+double error_of_rows(const PackedMatrix& w, const std::vector<float>& dense,
+                     const std::vector<std::int64_t>& rows) {
+  const std::int64_t cols = w.spec.cols;
+  double error = 0, total = 0;
+  for (const std::int64_t row : rows) {
+    std::vector<float> values(static_cast<std::size_t>(cols));
+    ref::dequantize(w.view(), {row, row + 1, 0, cols}, DType::kF32, values.data(), cols);
+    for (std::int64_t c = 0; c < cols; ++c) {
+      const double value = dense[static_cast<std::size_t>(row * cols + c)];
+      error += std::pow(value - static_cast<double>(values[static_cast<std::size_t>(c)]), 2);
+      total += value * value;
+    }
+  }
+  return std::sqrt(error / total);
+}
+
+TEST(SampledError, IsThatOfEvenlySpacedRowsForEveryForm) {
+  std::uint64_t seed = 40;
+  for (const PackedSpec& spec : kernel_specs()) {
+    if (spec.rows == 0 || spec.cols == 0) continue;
+    const PackedMatrix w = random_packed(spec, ++seed, true);
+    std::vector<float> dense(static_cast<std::size_t>(spec.rows * spec.cols));
+    for (std::size_t i = 0; i < dense.size(); ++i) {
+      dense[i] = 0.01F * static_cast<float>(i % 71) - 0.3F;
+    }
+    const std::int64_t count = std::clamp<std::int64_t>(8192 / spec.cols, 1, spec.rows);
+    std::vector<std::int64_t> rows;
+    for (std::int64_t i = 0; i < count; ++i) {
+      rows.push_back(count == 1 ? 0 : i * (spec.rows - 1) / (count - 1));
+    }
+    const double expected = error_of_rows(w, dense, rows);
+    if (!std::isfinite(expected)) continue;
+    EXPECT_NEAR(sampled_error(w.view(), DType::kF32, dense.data()), expected, 1e-5 * expected);
+  }
+}
+
+TEST(SampledError, IsZeroForZerosAndRefusesOtherDtypes) {
+  const PackedMatrix w = random_packed(kernel_specs().front(), 3, true);
+  const std::vector<double> zeros(static_cast<std::size_t>(w.spec.rows * w.spec.cols));
+  EXPECT_EQ(sampled_error(w.view(), DType::kF32, zeros.data()), 0);
+  EXPECT_THROW(sampled_error(w.view(), DType::kF64, zeros.data()), Error);
 }
 
 TEST(Dequantize, RefusesPanelsOutsideTheMatrixAndOddColumns) {

@@ -45,9 +45,7 @@ CALLS = {
     "loss model": lambda f, v: quantal.chunked_loss(v, IDS, IDS),
     "loss input_ids": lambda f, v: quantal.chunked_loss(tiny_llama(), v, IDS),
     "loss labels": lambda f, v: quantal.chunked_loss(tiny_llama(), IDS, v),
-    "loss chunk_tokens": lambda f, v: quantal.chunked_loss(
-        tiny_llama(), IDS, IDS, chunk_tokens=v
-    ),
+    "loss chunk_tokens": lambda f, v: quantal.chunked_loss(tiny_llama(), IDS, IDS, chunk_tokens=v),
     "loss num_items": lambda f, v: quantal.chunked_loss(tiny_llama(), IDS, IDS, num_items=v),
     "token_losses model": lambda f, v: quantal.token_losses(v, IDS, IDS),
     "hidden": lambda f, v: quantal.chunked_cross_entropy(v, torch.nn.Linear(4, 4), IDS),

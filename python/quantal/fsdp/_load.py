@@ -30,7 +30,7 @@ from ..backend import Backend
 from ..config import QuantizationConfig
 from ..embedding import QuantizedEmbedding
 from ..linear import PackedLinear
-from ..replace import TRIM_BYTES, _return_free_memory
+from ..replace import _return_free_memory
 from ._agree import Agreement
 from ._rows import RowQuantizer, local_rows
 from ._shard import default_mesh, is_mesh, shard_group, shard_model
@@ -38,6 +38,8 @@ from ._storage import convert_storage_
 
 #: Elements of a dense tensor that are read at a time.
 PANEL_ELEMENTS = 8 << 20
+#: Bytes that were read after which freed memory is given back.
+TRIM_BYTES = 32 << 20
 Attach = Callable[[nn.Module], nn.Module]
 
 

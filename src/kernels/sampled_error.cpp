@@ -1,0 +1,59 @@
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "quantal/kernels.h"
+
+namespace quantal {
+namespace {
+
+/// Values that are looked at: an estimate to about one percent of itself.
+constexpr std::int64_t kSampledValues = 1 << 13;
+
+/// Sums of squares; of a row in float32 over as many lanes as compilers like to have.
+struct Squares {
+  double error = 0, total = 0;
+
+  void add(const std::vector<float>& dense, const std::vector<float>& decoded) {
+    constexpr std::size_t kLanes = 16;
+    std::array<float, kLanes> errors{}, totals{};
+    for (std::size_t c = 0; c < dense.size(); c += kLanes) {
+      const std::size_t lanes = std::min(kLanes, dense.size() - c);
+      for (std::size_t l = 0; l < lanes; ++l) {
+        const float difference = dense[c + l] - decoded[c + l];
+        errors[l] += difference * difference;
+        totals[l] += dense[c + l] * dense[c + l];
+      }
+    }
+    for (const float e : errors) error += static_cast<double>(e);
+    for (const float t : totals) total += static_cast<double>(t);
+  }
+};
+
+}  // namespace
+
+double sampled_error(const PackedView& w, DType dtype, const void* weights) {
+  check_packed(w);
+  if (!is_weight_dtype(dtype)) {
+    fail(Errc::kDtype, "sampled_error: dtype is " + std::string(dtype_name(dtype)) +
+                           ", expected f32, f16 or bf16");
+  }
+  const auto [rows, cols] = std::pair{w.spec.rows, w.spec.cols};
+  if (rows == 0 || cols == 0) return 0;
+  const std::int64_t count = std::clamp<std::int64_t>(kSampledValues / cols, 1, rows);
+  std::vector<float> dense(static_cast<std::size_t>(cols)), decoded(dense.size());
+  Squares squares;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const std::int64_t row = count == 1 ? 0 : i * (rows - 1) / (count - 1);
+    const auto offset = static_cast<std::size_t>(row * cols) * dtype_size(dtype);
+    widen_to_f32(dtype, static_cast<const std::uint8_t*>(weights) + offset, cols, dense.data());
+    dequantize(w, {row, row + 1, 0, cols}, DType::kF32, decoded.data(), cols, serial_executor());
+    squares.add(dense, decoded);
+  }
+  return squares.total > 0 ? std::sqrt(squares.error / squares.total) : 0;
+}
+
+}  // namespace quantal
