@@ -4,6 +4,6 @@ The library is ``quantal``; what is here reads files and flags, prints, and call
 docs/training.md is the guide.
 """
 
-from .cli import main, parse
+from .cli import main, parse, program
 
-__all__ = ["main", "parse"]
+__all__ = ["main", "parse", "program"]

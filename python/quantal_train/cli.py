@@ -276,3 +276,13 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"train: {error} (rank {rank})", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)  # a peer that is gone must not hold this process up
+
+
+def program() -> None:
+    """`main`, as a process of its own."""
+    main()
+    # Past the end of the interpreter: threads of gloo still release Python objects, and a finished
+    # process that is ending would now and then be aborted by that.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

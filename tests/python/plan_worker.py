@@ -14,6 +14,7 @@ import quantal
 from conftest import EXTENDED
 from plan_support import VOCABULARY, peak_bytes, real_bytes, small_llama, state_bytes
 from quantal import QuantizationConfig, create_quantization_adapter, prepare_model_for_training
+from ranks import leave
 
 CONFIGS = {
     "hqq": QuantizationConfig("hqq", bits=4, compute_dtype="float32"),
@@ -79,3 +80,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from quantal import QuantizationConfig, QuantizedLinear
+from ranks import leave
 
 OPTIONS = {"support": "extended"}
 FORMS = {
@@ -149,3 +150,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()
