@@ -34,7 +34,7 @@ def add_quantization_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--q_skip_modules",
         metavar="NAMES",
-        help="layers that stay dense, separated by commas; default: lm_head",
+        help='layers that stay dense, separated by commas, "" for none; default: lm_head',
     )
     group.add_argument(
         "--q_double_quant",
@@ -49,6 +49,11 @@ def add_quantization_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _names(text: str | None, default: list[str]) -> list[str]:
+    """Names separated by commas; "" names none."""
+    return default if text is None else [name for name in text.split(",") if name]
+
+
 def make_config(args: argparse.Namespace) -> QuantizationConfig:
     """The config that the flags ask for."""
     return QuantizationConfig(
@@ -56,7 +61,7 @@ def make_config(args: argparse.Namespace) -> QuantizationConfig:
         bits=args.q_bits,
         group_size=args.q_group_size,
         compute_dtype=getattr(torch, args.q_compute_dtype) if args.q_compute_dtype else None,
-        skip_modules=args.q_skip_modules.split(",") if args.q_skip_modules else ["lm_head"],
+        skip_modules=_names(args.q_skip_modules, ["lm_head"]),
         double_quant=args.q_double_quant,
         backend_options={"support": args.q_support},
     )

@@ -13,23 +13,24 @@ namespace {
 /// Values that are looked at: an estimate to about one percent of itself.
 constexpr std::int64_t kSampledValues = 1 << 13;
 
-/// Sums of squares; of a row in float32 over as many lanes as compilers like to have.
+/// Sums of squares, over as many lanes as compilers like to have.
 struct Squares {
   double error = 0, total = 0;
 
   void add(const std::vector<float>& dense, const std::vector<float>& decoded) {
-    constexpr std::size_t kLanes = 16;
-    std::array<float, kLanes> errors{}, totals{};
+    constexpr std::size_t kLanes = 8;
+    std::array<double, kLanes> errors{}, totals{};
     for (std::size_t c = 0; c < dense.size(); c += kLanes) {
       const std::size_t lanes = std::min(kLanes, dense.size() - c);
       for (std::size_t l = 0; l < lanes; ++l) {
-        const float difference = dense[c + l] - decoded[c + l];
+        const double value = dense[c + l];
+        const double difference = value - static_cast<double>(decoded[c + l]);
         errors[l] += difference * difference;
-        totals[l] += dense[c + l] * dense[c + l];
+        totals[l] += value * value;
       }
     }
-    for (const float e : errors) error += static_cast<double>(e);
-    for (const float t : totals) total += static_cast<double>(t);
+    for (const double e : errors) error += e;
+    for (const double t : totals) total += t;
   }
 };
 

@@ -12,7 +12,7 @@ from quantal import _custom
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 PAGES = [DOCS / "quantization_model_loading.md", *sorted((DOCS / "guide").glob("*.md"))]
-PAGES.append(DOCS / "python.md")
+PAGES += [DOCS / "python.md", DOCS / "70b.md"]
 
 
 def blocks(page: pathlib.Path) -> list[tuple[int, str]]:
@@ -32,6 +32,25 @@ def test_blocks_of_the_page_run(page, tmp_path, monkeypatch):
         warnings.simplefilter("ignore")
         for line, code in blocks(page):
             exec(compile("\n" * line + code, str(page), "exec"), namespace)
+
+
+def test_the_table_of_70b_is_the_planner_s():
+    page = DOCS / "70b.md"
+    namespace: dict = {"__name__": "guide"}
+    for _, code in blocks(page):
+        exec(code, namespace)
+    rows = re.findall(
+        r"^\| (.+?) \| .+? \| ([\d.]+) \| ([\d.]+) \| (yes|no) \| (\d+) \|$",
+        page.read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
+    assert len(rows) == 15
+    for setting, *figures in rows:
+        change = eval(f"dict({setting.strip('`')})", namespace) if "`" in setting else {}
+        plan = quantal.plan(namespace["llama_70b"], "cuda", **{**namespace["run"], **change})
+        found = [f"{plan.rank_bytes / 1e9:.1f}", f"{plan.peak_bytes / 1e9:.1f}"]
+        found += ["yes" if plan.fits else "no", str(plan.largest_batch)]
+        assert figures == found, setting
 
 
 def headings(page: pathlib.Path) -> list[str]:
