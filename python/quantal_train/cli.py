@@ -120,7 +120,7 @@ def _training_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--loss_chunk",
         type=int,
-        default=256,
+        default=128,
         help="tokens whose logits are in memory at once; 0: the model's own loss, all at once",
     )
 
