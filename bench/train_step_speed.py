@@ -65,14 +65,12 @@ def load_model(path: str | None) -> nn.Module:
     return model
 
 
-def with_lora(model: nn.Module, setting: Setting) -> nn.Module:
+def with_lora(model: nn.Module, targets: str = "q, v", checkpointing: bool = True) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(
-        r=16, lora_alpha=32, lora_dropout=0.0, target_modules=TARGETS[setting.targets]
-    )
+    config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=TARGETS[targets])
     model = get_peft_model(model, config)
-    if setting.checkpointing:
+    if checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.config.use_cache = False
@@ -118,7 +116,7 @@ def build(side: str, model: nn.Module, setting: Setting) -> nn.Module:
         model = quantal_model(model, method, **config)
     elif side == "bitsandbytes":
         model = bitsandbytes_model(model)
-    return with_lora(model, setting)
+    return with_lora(model, setting.targets, setting.checkpointing)
 
 
 def stepper(side: str, model: nn.Module, tokens: torch.Tensor) -> Callable[[], torch.Tensor]:
