@@ -100,7 +100,16 @@ class CheckpointReader {
   /// Throws Error{kConfig} for a name that is not in the list; Error{kCorrupt} / Error{kShape} for
   /// a layer that contradicts itself.
   virtual PackedMatrix read_layer(const std::string& name) const = 0;
-  /// Form of a layer, without reading it where another layer of the same form was read before.
+  /// Codes of rows of a packed layer, rows `stat_rows` of its statistics (kRowRuns: those of the
+  /// same rows; else layout_of(spec).stat_rows of them) and `shared`: the bytes of read_layer
+  /// there, for every cut. Of a mapped file only what stored_layer.h says is touched; tensors of
+  /// torch and npz files, which have checksums, are read whole, and copied where they are not
+  /// aligned to their elements, as in safetensors files. Memory: the result, and what has to be
+  /// copied. Throws Error{kShape} for other ranges; what read_layer throws, for these rows.
+  virtual PackedRows read_layer_rows(const std::string& name, RowRange rows,
+                                     RowRange stat_rows) const = 0;
+  /// Form of a layer. Reads no more than opening it does (stored_layer.h), and settings only where
+  /// a layer of the same form was seen before.
   virtual PackedSpec layer_spec(const std::string& name) const = 0;
   /// dtype and shape only; `bytes` is empty.
   virtual TensorView describe_tensor(const std::string& name) const = 0;

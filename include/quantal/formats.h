@@ -13,6 +13,7 @@
 
 #include "quantal/core.h"
 #include "quantal/kernels.h"
+#include "quantal/stored_layer.h"
 
 namespace quantal {
 
@@ -87,9 +88,6 @@ struct QuantizeOptions {
                      ///< (default) or "hqq" optimizer, "zeropoint"; gguf: block type such as "Q4_K"
 };
 
-/// Looks a tensor up by full name; nullptr if absent. The view stays valid during the call.
-using TensorLookup = std::function<const TensorView*(const std::string&)>;
-
 /// What a tensor stands for where a file can hold Python objects (torch zips). Containers of plain
 /// tensors hold the encoding: bool u8 scalar, int i32 scalar, float f32 scalar, text and dtype u8
 /// characters ("torch.float16"), size i64 [n]; none is left out. kPlainOnly is the opposite of
@@ -116,13 +114,6 @@ struct NamedTensor {
 /// Small texts beside the weights by file name: "config.json", "quanto_qmap.json",
 /// "hqq_config.json" ...; "embedded" is the settings object inside a single file.
 using SideTexts = std::map<std::string, std::string>;
-
-/// What is known about a layer beside its tensors.
-struct LayerFacts {
-  std::string settings = "{}";  ///< Dialect::read_settings for this layer
-  /// Shape of the dense weight where the caller knows it (from the model); empty if not.
-  std::vector<std::int64_t> weight_shape{};
-};
 
 /// Container of a file of tensors.
 enum class Container : std::uint8_t { kSafetensors, kTorch, kNpz, kGguf };
@@ -214,17 +205,21 @@ struct Dialect {
   /// are those of a layer of this dialect.
   bool (*recognizes)(const std::function<bool(const std::string& suffix)>& has);
 
-  /// Inverse of export_layer on tensor bytes. Throws Error{kCorrupt} / Error{kShape} naming the
-  /// tensor, actual and expected.
-  PackedMatrix (*import_layer)(const std::string& prefix, const TensorLookup& lookup,
-                               const LayerFacts& facts);
+  /// Inverse of export_layer on tensor bytes, up to where codes and statistics are read:
+  /// stored_layer.h says what that takes. Looks up every tensor that belongs to a layer of this
+  /// dialect. Throws Error{kCorrupt} / Error{kShape} naming the tensor, actual and expected.
+  StoredLayer (*open_layer)(const std::string& prefix, const TensorLookup& lookup,
+                            const LayerFacts& facts);
+  /// open_layer, and all of it read.
+  PackedMatrix import_layer(const std::string& prefix, const TensorLookup& lookup,
+                            const LayerFacts& facts) const;
 
   /// Layouts that can be written, the default first.
   std::span<const FileLayout> layouts{};
   /// Files and settings beside the weights. `dense` are linear modules left unquantized.
   SideFiles (*side_files)(const FileLayout& layout, std::span<const LayerEntry> layers,
                           std::span<const std::string> dense) = nullptr;
-  /// Settings by module path, "" for all others, as import_layer takes them; empty if the texts are
+  /// Settings by module path, "" for all others, as open_layer takes them; empty if the texts are
   /// not this dialect's. Throws Error{kCorrupt} naming file and key.
   std::map<std::string, std::string> (*read_settings)(const SideTexts& texts) = nullptr;
 };

@@ -159,6 +159,20 @@ struct PackedMatrix {
   std::vector<std::uint8_t> shared;                                 ///< layout_of(spec)
   PackedView view() const { return {spec, codes, stats, shared}; }  ///< borrowed
 };
+/// Rows [begin, end).
+struct RowRange {
+  std::int64_t begin = 0;                            ///< first row
+  std::int64_t end = 0;                              ///< behind the last row
+  std::int64_t size() const { return end - begin; }  ///< rows
+  bool operator==(const RowRange&) const = default;  ///< memberwise
+};
+/// A part of a packed matrix. Which statistics it has is said by what makes it.
+struct PackedRows {
+  std::vector<std::uint8_t> codes;   ///< [rows of the part, code_bytes]
+  std::vector<std::uint8_t> stats;   ///< [rows of statistics, stat_bytes]
+  std::vector<std::uint8_t> shared;  ///< that of the whole matrix
+};
+
 /// Zero-filled buffers of the right sizes.
 PackedMatrix make_packed(const PackedSpec& spec);
 /// Throws Error{kShape} if a buffer's size differs from layout_of(spec).

@@ -20,4 +20,5 @@
 #include "quantal/policy.h"
 #include "quantal/safetensors.h"
 #include "quantal/shards.h"
+#include "quantal/stored_layer.h"
 #include "quantal/transcode.h"

@@ -13,14 +13,6 @@
 
 namespace quantal {
 
-/// Rows [begin, end).
-struct RowRange {
-  std::int64_t begin = 0;                            ///< first row
-  std::int64_t end = 0;                              ///< behind the last row
-  std::int64_t size() const { return end - begin; }  ///< rows
-  bool operator==(const RowRange&) const = default;  ///< memberwise
-};
-
 /// Weights of a matrix, a few rows at a time.
 struct RowSource {
   DType dtype = DType::kF32;  ///< kF32, kF16 or kBF16
@@ -32,15 +24,6 @@ struct RowSource {
 /// it has some and zeros elsewhere; on return it holds those of all ranks (a sum, since no two
 /// ranks fill the same place). All ranks make the same calls in the same order. It may throw.
 using Exchange = std::function<void(std::span<std::uint8_t> bytes)>;
-
-/// A part of a packed matrix.
-struct PackedRows {
-  std::vector<std::uint8_t> codes;  ///< [rows of the part, code_bytes]
-  /// kRowRuns: [rows of the part, stat_bytes]; where rows share statistics (kColumnRuns,
-  /// kColumnBlocks): those of the whole matrix, [stat_rows, stat_bytes].
-  std::vector<std::uint8_t> stats;
-  std::vector<std::uint8_t> shared;  ///< the same on all ranks
-};
 
 /// Rows that quantizing the rows `part` of a matrix of this form reads, in order:
 ///
@@ -57,6 +40,8 @@ std::vector<RowRange> rows_to_read(const PackedSpec& whole, RowRange part);
 
 /// Quantizes the rows `part` of a matrix. If every row is in the part of one rank, the bytes of all
 /// parts, one after another, are those of Dialect::quantize on the whole matrix, for every cut.
+/// Statistics are those of the rows (kRowRuns); where rows share them (kColumnRuns, kColumnBlocks)
+/// those of the whole matrix.
 ///
 /// The exchange carries one float64 per row: once for a mean (bitsandbytes' nested offset), once
 /// per round for the stopping rule of a solver (HQQ, Quanto); for kColumnRuns also the codes, and

@@ -1,7 +1,8 @@
-// Bindings of CheckpointReader: layer by layer, and rows of dense tensors.
+// Bindings of CheckpointReader: layer by layer, and rows of layers and of dense tensors.
 #include <array>
 #include <map>
 #include <memory>
+#include <utility>
 
 #include "bindings/bindings.h"
 #include "quantal/checkpoint.h"
@@ -17,12 +18,18 @@ Spec to_ints(const PackedSpec& spec) {
   return {ints.begin(), ints.end()};
 }
 
+std::shared_ptr<Buffer> buffer(std::vector<std::uint8_t>&& bytes) {
+  return std::make_shared<Buffer>(Buffer{std::move(bytes)});
+}
+
 py::tuple to_python(PackedMatrix packed) {
-  const auto buffer = [](std::vector<std::uint8_t>&& bytes) {
-    return std::make_shared<Buffer>(Buffer{std::move(bytes)});
-  };
   return py::make_tuple(to_ints(packed.spec), buffer(std::move(packed.codes)),
                         buffer(std::move(packed.stats)), buffer(std::move(packed.shared)));
+}
+
+py::tuple to_python(PackedRows rows) {
+  return py::make_tuple(buffer(std::move(rows.codes)), buffer(std::move(rows.stats)),
+                        buffer(std::move(rows.shared)));
 }
 
 std::unique_ptr<CheckpointReader> open(const std::string& path,
@@ -67,11 +74,7 @@ py::tuple quantize_rows_of(const CheckpointReader& reader, const std::string& na
     py::gil_scoped_release released;
     out = quantize_rows(whole, {begin, end}, source, exchange_of(exchange));
   }
-  const auto buffer = [](std::vector<std::uint8_t>&& bytes) {
-    return std::make_shared<Buffer>(Buffer{std::move(bytes)});
-  };
-  return py::make_tuple(buffer(std::move(out.codes)), buffer(std::move(out.stats)),
-                        buffer(std::move(out.shared)));
+  return to_python(std::move(out));
 }
 
 /// (spec, codes, stats, shared) as bytes.
@@ -91,6 +94,28 @@ void add_tensor(ModelDigest& digest, const std::string& name, const py::tuple& p
                         bytes.view()};
   py::gil_scoped_release released;
   digest.add_tensor(name, view);
+}
+
+using Range = std::pair<std::int64_t, std::int64_t>;
+
+py::tuple read_rows_of(const CheckpointReader& reader, const std::string& name, Range rows,
+                       Range stat_rows) {
+  PackedRows part;
+  {
+    py::gil_scoped_release released;
+    part = reader.read_layer_rows(name, {rows.first, rows.second},
+                                  {stat_rows.first, stat_rows.second});
+  }
+  return to_python(std::move(part));
+}
+
+py::tuple read_layer_of(const CheckpointReader& reader, const std::string& name) {
+  PackedMatrix packed;
+  {
+    py::gil_scoped_release released;
+    packed = reader.read_layer(name);
+  }
+  return to_python(std::move(packed));
 }
 
 }  // namespace
@@ -127,17 +152,9 @@ void bind_reader(py::module_& m) {
             return py::make_tuple(std::string(dtype_name(view.dtype)), view.shape);
           },
           py::arg("name"), "(dtype name, shape)")
-      .def(
-          "read_layer",
-          [](const R& r, const std::string& name) {
-            PackedMatrix packed;
-            {
-              py::gil_scoped_release released;
-              packed = r.read_layer(name);
-            }
-            return to_python(std::move(packed));
-          },
-          py::arg("name"), "(spec, codes, stats, shared)")
+      .def("read_layer", &read_layer_of, py::arg("name"), "(spec, codes, stats, shared)")
+      .def("read_layer_rows", &read_rows_of, py::arg("name"), py::arg("rows"), py::arg("stat_rows"),
+           "(codes, stats, shared) of rows [begin, end) of codes and of statistics.")
       .def(
           "read_rows",
           [](const R& r, const std::string& name, std::int64_t begin, std::int64_t end,

@@ -53,20 +53,39 @@ class FileReader final : public ModelReader {
       layout_ = full_name(nullptr, detect_layout(nullptr, set_, {}));
     } else {
       const Dialect* dialect = index_.layers().begin()->second.dialect;
-      const LayerEntry first{layers_.front(), index_.read(layers_.front()).spec};
+      LayerEntry first{layers_.front(), {}};
+      index_.with_layer(first.name, [&](const StoredLayer& layer) { first.spec = layer.spec; });
       layout_ = full_name(dialect, detect_layout(dialect, set_, {&first, 1}));
     }
     return layout_;
   }
 
-  PackedMatrix read_layer(const std::string& name) const override { return index_.read(name); }
+  PackedMatrix read_layer(const std::string& name) const override {
+    PackedMatrix out;
+    index_.with_layer(name, [&](const StoredLayer& layer) { out = quantal::read_layer(layer); });
+    return out;
+  }
+
+  PackedRows read_layer_rows(const std::string& name, RowRange rows,
+                             RowRange stat_rows) const override {
+    PackedRows out;
+    index_.with_layer(name, [&](const StoredLayer& layer) {
+      out = quantal::read_layer_rows(layer, rows, stat_rows);
+    });
+    return out;
+  }
 
   PackedSpec layer_spec(const std::string& name) const override {
     const std::string key = index_.form_key(name);
     const std::lock_guard<std::mutex> lock(mutex_);
-    auto found = specs_.find(key);
-    if (found == specs_.end()) found = specs_.emplace(key, index_.read(name).spec).first;
-    return found->second;
+    const auto found = specs_.find(key);
+    if (found != specs_.end()) return found->second;
+    PackedSpec spec;
+    index_.with_layer(name, [&](const StoredLayer& layer) {
+      spec = layer.spec;
+      if (!layer.spec_from_values) specs_.emplace(key, spec);
+    });
+    return spec;
   }
 
   std::int64_t layer_bytes(const std::string& name) const override {

@@ -5,6 +5,7 @@
 
 #include "checkpoint/gguf.h"
 #include "checkpoint/gguf_names.h"
+#include "checkpoint/layer_index.h"
 #include "checkpoint/layouts.h"
 #include "checkpoint/sources.h"
 
@@ -30,14 +31,14 @@ bool is_plain(const GgufTensor& tensor) {
   return type == GgmlType::kF32 || type == GgmlType::kF16 || type == GgmlType::kBF16;
 }
 
-/// Rows of blocks in Hugging Face order.
-std::vector<std::uint8_t> ordered_rows(const GgufEntry& entry, std::int64_t rows) {
+/// Some rows of blocks in Hugging Face order.
+std::vector<std::uint8_t> ordered_rows(const GgufEntry& entry, std::int64_t all, RowRange rows) {
   const auto bytes = entry.tensor->bytes;
-  std::vector<std::uint8_t> out(bytes.size());
-  const auto row_bytes = static_cast<std::int64_t>(bytes.size()) / rows;
-  for (std::int64_t r = 0; r < rows; ++r) {
-    std::memcpy(out.data() + r * row_bytes,
-                bytes.data() + stored_row(r, rows / entry.heads) * row_bytes,
+  const auto row_bytes = static_cast<std::int64_t>(bytes.size()) / all;
+  std::vector<std::uint8_t> out(static_cast<std::size_t>(rows.size() * row_bytes));
+  for (std::int64_t r = rows.begin; r < rows.end; ++r) {
+    std::memcpy(out.data() + (r - rows.begin) * row_bytes,
+                bytes.data() + stored_row(r, all / entry.heads) * row_bytes,
                 static_cast<std::size_t>(row_bytes));
   }
   return out;
@@ -84,11 +85,19 @@ class GgufReader final : public ModelReader {
   }
 
   PackedMatrix read_layer(const std::string& name) const override {
-    const GgufEntry& entry = find(name + ".weight");
-    const GgufTensor& tensor = *entry.tensor;
-    const std::int64_t rows = tensor.shape[0], cols = tensor.shape[1];
-    if (entry.heads == 0) return pack_ggml(type_of(tensor), rows, cols, tensor.bytes, executor_);
-    return pack_ggml(type_of(tensor), rows, cols, ordered_rows(entry, rows), executor_);
+    return rows_of(name, {0, find(name + ".weight").tensor->shape[0]});
+  }
+
+  PackedRows read_layer_rows(const std::string& name, RowRange rows,
+                             RowRange stat_rows) const override {
+    try {
+      check_layer_rows(layer_spec(name), rows, stat_rows);
+    } catch (const Error& e) {
+      rethrow_with_path(e, file_->path(), name);
+    }
+    PackedMatrix part = rows_of(name, rows);
+    if (stat_rows != rows) part.stats = rows_of(name, stat_rows).stats;
+    return {std::move(part.codes), std::move(part.stats), std::move(part.shared)};
   }
 
   TensorView describe_tensor(const std::string& name) const override {
@@ -117,7 +126,7 @@ class GgufReader final : public ModelReader {
       // A bias is permuted as rows of one element.
       const std::int64_t rows =
           tensor.shape.size() == 1 ? tensor.shape[0] : row_shape(tensor.shape).rows;
-      decode(tensor, ordered_rows(entry, rows), out);
+      decode(tensor, ordered_rows(entry, rows, {0, rows}), out);
     } else {
       decode(tensor, tensor.bytes, out);
     }
@@ -153,6 +162,21 @@ class GgufReader final : public ModelReader {
     }
     std::string name = entry.name;
     entries_.emplace(std::move(name), std::move(entry));
+  }
+
+  /// Rows of a layer; blocks lie within rows.
+  PackedMatrix rows_of(const std::string& name, RowRange rows) const {
+    const GgufEntry& entry = find(name + ".weight");
+    const GgufTensor& tensor = *entry.tensor;
+    const GgmlType type = type_of(tensor);
+    const std::int64_t cols = tensor.shape[1];
+    if (entry.heads != 0) {
+      const auto blocks = ordered_rows(entry, tensor.shape[0], rows);
+      return pack_ggml(type, rows.size(), cols, blocks, executor_);
+    }
+    const auto begin = static_cast<std::size_t>(ggml_bytes(type, rows.begin, cols));
+    const auto bytes = static_cast<std::size_t>(ggml_bytes(type, rows.size(), cols));
+    return pack_ggml(type, rows.size(), cols, tensor.bytes.subspan(begin, bytes), executor_);
   }
 
   const GgufEntry& find(const std::string& name) const {

@@ -1,13 +1,11 @@
 #include "checkpoint/layer_index.h"
 
-#include <algorithm>
+#include <set>
 
 #include "checkpoint/json.h"
 
 namespace quantal::checkpoint {
 namespace {
-
-constexpr std::string_view kMeta = "meta.";
 
 std::string prefix_of(const std::string& name) { return name.empty() ? "" : name + "."; }
 
@@ -31,6 +29,20 @@ std::string foreign_method(const TensorSet& set) {
   return found->contains("quant_method") ? dump_json(found->at("quant_method"), -1) : "(unnamed)";
 }
 
+/// A dialect looks every tensor up that belongs to a layer; any other would be lost without a word.
+void check_rest(const LayerIndex::Layer& layer, const std::string& name,
+                const std::map<std::string, HeldTensor>& seen) {
+  std::string extra;
+  for (const std::string& tensor : layer.tensors) {
+    if (seen.count(tensor) == 0) extra += (extra.empty() ? "" : ", ") + tensor;
+  }
+  if (extra.empty()) return;
+  fail(Errc::kCorrupt,
+       "checkpoint: layer has tensors that do not belong to " + std::string(layer.dialect->title) +
+           ": " + extra,
+       {.tensor = name});
+}
+
 }  // namespace
 
 std::string message_of(const Error& e) {
@@ -42,10 +54,10 @@ std::string message_of(const Error& e) {
   return message;
 }
 
-void rethrow_with_path(const Error& e, const std::string& path) {
+void rethrow_with_path(const Error& e, const std::string& path, const std::string& layer) {
   if (!e.site().path.empty()) throw e;
-  throw Error(e.code(), message_of(e),
-              {.path = path, .tensor = e.site().tensor, .offset = e.site().offset});
+  const std::string& tensor = e.site().tensor.empty() ? layer : e.site().tensor;
+  throw Error(e.code(), message_of(e), {.path = path, .tensor = tensor, .offset = e.site().offset});
 }
 
 LayerIndex::LayerIndex(const TensorSet& set, const LoadOptions& options)
@@ -117,39 +129,8 @@ std::vector<std::int64_t> LayerIndex::weight_shape(const std::string& name) cons
   return shape.empty() ? shapes_.find(name) : shape;
 }
 
-const std::set<std::string>& LayerIndex::known_suffixes(const Dialect& dialect,
-                                                        const PackedMatrix& w) const {
-  PackedSpec form = w.spec;
-  form.rows = form.cols = 0;
-  const auto ints = spec_to_ints(form);
-  const std::lock_guard<std::mutex> lock(mutex_);
-  std::set<std::string>& known = suffixes_[{ints.begin(), ints.end()}];
-  if (known.empty()) {
-    for (const NamedTensor& one : dialect.export_layer(w.view(), "")) known.insert(one.name);
-  }
-  return known;
-}
-
-/// Tensors of the layer that the import did not look at must be ones that the dialect itself
-/// writes; anything else would be lost without a word.
-void LayerIndex::check_rest(const Layer& layer, const std::string& prefix,
-                            const PackedMatrix& matrix, const std::set<std::string>& used) const {
-  std::string extra;
-  for (const std::string& name : layer.tensors) {
-    if (used.count(name) != 0) continue;
-    std::string suffix = name.substr(prefix.size());
-    if (suffix.starts_with(kMeta)) suffix.erase(0, kMeta.size());  // StateTree::kMetaDict
-    if (known_suffixes(*layer.dialect, matrix).count(suffix) != 0) continue;
-    extra += (extra.empty() ? "" : ", ") + name;
-  }
-  if (extra.empty()) return;
-  fail(Errc::kCorrupt,
-       "checkpoint: layer has tensors that do not belong to " + std::string(layer.dialect->title) +
-           ": " + extra,
-       {.tensor = prefix.substr(0, prefix.size() - (prefix.empty() ? 0 : 1))});
-}
-
-PackedMatrix LayerIndex::read(const std::string& name) const {
+void LayerIndex::with_layer(const std::string& name,
+                            const std::function<void(const StoredLayer&)>& body) const {
   const auto found = layers_.find(name);
   if (found == layers_.end()) {
     fail(Errc::kConfig, "checkpoint: no layer of this name", {.path = set_.path(), .tensor = name});
@@ -157,22 +138,20 @@ PackedMatrix LayerIndex::read(const std::string& name) const {
   const Layer& layer = found->second;
   const std::string prefix = prefix_of(name);
   std::map<std::string, HeldTensor> held;  // node-based: addresses of views stay
-  std::set<std::string> used;
   const TensorLookup lookup = [&](const std::string& full) -> const TensorView* {
     const auto stored = set_.tensors.find(full);
     if (stored == set_.tensors.end()) return nullptr;
-    used.insert(full);
     auto it = held.find(full);
     if (it == held.end()) it = held.emplace(full, stored->second.read()).first;
     return &it->second.view;
   };
   try {
     const LayerFacts facts{layer.settings, weight_shape(name)};
-    PackedMatrix matrix = layer.dialect->import_layer(prefix, lookup, facts);
-    check_rest(layer, prefix, matrix, used);
-    return matrix;
+    const StoredLayer opened = layer.dialect->open_layer(prefix, lookup, facts);
+    check_rest(layer, name, held);
+    body(opened);
   } catch (const Error& e) {
-    rethrow_with_path(e, set_.path());
+    rethrow_with_path(e, set_.path(), name);
   }
 }
 

@@ -1,9 +1,8 @@
 // Which tensors of a set are quantized layers, and of which dialect.
 #pragma once
 
+#include <functional>
 #include <map>
-#include <mutex>
-#include <set>
 #include <string>
 #include <vector>
 
@@ -32,10 +31,12 @@ class LayerIndex {
   /// Titles of dialects whose settings are there; an unknown quant_method of config.json in quotes.
   const std::string& promised() const { return promised_; }
 
-  /// Throws Error{kCorrupt} / Error{kShape} naming missing, extra and misshapen tensors.
-  PackedMatrix read(const std::string& name) const;
+  /// Calls body with the opened layer, whose tensors are held meanwhile. Throws Error{kCorrupt} /
+  /// Error{kShape} naming missing, extra and misshapen tensors; what `body` throws.
+  void with_layer(const std::string& name,
+                  const std::function<void(const StoredLayer&)>& body) const;
   /// Equal keys: layers that differ in nothing but the values of their larger tensors, so that they
-  /// have one spec unless a dialect derives it from those.
+  /// have one spec unless it is StoredLayer::spec_from_values.
   std::string form_key(const std::string& name) const;
 
  private:
@@ -43,9 +44,6 @@ class LayerIndex {
   Layer* owner_of(const std::string& name);
   void assign_tensors();
   std::vector<std::int64_t> weight_shape(const std::string& name) const;
-  void check_rest(const Layer& layer, const std::string& prefix, const PackedMatrix& matrix,
-                  const std::set<std::string>& used) const;
-  const std::set<std::string>& known_suffixes(const Dialect& dialect, const PackedMatrix& w) const;
 
   const TensorSet& set_;
   LoadOptions options_;
@@ -53,12 +51,11 @@ class LayerIndex {
   std::map<std::string, Layer> layers_;
   std::vector<std::string> dense_, values_;
   std::string promised_;
-  mutable std::mutex mutex_;
-  mutable std::map<std::vector<std::int64_t>, std::set<std::string>> suffixes_;
 };
 
-/// Throws `e` again with the path that a dialect cannot know.
-[[noreturn]] void rethrow_with_path(const Error& e, const std::string& path);
+/// Throws `e` again with the path that a dialect cannot know, and the layer if it names no tensor.
+[[noreturn]] void rethrow_with_path(const Error& e, const std::string& path,
+                                    const std::string& layer = {});
 /// The message of `e` without its site.
 std::string message_of(const Error& e);
 

@@ -145,6 +145,12 @@ std::int64_t rows_per_task(std::int64_t cols) {
   return std::max<std::int64_t>(1, kElements / std::max<std::int64_t>(1, cols));
 }
 
+void spread_rows(PackedSpec spec, const FlatStats& flat, RowRange rows, std::uint8_t* stats,
+                 const Executor& executor) {
+  spec.rows = rows.size();
+  spread_stats(spec, flat, rows.begin, stats, executor);
+}
+
 std::string join_numbers(std::span<const std::int64_t> numbers) {
   std::string out;
   for (const std::int64_t n : numbers) out += (out.empty() ? "" : ", ") + std::to_string(n);

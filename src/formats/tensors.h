@@ -47,6 +47,22 @@ void refuse_not_finite(std::string_view where, WeightRun weights, std::int64_t r
 /// Rows per task that make a task about 32768 elements.
 std::int64_t rows_per_task(std::int64_t cols);
 
+/// Packs rows of codes into `out` [rows.size(), code_bytes]; `fill(r, codes)` writes those of row
+/// r, one byte each.
+template <class Fill>
+void pack_rows(const PackedSpec& spec, RowRange rows, std::uint8_t* out, Fill fill) {
+  const std::int64_t code_bytes = layout_of(spec).code_bytes;
+  std::vector<std::uint8_t> codes(static_cast<std::size_t>(spec.cols));
+  for (std::int64_t r = rows.begin; r < rows.end; ++r, out += code_bytes) {
+    fill(r, codes.data());
+    pack_row(spec.bits, codes.data(), spec.cols, out);
+  }
+}
+
+/// spread_stats for some rows of the matrix that `flat` describes.
+void spread_rows(PackedSpec spec, const FlatStats& flat, RowRange rows, std::uint8_t* stats,
+                 const Executor& executor = serial_executor());
+
 /// "8, 16, 32"
 std::string join_numbers(std::span<const std::int64_t> numbers);
 

@@ -47,6 +47,7 @@ PUBLIC_ROOMS = {
     "plan": "checkpoint",
     "safetensors": "io",
     "shards": "formats",
+    "stored_layer": "formats",
     "transcode": "formats",
 }
 TORCH_FREE = ("core", "kernels", "formats", "policy", "io", "checkpoint")

@@ -14,10 +14,14 @@
 #include <string>
 #include <thread>
 
+#include "formats/quantized_forms.h"
 #include "quantal/formats.h"
 
 namespace quantal {
 namespace {
+
+using testing::form_options;
+using testing::QuantizedForm;
 
 /// The exchange of threads: the sum of what all of them bring.
 class Ranks {
@@ -53,143 +57,14 @@ class Ranks {
   std::vector<std::uint8_t> sum_;
 };
 
-struct Case {
-  std::string name;
-  std::string dialect;
-  QuantizeOptions options;
-  std::int64_t rows, cols;
-  bool exchanges;  ///< ranks have to talk
-};
-
-QuantizeOptions options(QuantizationMethod method, int bits, std::int64_t group) {
-  QuantizeOptions o;
-  o.method = method;
-  o.bits = bits;
-  o.group_size = group;
-  o.value_dtype = DType::kBF16;
-  return o;
-}
-
-using M = QuantizationMethod;
-
-/// Collects cases.
-class Cases {
- public:
-  void add(std::string name, std::string dialect, QuantizeOptions o, std::int64_t rows,
-           std::int64_t cols, bool exchanges) {
-    all.push_back({std::move(name), std::move(dialect), o, rows, cols, exchanges});
-  }
-  std::vector<Case> all;
-};
-
-void add_bnb(Cases& out) {
-  QuantizeOptions nf4 = options(M::BNB_NF4, 4, 64);
-  out.add("nf4_double", "bnb", nf4, 37, 192, true);
-  out.add("nf4_double_crossing", "bnb", nf4, 300, 72, true);  // groups and nested blocks cross rows
-  nf4.double_quant = false;
-  out.add("nf4", "bnb", nf4, 19, 128, false);
-  out.add("nf4_crossing", "bnb", nf4, 19, 72, false);
-  nf4.quant_type = "fp4";
-  nf4.group_size = 128;
-  out.add("fp4_crossing", "bnb", nf4, 23, 100, false);
-  out.add("int8", "bnb", options(M::BNB_INT8, 8, 0), 17, 70, false);
-}
-
-void add_hqq(Cases& out) {
-  for (const int bits : {1, 2, 3, 4, 5, 6, 8}) {
-    out.add("hqq" + std::to_string(bits), "hqq", options(M::HQQ, bits, 64), 40, 128, true);
-  }
-  out.add("hqq_crossing", "hqq", options(M::HQQ, 4, 64), 80, 72, true);
-  out.add("hqq_row", "hqq", options(M::HQQ, 4, 0), 20, 96, true);
-  QuantizeOptions hqq = options(M::HQQ, 4, 64);
-  hqq.optimize = false;
-  out.add("hqq_no_solver", "hqq", hqq, 80, 72, false);
-  hqq = options(M::HQQ, 4, 64);
-  hqq.axis = 0;
-  out.add("hqq_axis0", "hqq", hqq, 192, 80, true);
-  hqq.bits = 3;
-  out.add("hqq3_axis0", "hqq", hqq, 128, 48, true);
-  hqq.bits = 4;
-  out.add("hqq_axis0_crossing", "hqq", hqq, 40, 128, false);  // every rank quantizes the whole
-  hqq.optimize = false;
-  out.add("hqq_axis0_no_solver", "hqq", hqq, 128, 80, true);
-  hqq = options(M::HQQ, 4, 64);
-  hqq.quant_zero = hqq.quant_scale = true;
-  out.add("hqq_meta", "hqq", hqq, 64, 128, false);  // the whole
-}
-
-void add_mlx(Cases& out) {
-  out.add("mlx4", "mlx", options(M::MLX_INT4, 4, 64), 21, 192, false);
-  out.add("mlx8", "mlx", options(M::MLX_INT8, 8, 32), 21, 64, false);
-  for (const int bits : {2, 3, 5, 6}) {
-    QuantizeOptions mlx = options(M::BNB_NF4, bits, 64);
-    out.add("mlx" + std::to_string(bits), "mlx", mlx, 21, 128, false);
-  }
-  for (const char* mode : {"mxfp4", "nvfp4", "mxfp8"}) {
-    QuantizeOptions mx = options(M::BNB_NF4, 0, 0);
-    mx.mode = mode;
-    out.add(mode, "mlx", mx, 21, 64, false);
-  }
-}
-
-void add_quanto(Cases& out) {
-  out.add("quanto2", "quanto", options(M::QUANTO_INT2, 2, 0), 24, 256, false);
-  out.add("quanto4", "quanto", options(M::QUANTO_INT4, 4, 0), 24, 256, false);
-  out.add("quanto8", "quanto", options(M::QUANTO_INT8, 8, 0), 24, 256, false);
-  QuantizeOptions quanto = options(M::QUANTO_INT4, 4, 0);
-  quanto.mode = "hqq";
-  out.add("quanto4_hqq", "quanto", quanto, 24, 256, true);
-  quanto.axis = -1;
-  out.add("quanto4_hqq_axis_minus1", "quanto", quanto, 256, 40, true);
-  quanto.mode = "max";
-  out.add("quanto4_axis_minus1", "quanto", quanto, 256, 40, true);  // statistics are shared by rows
-}
-
-void add_gguf(Cases& out) {
-  for (const char* mode :
-       {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K"}) {
-    QuantizeOptions gguf = options(M::BNB_NF4, 0, 0);
-    gguf.mode = mode;
-    out.add(mode, "gguf", gguf, 9, 256, false);
-  }
-}
-
-std::vector<Case> cases() {
-  Cases out;
-  add_bnb(out);
-  add_hqq(out);
-  add_mlx(out);
-  add_quanto(out);
-  add_gguf(out);
-  return out.all;
-}
-
-std::vector<std::uint16_t> weights(std::int64_t rows, std::int64_t cols) {
-  std::mt19937 random(7);
-  std::normal_distribution<float> normal(0.0F, 0.02F);
-  std::vector<float> wide(static_cast<std::size_t>(rows * cols));
-  for (float& w : wide) w = normal(random);
-  std::vector<std::uint16_t> out(wide.size());
-  narrow_from_f32(DType::kBF16, wide.data(), std::ssize(wide), out.data());
-  return out;
-}
-
-PackedMatrix quantize_all(const Case& c, const std::vector<std::uint16_t>& w) {
-  const Dialect& dialect = dialect_by_name(c.dialect);
-  PackedMatrix out = make_packed(dialect.make_spec(c.rows, c.cols, c.options));
-  dialect.quantize(out.spec, DType::kBF16, w.data(), out.codes.data(), out.stats.data(),
-                   out.shared.data(), serial_executor());
-  return out;
-}
-
 struct Sharded {
   PackedMatrix matrix;
   int calls = 0;
 };
 
 /// Quantizes with one thread per part; a rank that reads a row that it should not need sees NaN.
-Sharded quantize_parts(const Case& c, const PackedSpec& spec, const std::vector<std::uint16_t>& w,
-                       const std::vector<std::int64_t>& cuts) {
+Sharded quantize_parts(const QuantizedForm& c, const PackedSpec& spec,
+                       const std::vector<std::uint16_t>& w, const std::vector<std::int64_t>& cuts) {
   const int size = static_cast<int>(cuts.size()) - 1;
   Ranks ranks(size);
   std::vector<PackedRows> parts(static_cast<std::size_t>(size));
@@ -227,12 +102,12 @@ Sharded quantize_parts(const Case& c, const PackedSpec& spec, const std::vector<
   return out;
 }
 
-class Shards : public ::testing::TestWithParam<Case> {};
+class Shards : public ::testing::TestWithParam<QuantizedForm> {};
 
 TEST_P(Shards, PartsHaveTheBytesOfTheWhole) {
-  const Case& c = GetParam();
-  const std::vector<std::uint16_t> w = weights(c.rows, c.cols);
-  const PackedMatrix whole = quantize_all(c, w);
+  const QuantizedForm& c = GetParam();
+  const std::vector<std::uint16_t> w = testing::form_weights(c.rows, c.cols);
+  const PackedMatrix whole = testing::quantized(c, w);
   std::vector<std::vector<std::int64_t>> cuts;
   for (std::int64_t at = 0; at <= c.rows; at += c.rows > 64 ? 7 : 1)
     cuts.push_back({0, at, c.rows});
@@ -252,7 +127,7 @@ TEST_P(Shards, PartsHaveTheBytesOfTheWhole) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Forms, Shards, ::testing::ValuesIn(cases()),
+INSTANTIATE_TEST_SUITE_P(Forms, Shards, ::testing::ValuesIn(testing::quantized_forms()),
                          [](const auto& info) { return info.param.name; });
 
 TEST(RankRows, AreThoseOfFsdp) {
@@ -269,22 +144,22 @@ TEST(RowsToRead, FollowTheReachOfTheForm) {
     return dialect_by_name(dialect).make_spec(rows, cols, o);
   };
   const RowRange part{5, 9};
-  EXPECT_EQ(rows_to_read(spec("mlx", options(M::MLX_INT4, 4, 64), 64, 64), part),
+  EXPECT_EQ(rows_to_read(spec("mlx", form_options(M::MLX_INT4, 4, 64), 64, 64), part),
             (std::vector<RowRange>{{5, 9}}));
   // 16384 codes share an absmax of the second level: 4 rows of 4096.
-  EXPECT_EQ(rows_to_read(spec("bnb", options(M::BNB_NF4, 4, 64), 64, 4096), part),
+  EXPECT_EQ(rows_to_read(spec("bnb", form_options(M::BNB_NF4, 4, 64), 64, 4096), part),
             (std::vector<RowRange>{{4, 12}}));
-  QuantizeOptions axis0 = options(M::HQQ, 4, 8);
+  QuantizeOptions axis0 = form_options(M::HQQ, 4, 8);
   axis0.axis = 0;
   const std::vector<RowRange> strided = rows_to_read(spec("hqq", axis0, 32, 64), {8, 16});
   ASSERT_EQ(strided.size(), 8U);
   EXPECT_EQ(strided[1], (RowRange{5, 6}));
-  EXPECT_THROW(rows_to_read(spec("mlx", options(M::MLX_INT4, 4, 64), 64, 64), {5, 65}), Error);
+  EXPECT_THROW(rows_to_read(spec("mlx", form_options(M::MLX_INT4, 4, 64), 64, 64), {5, 65}), Error);
 }
 
 TEST(Shards, AWeightThatIsNotFiniteNamesItsRow) {
   const PackedSpec spec =
-      dialect_by_name("mlx").make_spec(8, 64, options(QuantizationMethod::MLX_INT4, 4, 64));
+      dialect_by_name("mlx").make_spec(8, 64, form_options(QuantizationMethod::MLX_INT4, 4, 64));
   const RowSource source{DType::kF32, [](RowRange rows, void* out) {
                            auto* w = static_cast<float*>(out);
                            std::fill(w, w + rows.size() * 64, 0.5F);

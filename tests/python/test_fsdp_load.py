@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 
-from conftest import hqq, nf4, tiny_llama
+from conftest import GOLDEN, hqq, nf4, tiny_llama
 from fsdp_support import FORMS, METHODS, attach, train, whole_bytes, whole_tensor
 from qlora_support import packed_bytes, packed_layers, same_bytes
 from quantal import (
@@ -20,6 +20,7 @@ from quantal import (
     PackedLinear,
     QuantalError,
     QuantizedEmbedding,
+    _core,
     create_quantization_adapter,
     load_model,
     model_digest,
@@ -114,6 +115,68 @@ def test_a_quantized_folder(dense, tmp_path, name):
     total = sum(la.packed_bytes() for la in packed_layers(model).values())
     for same, falls, held in run_ranks(2, _load_quantized, folder, model_digest(model)):
         assert same and falls and held < 0.75 * total
+
+
+@pytest.fixture(scope="module")
+def packed(dense, tmp_path_factory) -> dict[str, str]:
+    """Quantized models by what they are: written here in the default layouts (safetensors), and by
+    upstream's tools as torch, npz and GGUF files."""
+    folder = tmp_path_factory.mktemp("packed")
+    tiny_llama(hidden=64).to(torch.bfloat16).save_pretrained(folder / "even")
+    out = {}
+    for name in ("nf4", "fp4", "int8", "hqq4", "hqq4-axis0", "hqq8", "mlx4", "mxfp4", "quanto4"):
+        even = name in ("mlx4", "mxfp4", "quanto4")
+        source = str(folder / "even") if even else dense  # 72 columns: groups cross rows
+        out[name] = quantized_folder(source, folder / name, FORMS[name])
+    for name in ("gguf/tiny-q4_1.gguf", "hqq-pt-3bit-axis0", "mlx-npz", "quanto-float8"):
+        out[name] = str(GOLDEN / "checkpoints" / name)
+    return out
+
+
+def _rows_of_packed(rank: int, world: int, folders: dict[str, str]) -> dict:
+    asked: dict[str, tuple] = {}
+    real = _core.CheckpointReader.read_layer_rows
+
+    def noted(reader, name, rows, stat_rows):
+        asked[name] = rows, stat_rows
+        return real(reader, name, rows, stat_rows)
+
+    def refused(reader, name):
+        raise AssertionError(f"{name} is read whole")
+
+    out = {}
+    for name, folder in folders.items():
+        expected = packed_bytes(load_model(folder))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_core.CheckpointReader, "read_layer_rows", noted)
+            patch.setattr(_core.CheckpointReader, "read_layer", refused)
+            for storage in (None, torch.float32):
+                asked.clear()
+                model = load_sharded(folder, storage_dtype=storage)
+                same = same_bytes(whole_bytes(model), expected)
+                layers = packed_layers(model).items()
+                rows = {
+                    n: (*asked[n], _core.layout(la._spec), la._rows)
+                    for n, la in layers
+                    if n in asked  # not the second of two that share a weight
+                }
+                out[f"{name} as {storage}"] = same, rows
+    return out
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_a_rank_reads_its_rows_of_packed_layers(packed, world):
+    """Every dialect and container; ranks with fewer rows or none; flat views of odd rows."""
+    results = run_ranks(world, _rows_of_packed, packed, timeout=300.0)
+    for name in results[0]:
+        assert all(found[name][0] for found in results), name
+        for layer, (*_, layout, rows) in results[0][name][1].items():
+            for part, size in ((0, rows), (1, layout["stats"][0])):
+                held = [found[name][1][layer][part] for found in results]
+                spare = world if name.endswith("float32") else 0  # a row at a border is read twice
+                assert held[0][0] == 0 and held[-1][1] == size, (name, layer, held)
+                assert sum(end - begin for begin, end in held) <= size + spare
+                assert max(end - begin for begin, end in held) <= -(-size // world) + spare
 
 
 def _tied(rank: int, world: int, folder: str) -> tuple:

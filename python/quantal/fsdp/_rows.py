@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -52,6 +53,35 @@ def store(local: torch.Tensor, part: torch.Tensor) -> None:
         )
 
 
+class _HeldRows(NamedTuple):
+    """The rows of packed bytes that this rank's part of a parameter touches."""
+
+    local: torch.Tensor
+    rows: tuple[int, int]
+    skip: int  #: bytes of the first row that are another rank's
+
+    def store(self, read: Any) -> None:
+        """Copies the bytes of `rows`; a flat view may have zeros behind the last one."""
+        if not self.local.numel():
+            return
+        target = self.local.reshape(-1).view(torch.uint8)
+        own = tensor_from(read, "u8", [len(read)])[self.skip :][: target.numel()]
+        target[: own.numel()].copy_(own)
+        target[own.numel() :].zero_()
+
+
+def _held_rows(parameter: torch.Tensor, shape: Sequence[int]) -> _HeldRows:
+    """`shape`: [rows, bytes of a row], which a parameter of a wider dtype may be a flat view of."""
+    local, begin, end = local_rows(parameter)
+    if parameter.dim() == len(shape):
+        return _HeldRows(local, (begin, end), 0)
+    rows, width = shape
+    first, end = begin * local.element_size(), end * local.element_size()
+    row = min(rows, first // width)
+    last = min(rows, -(-end // width)) if first < end else row
+    return _HeldRows(local, (row, last), first - row * width)
+
+
 class RowQuantizer:
     """Fills packed layers."""
 
@@ -59,16 +89,14 @@ class RowQuantizer:
         self.reader, self.agreement = reader, agreement
 
     def read_packed(self, name: str, layer: PackedWeight) -> None:
-        """A layer that is packed in the file."""
-        spec, *buffers = self.reader.read_layer(name)
-        layout = _core.layout(spec)
-        codes, stats, shared = (
-            tensor_from(b, "u8", list(layout[part]))
-            for part, b in zip(("codes", "stats", "shared"), buffers, strict=True)
-        )
-        store_whole(layer.codes, codes)
-        store_whole(layer.stats, stats)
-        _store_shared(layer, shared)
+        """A layer that is packed in the file: reads this rank's rows and no others."""
+        layout = _core.layout(layer._spec)
+        codes = _held_rows(layer.codes, layout["codes"])
+        stats = _held_rows(layer.stats, layout["stats"])
+        read = self.reader.read_layer_rows(name, codes.rows, stats.rows)
+        codes.store(read[0])
+        stats.store(read[1])
+        _store_shared(layer, tensor_from(read[2], "u8", list(layout["shared"])))
 
     def quantize(self, name: str, layer: PackedWeight) -> None:
         """A layer whose weight is dense in the file: reads and quantizes this rank's rows."""

@@ -70,14 +70,11 @@ std::vector<std::uint8_t> pack_flat(const PackedView& w, const Flags& flags) {
   return bytes;
 }
 
-/// Inverse of pack_flat, into rows of `w`.
-void unpack_flat(std::span<const std::uint8_t> bytes, PackedMatrix& w) {
-  const PackedSpec& spec = w.spec;
-  const PackedLayout layout = layout_of(spec);
-  std::vector<std::uint8_t> row(static_cast<std::size_t>(spec.cols) + 1);
-  for (std::int64_t r = 0; r < spec.rows; ++r) {
+/// Inverse of pack_flat, for some rows.
+void unpack_flat(std::span<const std::uint8_t> bytes, const PackedSpec& spec, RowRange rows,
+                 std::uint8_t* out) {
+  pack_rows(spec, rows, out, [&](std::int64_t r, std::uint8_t* q) {
     const std::uint8_t* in = bytes.data() + r * spec.cols / 2;
-    std::uint8_t* q = row.data();
     std::int64_t left = spec.cols;
     if ((r * spec.cols) % 2 != 0) {
       *q++ = *in++ & 15;
@@ -88,8 +85,7 @@ void unpack_flat(std::span<const std::uint8_t> bytes, PackedMatrix& w) {
       q[2 * k + 1] = in[k] & 15;
     }
     if (left % 2 != 0) q[left - 1] = in[left / 2] >> 4;
-    pack_row(spec.bits, row.data(), spec.cols, w.codes.data() + r * layout.code_bytes);
-  }
+  });
 }
 
 /// Shape of the dense weight: kept as residue where it has not two dimensions.
@@ -112,6 +108,19 @@ const TensorView& float_tensor(const TensorLookup& lookup, const std::string& na
   require_dtype(tensor, name, kWhere, kFloat);
   require_numel(tensor, name, kWhere, n);
   return tensor;
+}
+
+/// The packed codes of n weights.
+const TensorView& weight_tensor(const TensorLookup& lookup, const std::string& name,
+                                std::int64_t n) {
+  const TensorView& weight = require_tensor(lookup, name, kWhere);
+  require_dtype(weight, name, kWhere, kStorageTypes);
+  if (static_cast<std::int64_t>(weight.bytes.size()) == ceil_div(n, 2)) return weight;
+  fail(Errc::kShape,
+       std::string(kWhere) + ": tensor " + name + " has " + std::to_string(weight.bytes.size()) +
+           " bytes, expected " + std::to_string(ceil_div(n, 2)) + " for " + std::to_string(n) +
+           " weights",
+       {.path = {}, .tensor = name});
 }
 
 /// absmax of every block; its dtype chooses the scale source.
@@ -198,23 +207,13 @@ bool recognizes(const std::function<bool(const std::string& suffix)>& has) {
   return has("weight") && (has_state(has) || has("SCB"));
 }
 
-PackedMatrix import_layer(const std::string& prefix, const TensorLookup& lookup,
-                          const LayerFacts& facts) {
-  if (lookup(prefix + "SCB") != nullptr) return import_int8(prefix, lookup, threshold_of(facts));
+StoredLayer open_layer(const std::string& prefix, const TensorLookup& lookup,
+                       const LayerFacts& facts) {
+  if (lookup(prefix + "SCB") != nullptr) return open_int8(prefix, lookup, threshold_of(facts));
   const State state = read_state(prefix, lookup);
   const std::int64_t n = state.rows * state.cols;
   const std::int64_t blocks = ceil_div(n, state.block_size);
-
-  const std::string weight_name = prefix + "weight";
-  const TensorView& weight = require_tensor(lookup, weight_name, kWhere);
-  require_dtype(weight, weight_name, kWhere, kStorageTypes);
-  if (static_cast<std::int64_t>(weight.bytes.size()) != ceil_div(n, 2)) {
-    fail(Errc::kShape,
-         std::string(kWhere) + ": tensor " + weight_name + " has " +
-             std::to_string(weight.bytes.size()) + " bytes, expected " +
-             std::to_string(ceil_div(n, 2)) + " for " + std::to_string(n) + " weights",
-         {.path = {}, .tensor = weight_name});
-  }
+  const TensorView& weight = weight_tensor(lookup, prefix + "weight", n);
   const TensorView& absmax = absmax_tensor(state, prefix + "weight.absmax", lookup, blocks);
   const TensorView& map = float_tensor(lookup, prefix + "weight.quant_map", 16);
   const std::array<float, 16>& standard = state.fp4 ? kFp4Codebook : kNf4Codebook;
@@ -224,13 +223,14 @@ PackedMatrix import_layer(const std::string& prefix, const TensorLookup& lookup,
     flags.pad = static_cast<std::uint8_t>((weight.bytes.back() & 15) ^ pad_nibble(state.fp4));
   }
 
-  PackedMatrix w = make_packed(import_spec(state, absmax, own_table, flags));
-  unpack_flat(weight.bytes, w);
-  std::uint8_t* shared = w.shared.data();
-  if (own_table) {
-    std::memcpy(shared, map.bytes.data(), map.bytes.size());
-    shared += map.bytes.size();
-  }
+  StoredLayer layer;
+  layer.spec = import_spec(state, absmax, own_table, flags);
+  layer.spec_from_values = n % 2 != 0;
+  const auto keep = [&](const void* bytes, std::size_t size) {
+    const auto* from = static_cast<const std::uint8_t*>(bytes);
+    layer.shared.insert(layer.shared.end(), from, from + size);
+  };
+  if (own_table) keep(map.bytes.data(), map.bytes.size());
   std::vector<float> absmax2;
   if (state.nested) {
     const std::int64_t second = ceil_div(blocks, state.nested_block_size);
@@ -238,16 +238,20 @@ PackedMatrix import_layer(const std::string& prefix, const TensorLookup& lookup,
     absmax2.resize(static_cast<std::size_t>(second));
     std::memcpy(absmax2.data(), values.bytes.data(), values.bytes.size());
     const TensorView& nested_map = float_tensor(lookup, prefix + "weight.nested_quant_map", 256);
-    std::memcpy(shared, &state.nested_offset, sizeof(float));
-    std::memcpy(shared + sizeof(float), nested_map.bytes.data(), nested_map.bytes.size());
-    shared += sizeof(float) + nested_map.bytes.size();
+    keep(&state.nested_offset, sizeof(float));
+    keep(nested_map.bytes.data(), nested_map.bytes.size());
   }
-  if (w.spec.residue_bytes != 0) {
-    std::memcpy(shared, state.shape.data(), static_cast<std::size_t>(w.spec.residue_bytes));
+  if (layer.spec.residue_bytes != 0) {
+    keep(state.shape.data(), static_cast<std::size_t>(layer.spec.residue_bytes));
   }
-  spread_stats(w.spec, {absmax.bytes.data(), nullptr, absmax2.data()}, 0, w.stats.data(),
-               serial_executor());
-  return w;
+  layer.read_codes = [spec = layer.spec, bytes = weight.bytes](RowRange rows, std::uint8_t* out) {
+    unpack_flat(bytes, spec, rows, out);
+  };
+  layer.read_stats = [spec = layer.spec, scales = absmax.bytes, second = std::move(absmax2)](
+                         RowRange rows, std::uint8_t* out) {
+    spread_rows(spec, {scales.data(), nullptr, second.data()}, rows, out);
+  };
+  return layer;
 }
 
 }  // namespace quantal::bnb

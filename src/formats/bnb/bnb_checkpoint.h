@@ -12,8 +12,8 @@ namespace quantal::bnb {
 
 std::vector<NamedTensor> export_layer(const PackedView& w, const std::string& prefix);
 bool recognizes(const std::function<bool(const std::string& suffix)>& has);
-PackedMatrix import_layer(const std::string& prefix, const TensorLookup& lookup,
-                          const LayerFacts& facts);
+StoredLayer open_layer(const std::string& prefix, const TensorLookup& lookup,
+                       const LayerFacts& facts);
 
 /// "transformers": folder with config.json (quantization_config); "guide": pytorch_model.bin and
 /// quantization_config.json; "single": one torch file without settings.

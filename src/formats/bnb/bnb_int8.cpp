@@ -140,7 +140,7 @@ std::vector<NamedTensor> export_int8(const PackedView& w, const std::string& pre
   return out;
 }
 
-PackedMatrix import_int8(const std::string& prefix, const TensorLookup& lookup, float threshold) {
+StoredLayer open_int8(const std::string& prefix, const TensorLookup& lookup, float threshold) {
   const std::string weight_name = prefix + "weight", format_name = prefix + "weight_format";
   const TensorView& weight = require_tensor(lookup, weight_name, kWhere);
   constexpr std::array<DType, 1> kCodes = {DType::kI8};
@@ -161,20 +161,20 @@ PackedMatrix import_int8(const std::string& prefix, const TensorLookup& lookup, 
   Flags flags;
   flags.no_format = format == nullptr;
   flags.threshold = threshold;
-  PackedMatrix w = make_packed(int8_spec(weight.shape[0], weight.shape[1], flags));
-  const PackedLayout layout = layout_of(w.spec);
-  std::vector<std::uint8_t> row(static_cast<std::size_t>(w.spec.cols));
-  for (std::int64_t r = 0; r < w.spec.rows; ++r) {
-    const std::uint8_t* in = weight.bytes.data() + r * w.spec.cols;
-    for (std::size_t c = 0; c < row.size(); ++c) {
-      row[c] = static_cast<std::uint8_t>(in[c] ^ kInt8Centre);
-    }
-    pack_row(w.spec.bits, row.data(), w.spec.cols, w.codes.data() + r * layout.code_bytes);
-  }
-  FlatStats flat;
-  flat.scales = scb.bytes.data();
-  spread_stats(w.spec, flat, 0, w.stats.data(), serial_executor());
-  return w;
+  StoredLayer layer;
+  layer.spec = int8_spec(weight.shape[0], weight.shape[1], flags);
+  layer.read_codes = [spec = layer.spec, bytes = weight.bytes](RowRange rows, std::uint8_t* out) {
+    pack_rows(spec, rows, out, [&](std::int64_t r, std::uint8_t* codes) {
+      const std::uint8_t* in = bytes.data() + r * spec.cols;
+      for (std::int64_t c = 0; c < spec.cols; ++c) {
+        codes[c] = static_cast<std::uint8_t>(in[c] ^ kInt8Centre);
+      }
+    });
+  };
+  layer.read_stats = [spec = layer.spec, scales = scb.bytes](RowRange rows, std::uint8_t* out) {
+    spread_rows(spec, {.scales = scales.data()}, rows, out);
+  };
+  return layer;
 }
 
 }  // namespace quantal::bnb

@@ -25,6 +25,6 @@ void quantize_int8(const PackedSpec& spec, DType dtype, const void* weights, std
 std::vector<NamedTensor> export_int8(const PackedView& w, const std::string& prefix);
 /// Inverse of export_int8. The historic formats col32, col_turing and col_ampere are refused by
 /// name with Error{kUnsupported}. `threshold` is the layer's llm_int8_threshold.
-PackedMatrix import_int8(const std::string& prefix, const TensorLookup& lookup, float threshold);
+StoredLayer open_int8(const std::string& prefix, const TensorLookup& lookup, float threshold);
 
 }  // namespace quantal::bnb

@@ -83,7 +83,7 @@ Json guide_config(const Settings& s) {
   fail(Errc::kCorrupt, "bnb: " + text, {.path = file, .tensor = {}});
 }
 
-/// The members that import_layer reads, checked; "{}" if there is none.
+/// The members that open_layer reads, checked; "{}" if there is none.
 std::string layer_settings(const nlohmann::json& config, const std::string& file) {
   const auto it = config.find("llm_int8_threshold");
   if (it == config.end() || it->is_null()) return "{}";

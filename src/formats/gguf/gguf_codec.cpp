@@ -99,8 +99,8 @@ std::vector<NamedTensor> export_layer(const PackedView& w, const std::string& pr
 
 bool recognizes(const std::function<bool(const std::string& suffix)>& /*has*/) { return false; }
 
-PackedMatrix import_layer(const std::string& prefix, const TensorLookup& /*lookup*/,
-                          const LayerFacts& /*facts*/) {
+StoredLayer open_layer(const std::string& prefix, const TensorLookup& /*lookup*/,
+                       const LayerFacts& /*facts*/) {
   fail(Errc::kUnsupported,
        "gguf: tensor " + prefix +
            "weight carries no block type outside a GGUF file, expected a .gguf file (pack_ggml)",

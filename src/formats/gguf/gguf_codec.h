@@ -20,7 +20,7 @@ std::vector<NamedTensor> export_layer(const PackedView& w, const std::string& pr
 /// False: a tensor of blocks is known by its type in the file, not by the names of its neighbours.
 bool recognizes(const std::function<bool(const std::string& suffix)>& has);
 /// Throws Error{kUnsupported} naming pack_ggml, which takes the type.
-PackedMatrix import_layer(const std::string& prefix, const TensorLookup& lookup,
-                          const LayerFacts& facts);
+StoredLayer open_layer(const std::string& prefix, const TensorLookup& lookup,
+                       const LayerFacts& facts);
 
 }  // namespace quantal::gguf

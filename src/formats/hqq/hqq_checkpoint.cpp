@@ -153,12 +153,22 @@ const TensorView& weight_codes(const Fields& fields, const PackedSpec& spec, con
   return t;
 }
 
+/// Fields that append_facts writes and that reading may do without: they belong to the layer.
+void look_up_others(const Fields& fields) {
+  for (const std::string_view field :
+       {"packing", "unpack_view_dtype", "view_as_float", "offload_meta", "channel_wise", "optimize",
+        "round_zero", "stores_quant_config", "encoded_state_dict"}) {
+    fields.find(field);
+  }
+}
+
 }  // namespace
 
-PackedMatrix import_layer(const std::string& prefix, const TensorLookup& lookup,
-                          const LayerFacts& /*the tensors say everything*/) {
+StoredLayer open_layer(const std::string& prefix, const TensorLookup& lookup,
+                       const LayerFacts& /*the tensors say everything*/) {
   const Fields fields(prefix, lookup);
-  PackedSpec spec;
+  StoredLayer layer;
+  PackedSpec& spec = layer.spec;
   Flags flags;
   spec.offset = Offset::kZeroPoint;
   spec.dialect = kDialectId;
@@ -166,6 +176,7 @@ PackedMatrix import_layer(const std::string& prefix, const TensorLookup& lookup,
   read_width(fields, spec, flags);
   read_grouping(fields, spec, flags);
   read_facts(fields, spec, flags);
+  look_up_others(fields);
   spec.dialect_flags = flags.to_int();
   const Grouping grouping = grouping_of(spec);
   const std::string name = fields.name("W_q");
@@ -173,8 +184,8 @@ PackedMatrix import_layer(const std::string& prefix, const TensorLookup& lookup,
   const TensorView& codes = weight_codes(fields, spec, packing, flags);
 
   std::vector<NamedTensor> residue;
-  const StoredParameters parameters =
-      read_parameters(fields, spec.value_dtype, grouping.groups, flags, residue);
+  const OpenParameters parameters =
+      open_parameters(fields, spec.value_dtype, grouping.groups, flags, residue);
   if (!flags.unpacked) {
     std::vector<std::uint8_t> stray =
         stray_bits(codes.bytes, packing, checked_mul(grouping.rows, grouping.cols, "hqq: codes"));
@@ -183,19 +194,20 @@ PackedMatrix import_layer(const std::string& prefix, const TensorLookup& lookup,
                          {packing.word, {packing.rows, packing.cols}, std::move(stray)}});
     }
   }
-  const std::vector<std::uint8_t> kept = encode_residue(residue);
+  layer.shared = encode_residue(residue);
+  layer.spec_from_values = packing.word == DType::kI32;
   spec.dialect_flags = flags.to_int();
-  spec.residue_bytes = static_cast<std::int64_t>(kept.size());
+  spec.residue_bytes = static_cast<std::int64_t>(layer.shared.size());
 
-  PackedMatrix w = make_packed(spec);
-  if (flags.unpacked) {
-    codes_from_numbers(codes, name, w);
-  } else {
-    unpack_codes(codes.bytes, packing, name, w);
-  }
-  write_parameters(spec, parameters, w.stats.data(), serial_executor());
-  if (!kept.empty()) std::memcpy(w.shared.data(), kept.data(), kept.size());
-  return w;
+  layer.read_codes = [spec, name, packing, codes, unpacked = flags.unpacked](RowRange rows,
+                                                                             std::uint8_t* out) {
+    if (unpacked) return codes_from_numbers(codes, name, spec, rows, out);
+    unpack_codes(codes.bytes, packing, name, spec, rows, out);
+  };
+  layer.read_stats = [spec, parameters](RowRange rows, std::uint8_t* out) {
+    write_parameters(spec, parameters, rows, out, serial_executor());
+  };
+  return layer;
 }
 
 // ------------------------------------------------------------------ export

@@ -10,7 +10,7 @@ namespace quantal::hqq {
 
 std::vector<NamedTensor> export_layer(const PackedView& w, const std::string& prefix);
 bool recognizes(const std::function<bool(const std::string& suffix)>& has);
-PackedMatrix import_layer(const std::string& prefix, const TensorLookup& lookup,
-                          const LayerFacts& facts);
+StoredLayer open_layer(const std::string& prefix, const TensorLookup& lookup,
+                       const LayerFacts& facts);
 
 }  // namespace quantal::hqq

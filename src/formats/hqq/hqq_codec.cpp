@@ -190,7 +190,7 @@ void write_stats(const Groups& g, GroupParameters p, std::uint8_t* stats, std::u
   const auto n = static_cast<std::int64_t>(groups);
   narrow_from_f32(spec.value_dtype, p.scale.data(), n, scales.data());
   narrow_from_f32(spec.value_dtype, p.zero.data(), n, zeros.data());
-  write_parameters(spec, {std::move(scales), std::move(zeros)}, stats, executor);
+  write_parameters(spec, {{scales}, {zeros}}, {0, layout_of(spec).stat_rows}, stats, executor);
 }
 
 Groups groups_of(const PackedSpec& spec, WeightRun weights) {

@@ -136,10 +136,9 @@ TensorView half_of(const TensorView& stacked, std::size_t half) {
 }
 
 /// scale or zero from fields or from its half of `stacked`.
-std::vector<std::uint8_t> read_parameter(const Fields& fields, std::string_view what,
-                                         const TensorView* stacked, DType dtype,
-                                         std::int64_t groups, bool quantized,
-                                         std::vector<NamedTensor>& residue) {
+ParameterBytes open_parameter(const Fields& fields, std::string_view what,
+                              const TensorView* stacked, DType dtype, std::int64_t groups,
+                              bool quantized, std::vector<NamedTensor>& residue) {
   const std::string field = quantized ? joined(what, "_q") : std::string(what);
   const std::string name = fields.name(stacked != nullptr ? "zero_scale" : field);
   const TensorView stored = stacked != nullptr ? *stacked : fields.tensor(field);
@@ -147,7 +146,7 @@ std::vector<std::uint8_t> read_parameter(const Fields& fields, std::string_view 
     const std::array<DType, 1> allowed = {dtype};
     require_dtype(stored, name, kWhere, allowed);
     require_numel(stored, name, kWhere, groups);
-    return {stored.bytes.begin(), stored.bytes.end()};
+    return {stored.bytes, nullptr};
   }
   const std::string dictionary = joined("meta_", what);
   const Fields meta = fields.nested(dictionary);
@@ -163,9 +162,9 @@ std::vector<std::uint8_t> read_parameter(const Fields& fields, std::string_view 
       residue.push_back(named_none(full));
     }
   }
-  std::vector<std::uint8_t> raw(values.size() * dtype_size(dtype));
-  narrow_from_f32(dtype, values.data(), groups, raw.data());
-  return raw;
+  const auto raw = std::make_shared<std::vector<std::uint8_t>>(values.size() * dtype_size(dtype));
+  narrow_from_f32(dtype, values.data(), groups, raw->data());
+  return {*raw, raw};
 }
 
 NamedTensor& field_named(std::span<NamedTensor> fields, const std::string& name) {
@@ -183,8 +182,8 @@ std::vector<std::int64_t> parameter_shape(const PackedSpec& spec) {
   return {groups, 1};
 }
 
-StoredParameters read_parameters(const Fields& fields, DType value_dtype, std::int64_t groups,
-                                 Flags& flags, std::vector<NamedTensor>& residue) {
+OpenParameters open_parameters(const Fields& fields, DType value_dtype, std::int64_t groups,
+                               Flags& flags, std::vector<NamedTensor>& residue) {
   flags.quant_zero = fields.flag("quant_zero", false);
   flags.quant_scale = fields.flag("quant_scale", false);
   flags.stacked = fields.has("zero_scale");
@@ -204,31 +203,30 @@ StoredParameters read_parameters(const Fields& fields, DType value_dtype, std::i
     zero_half = half_of(both, 0);
     scale_half = half_of(both, 1);
   }
-  StoredParameters out;
-  out.scales = read_parameter(fields, "scale", flags.stacked ? &scale_half : nullptr, value_dtype,
+  OpenParameters out;
+  out.scales = open_parameter(fields, "scale", flags.stacked ? &scale_half : nullptr, value_dtype,
                               groups, flags.quant_scale, residue);
-  out.zeros = read_parameter(fields, "zero", flags.stacked ? &zero_half : nullptr, value_dtype,
+  out.zeros = open_parameter(fields, "zero", flags.stacked ? &zero_half : nullptr, value_dtype,
                              groups, flags.quant_zero, residue);
   return out;
 }
 
-void write_parameters(const PackedSpec& spec, const StoredParameters& parameters,
+void write_parameters(const PackedSpec& spec, const OpenParameters& parameters, RowRange rows,
                       std::uint8_t* stats, const Executor& executor) {
   const std::size_t item = dtype_size(spec.value_dtype);
-  const std::uint8_t* scales = parameters.scales.data();
-  const std::uint8_t* zeros = parameters.zeros.data();
+  const std::uint8_t* scales = parameters.scales.bytes.data();
+  const std::uint8_t* zeros = parameters.zeros.bytes.data();
   if (spec.group_map == GroupMap::kRowRuns && Flags::from_int(spec.dialect_flags).channel_wise) {
-    spread_stats(spec, {.scales = scales, .offsets = zeros}, 0, stats, executor);
+    spread_rows(spec, {.scales = scales, .offsets = zeros}, rows, stats, executor);
     return;
   }
   // A column's pair, or the one pair for every row.
-  const PackedLayout layout = layout_of(spec);
+  const std::int64_t stat_bytes = layout_of(spec).stat_bytes;
   const bool columns = spec.group_map == GroupMap::kColumnRuns;
-  for (std::size_t i = 0; i < static_cast<std::size_t>(layout.stat_rows); ++i) {
-    std::uint8_t* pair = stats + i * static_cast<std::size_t>(layout.stat_bytes);
-    const std::size_t from = columns ? i * item : 0;
-    std::memcpy(pair, scales + from, item);
-    std::memcpy(pair + item, zeros + from, item);
+  for (std::int64_t i = rows.begin; i < rows.end; ++i, stats += stat_bytes) {
+    const std::size_t from = columns ? static_cast<std::size_t>(i) * item : 0;
+    std::memcpy(stats, scales + from, item);
+    std::memcpy(stats + item, zeros + from, item);
   }
 }
 

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <string>
 #include <string_view>
@@ -28,15 +29,25 @@ struct StoredParameters {
 /// Shape of scale and zero: [groups, 1] (axis 1), [1, groups] (axis 0), [] (channel_wise false).
 std::vector<std::int64_t> parameter_shape(const PackedSpec& spec);
 
-/// Reads scale and zero of `groups` groups, decoding where they are quantized; sets quant_zero,
-/// quant_scale and stacked, and appends to `residue` what the writer needs. Throws Error{kCorrupt},
-/// {kDtype}, {kShape}, {kUnsupported} naming the field.
-StoredParameters read_parameters(const Fields& fields, DType value_dtype, std::int64_t groups,
-                                 Flags& flags, std::vector<NamedTensor>& residue);
+/// Bytes of a file, or decoded ones with their owner.
+struct ParameterBytes {
+  std::span<const std::uint8_t> bytes{};
+  std::shared_ptr<const std::vector<std::uint8_t>> owner{};
+};
+struct OpenParameters {
+  ParameterBytes scales, zeros;
+};
 
-/// Puts parameters into the statistics of a packed matrix, and back. With channel_wise false there
-/// is one of each. Throws Error{kCorrupt} if rows disagree about a group.
-void write_parameters(const PackedSpec& spec, const StoredParameters& parameters,
+/// Scale and zero of `groups` groups, as StoredParameters: where the file has them plain, views of
+/// it; where they are quantized, decoded. Sets quant_zero, quant_scale and stacked, and appends to
+/// `residue` what the writer needs. Throws Error{kCorrupt}, {kDtype}, {kShape}, {kUnsupported}
+/// naming the field.
+OpenParameters open_parameters(const Fields& fields, DType value_dtype, std::int64_t groups,
+                               Flags& flags, std::vector<NamedTensor>& residue);
+
+/// Puts parameters into rows of the statistics of a packed matrix, and back. With channel_wise
+/// false there is one of each. Throws Error{kCorrupt} if rows disagree about a group.
+void write_parameters(const PackedSpec& spec, const OpenParameters& parameters, RowRange rows,
                       std::uint8_t* stats, const Executor& executor);
 StoredParameters parameters_of(const PackedView& w);
 

@@ -6,6 +6,8 @@
 #include <cstring>
 #include <string>
 
+#include "formats/tensors.h"
+
 namespace quantal::hqq {
 namespace {
 
@@ -64,26 +66,31 @@ void pack_words(const PackedView& w, const Packing& packing, Word* words) {
   }
 }
 
+/// Word i at any address.
 template <class Word>
-void unpack_words(const Word* words, const Packing& packing, const std::string& tensor,
-                  PackedMatrix& w) {
-  const PackedSpec& spec = w.spec;
-  const std::int64_t code_bytes = layout_of(spec).code_bytes;
+Word word_at(const std::uint8_t* words, std::int64_t i) {
+  Word word;
+  std::memcpy(&word, words + i * static_cast<std::int64_t>(sizeof(Word)), sizeof(Word));
+  return word;
+}
+
+template <class Word>
+void unpack_words(const std::uint8_t* words, const Packing& packing, const std::string& tensor,
+                  const PackedSpec& spec, RowRange rows, std::uint8_t* out) {
   const auto mask = static_cast<Word>((1U << packing.bits) - 1);
   const unsigned limit = (1U << spec.bits) - 1;
-  std::vector<std::uint8_t> row(static_cast<std::size_t>(spec.cols));
   std::uint8_t used = 0;
-  for (std::int64_t r = 0; r < spec.rows; ++r) {
+  pack_rows(spec, rows, out, [&](std::int64_t r, std::uint8_t* row) {
     for_each_stretch(packing, r * spec.cols, spec.cols,
                      [&](std::int64_t part, std::int64_t word, std::int64_t at, std::int64_t n) {
                        const int shift = packing.shift(part);
-                       const Word* in = words + word;
-                       std::uint8_t* codes = row.data() + at;
+                       std::uint8_t* codes = row + at;
                        for (std::int64_t i = 0; i < n; ++i) {
-                         codes[i] = static_cast<std::uint8_t>((in[i] >> shift) & mask);
+                         const Word bits = word_at<Word>(words, word + i);
+                         codes[i] = static_cast<std::uint8_t>((bits >> shift) & mask);
                        }
                      });
-    for (const std::uint8_t code : row) used |= code;
+    for (std::int64_t c = 0; c < spec.cols; ++c) used |= row[c];
     if (used > limit) {
       fail(Errc::kCorrupt,
            "hqq: " + tensor + " holds codes above " + std::to_string(limit) +
@@ -91,15 +98,7 @@ void unpack_words(const Word* words, const Packing& packing, const std::string& 
                std::to_string(spec.bits) + "-bit codes",
            {.path = {}, .tensor = tensor});
     }
-    pack_row(spec.bits, row.data(), spec.cols, w.codes.data() + r * code_bytes);
-  }
-}
-
-/// Words at any address, as whole numbers.
-std::vector<std::uint32_t> words_of(std::span<const std::uint8_t> bytes) {
-  std::vector<std::uint32_t> words(bytes.size() / sizeof(std::uint32_t));
-  std::memcpy(words.data(), bytes.data(), words.size() * sizeof(std::uint32_t));
-  return words;
+  });
 }
 
 }  // namespace
@@ -133,30 +132,35 @@ std::vector<std::uint8_t> pack_codes(const PackedView& w, const Packing& packing
 }
 
 void unpack_codes(std::span<const std::uint8_t> words, const Packing& packing,
-                  const std::string& tensor, PackedMatrix& w) {
-  if (packing.word == DType::kU8) return unpack_words(words.data(), packing, tensor, w);
-  unpack_words(words_of(words).data(), packing, tensor, w);
+                  const std::string& tensor, const PackedSpec& spec, RowRange rows,
+                  std::uint8_t* out) {
+  const auto unpack =
+      packing.word == DType::kU8 ? unpack_words<std::uint8_t> : unpack_words<std::uint32_t>;
+  unpack(words.data(), packing, tensor, spec, rows, out);
 }
 
 std::vector<std::uint8_t> stray_bits(std::span<const std::uint8_t> bytes, const Packing& packing,
                                      std::int64_t numel) {
   if (packing.word != DType::kI32) return {};
   constexpr std::uint32_t kTopBits = 0xC0000000U;
-  std::vector<std::uint32_t> stray = words_of(bytes);
-  const auto words = static_cast<std::int64_t>(stray.size());
+  const auto words = static_cast<std::int64_t>(bytes.size() / sizeof(std::uint32_t));
+  if (words == 0) return {};
   const std::int64_t whole = numel / words;  // parts without padding
-  std::uint32_t any = 0;
-  for (std::int64_t i = 0; i < words; ++i) {
+  const auto stray_at = [&](std::int64_t i) {
     // Word i misses part k if k * words + i >= numel.
     const std::int64_t parts = whole + (i < numel % words ? 1 : 0);
     const std::uint32_t codes =
         parts == 0 ? 0 : ~((std::uint32_t{1} << packing.shift(parts - 1)) - 1) & ~kTopBits;
-    stray[static_cast<std::size_t>(i)] &= ~codes;
-    any |= stray[static_cast<std::size_t>(i)];
-  }
+    return word_at<std::uint32_t>(bytes.data(), i) & ~codes;
+  };
+  std::uint32_t any = 0;
+  for (std::int64_t i = 0; i < words; ++i) any |= stray_at(i);
   if (any == 0) return {};
   std::vector<std::uint8_t> out(bytes.size());
-  std::memcpy(out.data(), stray.data(), out.size());
+  for (std::int64_t i = 0; i < words; ++i) {
+    const std::uint32_t stray = stray_at(i);
+    std::memcpy(out.data() + static_cast<std::size_t>(i) * sizeof(stray), &stray, sizeof(stray));
+  }
   return out;
 }
 
@@ -174,14 +178,12 @@ std::vector<std::uint8_t> codes_as_numbers(const PackedView& w, DType dtype) {
   return bytes;
 }
 
-void codes_from_numbers(const TensorView& numbers, const std::string& tensor, PackedMatrix& w) {
-  const PackedSpec& spec = w.spec;
-  const std::int64_t code_bytes = layout_of(spec).code_bytes;
+void codes_from_numbers(const TensorView& numbers, const std::string& tensor,
+                        const PackedSpec& spec, RowRange rows, std::uint8_t* out) {
   const std::int64_t item = static_cast<std::int64_t>(dtype_size(numbers.dtype));
   const auto limit = static_cast<float>((1 << spec.bits) - 1);
   std::vector<float> wide(static_cast<std::size_t>(spec.cols));
-  std::vector<std::uint8_t> row(wide.size());
-  for (std::int64_t r = 0; r < spec.rows; ++r) {
+  pack_rows(spec, rows, out, [&](std::int64_t r, std::uint8_t* row) {
     widen_to_f32(numbers.dtype, numbers.bytes.data() + r * spec.cols * item, spec.cols,
                  wide.data());
     for (std::size_t c = 0; c < wide.size(); ++c) {
@@ -193,8 +195,7 @@ void codes_from_numbers(const TensorView& numbers, const std::string& tensor, Pa
       }
       row[c] = static_cast<std::uint8_t>(wide[c]);
     }
-    pack_row(spec.bits, row.data(), spec.cols, w.codes.data() + r * code_bytes);
-  }
+  });
 }
 
 }  // namespace quantal::hqq

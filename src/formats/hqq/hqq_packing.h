@@ -43,10 +43,11 @@ Packing packing_of(int bits, const Grouping& grouping, std::string_view where);
 
 /// Bytes of W_q from the codes of `w`.
 std::vector<std::uint8_t> pack_codes(const PackedView& w, const Packing& packing);
-/// Inverse; fills the codes of `w`. Throws Error{kCorrupt} naming `tensor` for a code that needs
-/// more bits than the layer declares.
+/// Inverse for some rows of a matrix, into `out` [rows.size(), code_bytes]. Throws Error{kCorrupt}
+/// naming `tensor` for a code that needs more bits than the layer declares.
 void unpack_codes(std::span<const std::uint8_t> words, const Packing& packing,
-                  const std::string& tensor, PackedMatrix& w);
+                  const std::string& tensor, const PackedSpec& spec, RowRange rows,
+                  std::uint8_t* out);
 
 /// What 3-bit words hold beyond codes (two top bits and missing rows), as a tensor like W_q with
 /// everything else zero; empty if all of it is zero, as upstream's packer writes.
@@ -55,7 +56,8 @@ std::vector<std::uint8_t> stray_bits(std::span<const std::uint8_t> words, const 
 
 /// Codes of a layer without packing (`packing` None): one number of `dtype` each.
 std::vector<std::uint8_t> codes_as_numbers(const PackedView& w, DType dtype);
-/// Inverse. Throws Error{kCorrupt} naming `tensor` for a number that is no code.
-void codes_from_numbers(const TensorView& numbers, const std::string& tensor, PackedMatrix& w);
+/// Inverse for some rows. Throws Error{kCorrupt} naming `tensor` for a number that is no code.
+void codes_from_numbers(const TensorView& numbers, const std::string& tensor,
+                        const PackedSpec& spec, RowRange rows, std::uint8_t* out);
 
 }  // namespace quantal::hqq

@@ -178,8 +178,8 @@ bool recognizes(const std::function<bool(const std::string& suffix)>& has) {
   return has("weight") && has("scales");
 }
 
-PackedMatrix import_layer(const std::string& prefix, const TensorLookup& lookup,
-                          const LayerFacts& facts) {
+StoredLayer open_layer(const std::string& prefix, const TensorLookup& lookup,
+                       const LayerFacts& facts) {
   const LayerSettings given = parse_layer_settings(facts.settings);
   const Parts parts(prefix, lookup);
   if (!given.quantized) {
@@ -194,18 +194,20 @@ PackedMatrix import_layer(const std::string& prefix, const TensorLookup& lookup,
   if (parts.weight.shape.size() == 3) spec.dialect_flags = parts.weight.shape.front();
   check_known_shape(parts, spec, facts);
 
-  PackedMatrix w = make_packed(spec);
-  const PackedLayout layout = layout_of(spec);
-  const std::int64_t row_bytes = cols / 8 * spec.bits;
-  std::vector<std::uint8_t> row(static_cast<std::size_t>(cols));
-  for (std::int64_t r = 0; r < rows; ++r) {
-    unpack_bits(spec.bits, parts.weight.bytes.data() + r * row_bytes, cols, row.data());
-    pack_row(spec.bits, row.data(), cols, w.codes.data() + r * layout.code_bytes);
-  }
-  FlatStats flat{.scales = parts.scales.bytes.data()};
-  if (affine) flat.offsets = parts.biases->bytes.data();
-  spread_stats(spec, flat, 0, w.stats.data(), serial_executor());
-  return w;
+  StoredLayer layer;
+  layer.spec = spec;
+  layer.read_codes = [spec, bytes = parts.weight.bytes](RowRange of, std::uint8_t* out) {
+    const std::int64_t row_bytes = spec.cols / 8 * spec.bits;
+    pack_rows(spec, of, out, [&](std::int64_t r, std::uint8_t* codes) {
+      unpack_bits(spec.bits, bytes.data() + r * row_bytes, spec.cols, codes);
+    });
+  };
+  layer.read_stats = [spec, scales = parts.scales.bytes.data(),
+                      biases = affine ? parts.biases->bytes.data() : nullptr](RowRange of,
+                                                                              std::uint8_t* out) {
+    spread_rows(spec, {.scales = scales, .offsets = biases}, of, out);
+  };
+  return layer;
 }
 
 }  // namespace quantal::mlx

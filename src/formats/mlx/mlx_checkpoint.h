@@ -17,8 +17,8 @@ bool recognizes(const std::function<bool(const std::string& suffix)>& has);
 /// Without settings, width and group size are deduced from the shapes where they leave no choice:
 /// always in the floating modes, for affine layers if facts.weight_shape is known or packed * 32 /
 /// groups fits one pair only. Throws Error{kCorrupt} naming what is missing where they do not.
-PackedMatrix import_layer(const std::string& prefix, const TensorLookup& lookup,
-                          const LayerFacts& facts);
+StoredLayer open_layer(const std::string& prefix, const TensorLookup& lookup,
+                       const LayerFacts& facts);
 
 /// mlx-lm, npz, guide.
 extern const std::array<FileLayout, 5> kLayouts;
@@ -28,7 +28,7 @@ SideFiles side_files(const FileLayout& layout, std::span<const LayerEntry> layer
 /// mlx_config.json.
 std::map<std::string, std::string> read_settings(const SideTexts& texts);
 
-/// A layer's settings as read_settings writes them for import_layer.
+/// A layer's settings as read_settings writes them for open_layer.
 struct LayerSettings {
   bool quantized = true;
   std::optional<Settings> settings;  ///< absent: to be deduced

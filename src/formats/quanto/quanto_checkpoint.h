@@ -13,8 +13,8 @@ namespace quantal::quanto {
 
 std::vector<NamedTensor> export_layer(const PackedView& w, const std::string& prefix);
 bool recognizes(const std::function<bool(const std::string& suffix)>& has);
-PackedMatrix import_layer(const std::string& prefix, const TensorLookup& lookup,
-                          const LayerFacts& facts);
+StoredLayer open_layer(const std::string& prefix, const TensorLookup& lookup,
+                       const LayerFacts& facts);
 
 extern const std::array<FileLayout, 4> kLayouts;
 SideFiles side_files(const FileLayout& layout, std::span<const LayerEntry> layers,

@@ -100,7 +100,7 @@ bool needs_map(std::span<const LayerEntry> layers) {
   return false;
 }
 
-/// Settings of one layer in the form of import_layer.
+/// Settings of one layer in the form of open_layer.
 std::string layer_text(const nlohmann::json& entry, const std::string& where) {
   Json out = {{"weights", qtype_name(type_in(entry, "weights", where))},
               {"activations", qtype_name(type_in(entry, "activations", where))}};

@@ -141,34 +141,14 @@ void read_grouping(const Source& s, const TensorView& data, const TensorView& sc
   }
 }
 
-GroupNumbers read_group_numbers(const Source& s, const PackedSpec& spec, const Flags& flags,
-                                const TensorView& scale, const TensorView* shift) {
-  GroupNumbers out;
-  const std::size_t repeat = flags.per_tensor ? static_cast<std::size_t>(spec.rows) : 1;
-  const auto repeated = [repeat](std::span<const std::uint8_t> bytes) {
-    std::vector<std::uint8_t> all;
-    all.reserve(bytes.size() * repeat);
-    for (std::size_t i = 0; i < repeat; ++i) all.insert(all.end(), bytes.begin(), bytes.end());
-    return all;
-  };
-  out.scales = repeated(scale.bytes);
-  if (shift == nullptr) return out;
-  if (!flags.zero_point) {
-    out.offsets = repeated(shift->bytes);
-    return out;
-  }
-  std::vector<float> zeros(shift->bytes.begin(), shift->bytes.end());
-  for (const float zero : zeros) {
-    if (zero < static_cast<float>(1 << spec.bits)) continue;
+/// Zero points are codes.
+void check_zero_points(const Source& s, const TensorView& shift, int bits) {
+  for (const std::uint8_t zero : shift.bytes) {
+    if (zero < 1 << bits) continue;
     s.refuse(Errc::kCorrupt, "weight._shift",
-             "holds the zero point " + std::to_string(static_cast<int>(zero)) +
-                 ", expected at most " + std::to_string((1 << spec.bits) - 1));
+             "holds the zero point " + std::to_string(zero) + ", expected at most " +
+                 std::to_string((1 << bits) - 1));
   }
-  std::vector<std::uint8_t> raw(zeros.size() * dtype_size(spec.value_dtype));
-  narrow_from_f32(spec.value_dtype, zeros.data(), static_cast<std::int64_t>(zeros.size()),
-                  raw.data());
-  out.offsets = repeated(raw);
-  return out;
 }
 
 // ------------------------------------------------------------------ 8 bits
@@ -203,27 +183,49 @@ void read_bytes_form(const Source& s, const TensorView& data, const TensorView& 
   spec.group_size = axis == Axis::kColumns ? spec.rows : spec.cols;
 }
 
+/// Values of a float8 layer's codes.
+const std::array<float, 256>& float8_values(const PackedSpec& spec) {
+  return spec.code_map == CodeMap::kE4M3 ? kE4M3Values : kE5M2Values;
+}
+
+/// Which rows (or columns, for statistics along them) of a float8 layer have scale 0; empty if
+/// none.
+std::vector<bool> zero_scales(const PackedSpec& spec, const Flags& flags, const TensorView& scale) {
+  if (spec.code_map == CodeMap::kInteger) return {};
+  std::vector<float> scales(static_cast<std::size_t>(scale.numel()));
+  widen_to_f32(scale.dtype, scale.bytes.data(), scale.numel(), scales.data());
+  const auto zero = [](float s) { return s == 0.0F; };
+  if (std::none_of(scales.begin(), scales.end(), zero)) return {};
+  std::vector<bool> out(static_cast<std::size_t>(flags.per_tensor ? spec.rows : scale.numel()));
+  for (std::size_t i = 0; i < out.size(); ++i) out[i] = zero(scales[flags.per_tensor ? 0 : i]);
+  return out;
+}
+
+/// True for the weights of row r and column c whose scale is 0.
+bool scale_is_zero(const PackedSpec& spec, const std::vector<bool>& zero, std::int64_t r,
+                   std::int64_t c) {
+  const bool columns = spec.group_map == GroupMap::kColumnBlocks;
+  return !zero.empty() && zero[static_cast<std::size_t>(columns ? c : r)];
+}
+
 /// Float8 weights of scale 0 are NaN upstream (0 / 0); they become 0 here. Sets nan_rows if all of
 /// them are kUpstreamNan, else keeps their bytes.
-void clear_zero_scales(const PackedSpec& spec, const GroupNumbers& numbers,
-                       std::vector<std::uint8_t>& codes, Flags& flags, Residue& residue) {
-  if (spec.code_map == CodeMap::kInteger) return;
-  const std::array<float, 256>& values =
-      spec.code_map == CodeMap::kE4M3 ? kE4M3Values : kE5M2Values;
+void keep_zero_scale_codes(const PackedSpec& spec, const std::vector<bool>& zero,
+                           std::span<const std::uint8_t> codes, Flags& flags, Residue& residue) {
+  if (zero.empty()) return;
+  const std::array<float, 256>& values = float8_values(spec);
   const bool columns = spec.group_map == GroupMap::kColumnBlocks;
-  std::vector<float> scales(numbers.scales.size() / dtype_size(spec.value_dtype));
-  widen_to_f32(spec.value_dtype, numbers.scales.data(), static_cast<std::int64_t>(scales.size()),
-               scales.data());
-  const auto cols = static_cast<std::size_t>(spec.cols);
   std::vector<std::uint8_t> original;
   bool any_nan = false, all_upstream = true;
-  for (std::size_t i = 0; i < codes.size(); ++i) {
-    if (scales[columns ? i % cols : i / cols] != 0.0F) continue;
-    original.push_back(codes[i]);
-    all_upstream = all_upstream && codes[i] == kUpstreamNan;
-    if (std::isfinite(values[codes[i]])) continue;
-    any_nan = true;
-    codes[i] = 0;
+  for (std::int64_t r = 0; r < spec.rows; ++r) {
+    if (!columns && !scale_is_zero(spec, zero, r, 0)) continue;
+    for (std::int64_t c = 0; c < spec.cols; ++c) {
+      if (!scale_is_zero(spec, zero, r, c)) continue;
+      const std::uint8_t code = codes[static_cast<std::size_t>(r * spec.cols + c)];
+      original.push_back(code);
+      all_upstream = all_upstream && code == kUpstreamNan;
+      any_nan = any_nan || !std::isfinite(values[code]);
+    }
   }
   flags.nan_rows = any_nan && all_upstream;
   if (any_nan && !all_upstream) residue.zero_scale_codes = std::move(original);
@@ -259,38 +261,48 @@ Source source_of(const std::string& prefix, const TensorLookup& lookup, const La
   return s;
 }
 
-/// Spec with the residue's bytes appended to the buffers that will be made from it.
-PackedMatrix make_with_residue(PackedSpec spec, const Flags& flags, const Residue& residue) {
-  const std::vector<std::uint8_t> kept = residue.encode();
-  spec.dialect_flags = flags.to_int();
-  spec.residue_bytes = static_cast<std::int64_t>(kept.size());
-  PackedMatrix w = make_packed(spec);
-  std::copy(kept.begin(), kept.end(), w.shared.end() - static_cast<std::ptrdiff_t>(kept.size()));
-  return w;
+/// A layer of this form whose `shared` is the residue.
+StoredLayer layer_with_residue(PackedSpec spec, const Flags& flags, const Residue& residue) {
+  StoredLayer layer;
+  layer.shared = residue.encode();
+  layer.spec = spec;
+  layer.spec.dialect_flags = flags.to_int();
+  layer.spec.residue_bytes = static_cast<std::int64_t>(layer.shared.size());
+  return layer;
 }
 
-PackedMatrix import_bytes(const Source& s, PackedSpec spec, Flags flags, Residue residue) {
+StoredLayer open_bytes(const Source& s, PackedSpec spec, Flags flags, Residue residue) {
   constexpr std::array<DType, 3> kBytes = {DType::kI8, DType::kF8E4M3, DType::kF8E5M2};
   const TensorView& data = s.get("weight._data", kBytes);
   const TensorView& scale = s.get("weight._scale", kFloats);
   require_two_dimensions(s, "weight._data", data);
   read_bytes_form(s, data, scale, spec, flags);
-  const GroupNumbers numbers = read_group_numbers(s, spec, flags, scale, nullptr);
-  std::vector<std::uint8_t> codes(data.bytes.begin(), data.bytes.end());
-  if (data.dtype == DType::kI8) {
-    for (std::uint8_t& code : codes) code ^= kInt8Centre;
-  }
-  clear_zero_scales(spec, numbers, codes, flags, residue);
-  PackedMatrix w = make_with_residue(spec, flags, residue);
-  const PackedLayout layout = layout_of(w.spec);
-  for (std::int64_t r = 0; r < spec.rows; ++r) {
-    pack_row(8, codes.data() + r * spec.cols, spec.cols, w.codes.data() + r * layout.code_bytes);
-  }
-  write_numbers(numbers, w);
-  return w;
+  std::vector<bool> zero = zero_scales(spec, flags, scale);
+  keep_zero_scale_codes(spec, zero, data.bytes, flags, residue);
+  StoredLayer layer = layer_with_residue(spec, flags, residue);
+  layer.spec_from_values = spec.code_map != CodeMap::kInteger;
+  const std::uint8_t flip = data.dtype == DType::kI8 ? kInt8Centre : 0;
+  layer.read_codes = [spec = layer.spec, bytes = data.bytes, zero = std::move(zero), flip](
+                         RowRange rows, std::uint8_t* out) {
+    pack_rows(spec, rows, out, [&](std::int64_t r, std::uint8_t* codes) {
+      const std::uint8_t* in = bytes.data() + r * spec.cols;
+      for (std::int64_t c = 0; c < spec.cols; ++c) {
+        codes[c] = static_cast<std::uint8_t>(in[c] ^ flip);
+      }
+      for (std::int64_t c = 0; c < spec.cols && !zero.empty(); ++c) {
+        if (!scale_is_zero(spec, zero, r, c)) continue;
+        if (!std::isfinite(float8_values(spec)[codes[c]])) codes[c] = 0;
+      }
+    });
+  };
+  const StoredNumbers numbers{.scales = scale.bytes, .one = flags.per_tensor};
+  layer.read_stats = [spec = layer.spec, numbers](RowRange rows, std::uint8_t* out) {
+    write_numbers(numbers, spec, rows, out);
+  };
+  return layer;
 }
 
-PackedMatrix import_packed(const Source& s, PackedSpec spec, Flags flags, Residue residue) {
+StoredLayer open_packed(const Source& s, PackedSpec spec, Flags flags, Residue residue) {
   constexpr std::array<DType, 1> kPacked = {DType::kU8};
   const TensorView& data = s.get("weight._data._data", kPacked);
   const TensorView& scale = s.get("weight._scale", kFloats);
@@ -306,14 +318,21 @@ PackedMatrix import_packed(const Source& s, PackedSpec spec, Flags flags, Residu
   flags.optimize = s.settings.optimize;
   spec.offset = flags.zero_point ? Offset::kZeroPoint : Offset::kShift;
   read_grouping(s, data, scale, spec, flags);
-  const GroupNumbers numbers = read_group_numbers(s, spec, flags, scale, &shift);
-  spec.dialect_flags = flags.to_int();
-  PackedMatrix w = make_packed(spec);
-  residue.pad = unpack_codes(data.bytes, w);
-  PackedMatrix out = make_with_residue(spec, flags, residue);
-  out.codes = std::move(w.codes);
-  write_numbers(numbers, out);
-  return out;
+  if (flags.zero_point) check_zero_points(s, shift, spec.bits);
+  residue.pad = pad_codes(data.bytes, spec);
+  StoredLayer layer = layer_with_residue(spec, flags, residue);
+  layer.spec_from_values = has_pad(spec);
+  layer.read_codes = [spec = layer.spec, bytes = data.bytes](RowRange rows, std::uint8_t* out) {
+    unpack_codes(bytes, spec, rows, out);
+  };
+  const StoredNumbers numbers{.scales = scale.bytes,
+                              .offsets = shift.bytes,
+                              .one = flags.per_tensor,
+                              .codes = flags.zero_point};
+  layer.read_stats = [spec = layer.spec, numbers](RowRange rows, std::uint8_t* out) {
+    write_numbers(numbers, spec, rows, out);
+  };
+  return layer;
 }
 
 }  // namespace
@@ -332,8 +351,8 @@ std::vector<std::vector<std::int64_t>> possible_shapes(std::int64_t grouped_rows
   return out;
 }
 
-PackedMatrix import_layer(const std::string& prefix, const TensorLookup& lookup,
-                          const LayerFacts& facts) {
+StoredLayer open_layer(const std::string& prefix, const TensorLookup& lookup,
+                       const LayerFacts& facts) {
   const Source s = source_of(prefix, lookup, facts);
   if (s.settings.weights == QType::kFloat8E4M3Fnuz) {
     fail(Errc::kUnsupported,
@@ -351,9 +370,9 @@ PackedMatrix import_layer(const std::string& prefix, const TensorLookup& lookup,
   spec.scale = scale_source_of(scale.dtype);
   spec.value_dtype = scale.dtype;
   if (s.find("weight._data._data") != nullptr) {
-    return import_packed(s, spec, flags, std::move(residue));
+    return open_packed(s, spec, flags, std::move(residue));
   }
-  return import_bytes(s, spec, flags, std::move(residue));
+  return open_bytes(s, spec, flags, std::move(residue));
 }
 
 }  // namespace quantal::quanto

@@ -32,6 +32,11 @@ void for_each_stretch(const PackedSpec& spec, const Grouped& g, std::int64_t r, 
   }
 }
 
+/// Rows of codes beyond the last one of the weight.
+std::int64_t pad_rows(const PackedSpec& spec, const Grouped& g) {
+  return g.packed_rows * (8 / spec.bits) - g.rows;
+}
+
 /// Calls body(byte index, shift, index among pad codes) for every code beyond the last row.
 template <class Body>
 void for_each_pad(const PackedSpec& spec, const Grouped& g, Body body) {
@@ -91,24 +96,27 @@ std::vector<std::uint8_t> pack_codes(const PackedView& w, std::span<const std::u
   return out;
 }
 
-std::vector<std::uint8_t> unpack_codes(std::span<const std::uint8_t> packed, PackedMatrix& w) {
-  const PackedSpec& spec = w.spec;
-  const PackedLayout layout = layout_of(spec);
+void unpack_codes(std::span<const std::uint8_t> packed, const PackedSpec& spec, RowRange rows,
+                  std::uint8_t* out) {
   const Grouped g = grouped_of(spec);
   const auto mask = static_cast<std::uint8_t>((1 << spec.bits) - 1);
-  std::vector<std::uint8_t> row(static_cast<std::size_t>(spec.cols));
-  for (std::int64_t r = 0; r < spec.rows; ++r) {
+  pack_rows(spec, rows, out, [&](std::int64_t r, std::uint8_t* row) {
     for_each_stretch(spec, g, r, [&](const Stretch& s) {
       const std::uint8_t* from = packed.data() + s.offset;
-      std::uint8_t* to = row.data() + s.col;
+      std::uint8_t* to = row + s.col;
       for (std::int64_t j = 0; j < s.count; ++j) {
         to[j] = static_cast<std::uint8_t>(from[j * s.stride] >> s.shift) & mask;
       }
     });
-    pack_row(spec.bits, row.data(), spec.cols, w.codes.data() + r * layout.code_bytes);
-  }
-  const std::int64_t pad_rows = g.packed_rows * (8 / spec.bits) - g.rows;
-  std::vector<std::uint8_t> pad(static_cast<std::size_t>(pad_rows * g.cols));
+  });
+}
+
+bool has_pad(const PackedSpec& spec) { return pad_rows(spec, grouped_of(spec)) != 0; }
+
+std::vector<std::uint8_t> pad_codes(std::span<const std::uint8_t> packed, const PackedSpec& spec) {
+  const Grouped g = grouped_of(spec);
+  const auto mask = static_cast<std::uint8_t>((1 << spec.bits) - 1);
+  std::vector<std::uint8_t> pad(static_cast<std::size_t>(pad_rows(spec, g) * g.cols));
   for_each_pad(spec, g, [&](std::int64_t byte, int shift, std::int64_t i) {
     pad[static_cast<std::size_t>(i)] =
         static_cast<std::uint8_t>(packed[static_cast<std::size_t>(byte)] >> shift) & mask;
@@ -137,22 +145,29 @@ GroupNumbers read_numbers(const PackedView& w) {
   return out;
 }
 
-void write_numbers(const GroupNumbers& numbers, PackedMatrix& w) {
-  const bool offsets = !numbers.offsets.empty();
-  if (w.spec.group_map == GroupMap::kRowRuns) {
-    spread_stats(
-        w.spec,
-        {.scales = numbers.scales.data(), .offsets = offsets ? numbers.offsets.data() : nullptr}, 0,
-        w.stats.data(), serial_executor());
-    return;
-  }
-  const std::size_t item = dtype_size(w.spec.value_dtype);
-  const std::size_t step = offsets ? 2 * item : item, groups = w.stats.size() / step;
-  const auto cols = static_cast<std::size_t>(w.spec.cols), blocks = groups / cols;
-  for (std::size_t i = 0; i < groups; ++i) {
-    const std::size_t from = (i % cols * blocks + i / cols) * item;
-    std::memcpy(w.stats.data() + i * step, numbers.scales.data() + from, item);
-    if (offsets) std::memcpy(w.stats.data() + i * step + item, numbers.offsets.data() + from, item);
+void write_numbers(const StoredNumbers& numbers, const PackedSpec& spec, RowRange rows,
+                   std::uint8_t* out) {
+  const PackedLayout layout = layout_of(spec);
+  const bool runs = spec.group_map == GroupMap::kRowRuns;
+  const auto item = static_cast<std::int64_t>(dtype_size(spec.value_dtype));
+  const std::int64_t blocks = layout.stat_rows / std::max<std::int64_t>(spec.cols, 1);
+  const std::int64_t each = runs ? layout.slots : 1;  // groups of a row of statistics
+  for (std::int64_t i = rows.begin; i < rows.end; ++i, out += layout.stat_bytes) {
+    for (std::int64_t k = 0; k < each; ++k) {
+      const std::int64_t from = numbers.one ? 0
+                                : runs      ? i * each + k
+                                            : i % spec.cols * blocks + i / spec.cols;
+      std::memcpy(out + k * item, numbers.scales.data() + from * item,
+                  static_cast<std::size_t>(item));
+      if (numbers.offsets.empty()) continue;
+      std::uint8_t* offset = out + (each + k) * item;
+      if (numbers.codes) {
+        const float zero = numbers.offsets[static_cast<std::size_t>(from)];
+        narrow_from_f32(spec.value_dtype, &zero, 1, offset);
+      } else {
+        std::memcpy(offset, numbers.offsets.data() + from * item, static_cast<std::size_t>(item));
+      }
+    }
   }
 }
 

@@ -15,8 +15,13 @@ namespace quantal::quanto {
 /// holds the grouped codes (i + k * packed_rows, j) at bit bits * k. `pad` are codes of the rows
 /// beyond the last one (row-major), all 0 if empty.
 std::vector<std::uint8_t> pack_codes(const PackedView& w, std::span<const std::uint8_t> pad);
-/// Inverse, into the codes of `w`; returns the pad codes, empty if all are 0.
-std::vector<std::uint8_t> unpack_codes(std::span<const std::uint8_t> packed, PackedMatrix& w);
+/// Inverse for some rows of a matrix, into `out` [rows.size(), code_bytes].
+void unpack_codes(std::span<const std::uint8_t> packed, const PackedSpec& spec, RowRange rows,
+                  std::uint8_t* out);
+/// Whether the packed rows hold more codes than the weight.
+bool has_pad(const PackedSpec& spec);
+/// These codes, empty if all are 0.
+std::vector<std::uint8_t> pad_codes(std::span<const std::uint8_t> packed, const PackedSpec& spec);
 
 /// One number per group in upstream's order: as the packed statistics for rows, column c * blocks +
 /// b for statistic (b, c) of axis -1.
@@ -24,8 +29,16 @@ struct GroupNumbers {
   std::vector<std::uint8_t> scales, offsets;  ///< raw elements of value_dtype
 };
 GroupNumbers read_numbers(const PackedView& w);
-/// `offsets` is empty for symmetric types.
-void write_numbers(const GroupNumbers& numbers, PackedMatrix& w);
+/// Numbers of upstream's order at places of a file.
+struct StoredNumbers {
+  std::span<const std::uint8_t> scales{};
+  std::span<const std::uint8_t> offsets{};  ///< empty for symmetric types
+  bool one = false;                         ///< one number for all groups
+  bool codes = false;                       ///< offsets are uint8, in codes
+};
+/// Rows of the statistics of a packed matrix into `out` [rows.size(), stat_bytes].
+void write_numbers(const StoredNumbers& numbers, const PackedSpec& spec, RowRange rows,
+                   std::uint8_t* out);
 
 /// What the bytes at the end of PackedMatrix::shared keep for the writer; absent parts are what it
 /// writes anyway.
