@@ -1,4 +1,5 @@
-"""Shard-direct loading: each rank reads its rows, quantizes them and holds nothing else."""
+"""Shard-direct loading: each rank reads its rows, packed or to be quantized, and holds nothing
+else."""
 
 from __future__ import annotations
 
@@ -75,9 +76,9 @@ def load_sharded(
     mixed_precision, offload, reshard_after_forward, blocks    as in ``shard_model``
     storage_dtype    dtype that packed bytes are viewed as; see ``convert_storage_``
 
-    Collective: all ranks call it with the same arguments. Each reads its rows only and quantizes
-    them; the bytes are those of quantizing the whole model and cutting it afterwards. An error on
-    one rank is raised on all of them.
+    Collective: all ranks call it with the same arguments. Each reads its rows only, and quantizes
+    those of dense weights; the bytes are those of the whole model, cut afterwards. An error on one
+    rank is raised on all of them.
     """
     mesh = default_mesh() if mesh is None else mesh
     everyone = dist.group.WORLD if mesh.size() == dist.get_world_size() else None

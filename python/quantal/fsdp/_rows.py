@@ -83,7 +83,7 @@ def _held_rows(parameter: torch.Tensor, shape: Sequence[int]) -> _HeldRows:
 
 
 class RowQuantizer:
-    """Fills packed layers."""
+    """Fills packed layers: reads this rank's rows, or quantizes them."""
 
     def __init__(self, reader: Any, agreement: Agreement) -> None:
         self.reader, self.agreement = reader, agreement
