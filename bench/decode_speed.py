@@ -149,7 +149,7 @@ run: {copy:.1f} GB/s read + written.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one small shape, short runs")
-    parser.add_argument("--seconds", type=float, default=0.5, help="of one pair")
+    parser.add_argument("--seconds", type=float, default=0.3, help="of one pair")
     parser.add_argument("--forms", default="", help="comma separated beginnings of names")
     parser.add_argument("--output", type=pathlib.Path)
     args = parser.parse_args()

@@ -136,7 +136,7 @@ with x requiring its gradient: `MatMul4Bit`, which dequantizes the matrix for ea
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one small shape, short runs")
-    parser.add_argument("--seconds", type=float, default=0.6, help="of one pair of candidates")
+    parser.add_argument("--seconds", type=float, default=0.4, help="of one pair of candidates")
     parser.add_argument("--output", type=pathlib.Path)
     args = parser.parse_args()
     seconds = 0.1 if args.quick else args.seconds

@@ -52,10 +52,16 @@ class Setting:
     model: str | None = None  #: GGUF file
 
 
+NF4 = "NF4 + double quantization"
 SETTINGS = [
-    *(Setting("NF4 + double quantization", t, c) for c in (True, False) for t in TARGETS),
+    Setting(NF4, "q, v", True),
+    Setting(NF4, "all linears", True),
+    Setting(NF4, "q, v", False),
+    Setting(NF4, "all linears", False),
     Setting("HQQ 4-bit g64", "q, v", True),
 ]
+#: Rows of a usual run: two minutes each.
+USUAL = [0, 1, 2]
 
 # ---------------------------------------------------------------------- sides
 
@@ -238,7 +244,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=2, help="in each of two processes")
-    parser.add_argument("--only", type=int, nargs="+", help="numbers of rows, from 0")
+    parser.add_argument(
+        "--only", type=int, nargs="+", default=USUAL, help="numbers of rows, 0 to 4 (0 1 2)"
+    )
     parser.add_argument("--quick", action="store_true", help="short rows, one round, first setting")
     parser.add_argument("--output", type=pathlib.Path)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
@@ -250,7 +258,7 @@ def main() -> None:
     if args.quick:
         args.seq, args.rounds, args.only = 32, 1, [0]
     common = {"batch": args.batch, "seq": args.seq, "rounds": args.rounds, "model": args.model}
-    chosen = [SETTINGS[i] for i in args.only] if args.only else SETTINGS
+    chosen = [SETTINGS[i] for i in args.only]
     rows = [measure(dataclasses.replace(setting, **common)) for setting in chosen]
     page = pairs.table(
         "A QLoRA step on SmolLM2-135M on the CPU",
