@@ -34,12 +34,24 @@ FORMS: dict[str, type[peers_candidate.Candidate]] = {
     "MLX 3-bit g64": peers_candidate.Mlx3,
     "Quanto 2-bit g128": peers_candidate.QuantoInt2,
 }
+#: The same forms with activations that are rounded to int8 (docs/performance.md).
+INT8_FORMS: dict[str, type[peers_candidate.Candidate]] = {
+    "HQQ 4-bit g64, int8 activations": peers_candidate.Hqq4Int8,
+    "MLX 4-bit g64, int8 activations": peers_candidate.Mlx4Int8,
+    "Q4_0, int8 activations": peers_candidate.Q40Int8,
+    "Q4_K, int8 activations": peers_candidate.Q4KInt8,
+    "NF4, int8 activations": peers_candidate.Nf4DoubleInt8,
+    "Q8_0, int8 activations": peers_candidate.Q80Int8,
+}
+FORMS |= INT8_FORMS
 #: Rivals of each form, beside torch bf16: those that store as many bits.
 RIVALS = {
     "NF4, double quantization": ["bitsandbytes NF4", "torch int4", "ggml Q4_0", "ggml Q4_K"],
     "MLX 4-bit g64": ["ggml Q4_0"],
     "Q4_0": ["bitsandbytes NF4", "ggml Q4_0"],
     "Q8_0": ["ggml Q8_0"],
+    **dict.fromkeys(INT8_FORMS, ["ggml Q4_0", "ggml Q4_K"]),
+    "Q8_0, int8 activations": ["ggml Q8_0"],
 }
 _FLUSH = torch.ones(12 << 20, dtype=torch.int64)
 
@@ -59,7 +71,7 @@ class Row:
     form: str
     milliseconds: float
     speed: float
-    share: float  # of the limit: bytes read, or the dense product of the machine
+    share: float  # of the limit: bytes read, or the machine's dense product, bfloat16 or int8
     rivals: dict[str, float]  # rival time / ours
 
 
@@ -96,7 +108,7 @@ def measure_form(
             share = speed / top.read
         else:
             speed = 2 * m * rows * cols / best / 1e9
-            share = speed / top.bf16
+            share = speed / (top.int8 if form in INT8_FORMS else top.bf16)
         found.append(Row(f"{rows}x{cols}", m, form, best * 1e3, speed, share, ratios))
         print(found[-1], flush=True)
     return found
@@ -121,12 +133,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=0.6, help="of one pair of candidates")
     parser.add_argument("--rows", default="1,4,16,512", help="rows of x, comma separated")
-    parser.add_argument("--forms", default="all", help="comma separated beginnings of names")
+    parser.add_argument("--forms", default="all", help="semicolon separated beginnings of names")
     parser.add_argument("--output", type=pathlib.Path)
     args = parser.parse_args()
     torch.manual_seed(0)
     top = limits.measure()
-    wanted = args.forms.split(",")
+    wanted = args.forms.split(";")
     forms = [f for f in FORMS if args.forms == "all" or f.startswith(tuple(wanted))]
     rows: list[Row] = []
     rivals = forward_rivals.forward_rivals()
@@ -152,7 +164,8 @@ def main() -> None:
         ],
         [cells(row, names) for row in rows],
         f"Limits in the same run: {top.line()}. Speed is packed bytes per second for one row of x, "
-        "else 2 * rows * weights per second; the limit is the read bandwidth or the dense product. "
+        "else 2 * rows * weights per second; the limit is the read bandwidth or the dense product, "
+        "that of int8 (torch._int_mm) for forms with int8 activations. "
         "bf16 activations (ggml takes float32 and rounds them to 8 bits), caches evicted before "
         "each call, results into a buffer that is kept (quantal and ggml). bitsandbytes on its "
         "packed inference path, ggml in its interleaved layout. A limit is a median too: a share "
@@ -161,8 +174,10 @@ def main() -> None:
     print(page)
     if args.output:
         args.output.write_text(page, encoding="utf-8")
-        picture = args.output.with_suffix(".svg")
-        picture.write_text(forward_plot.svg(rows, top), encoding="utf-8")
+        exact = [row for row in rows if row.form not in INT8_FORMS]
+        if exact:
+            picture = args.output.with_suffix(".svg")
+            picture.write_text(forward_plot.svg(exact, top), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ class Candidate:
     """What the classes share; `method` and `settings` say which form they are."""
 
     method: ClassVar[str]
+    activations: ClassVar[str] = "exact"
     settings: ClassVar[dict[str, Any]] = {}
 
     def quantize(self, weight: torch.Tensor) -> Handle:
@@ -56,7 +57,7 @@ class Candidate:
         if out is None:
             out = torch.empty(x.shape[0], handle.layer.out_features, dtype=x.dtype)
             handle.outputs[key] = out
-        return quantal.functional.linear(x, handle.layer, out=out)
+        return quantal.functional.linear(x, handle.layer, out=out, activations=self.activations)
 
     def nbytes(self, handle: Handle) -> int:
         layer = handle.layer
@@ -136,3 +137,27 @@ class Q4K(Candidate):
 class Q80(Candidate):
     method = "gguf"
     settings: ClassVar = {"mode": "Q8_0", "bits": 0, "group_size": 0}
+
+
+class Nf4DoubleInt8(Nf4Double):
+    activations = "int8"
+
+
+class Hqq4Int8(Hqq4):
+    activations = "int8"
+
+
+class Mlx4Int8(Mlx4):
+    activations = "int8"
+
+
+class Q40Int8(Q40):
+    activations = "int8"
+
+
+class Q4KInt8(Q4K):
+    activations = "int8"
+
+
+class Q80Int8(Q80):
+    activations = "int8"

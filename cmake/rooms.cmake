@@ -2,8 +2,8 @@
 # private headers are included as "<room>/name.h" from src/. Sources are found by folder: a new file
 # needs no line here (CONFIGURE_DEPENDS re-runs CMake).
 #
-# A source whose name ends in _avx2, _avx512, _avx512bf16 or _neon is compiled for that instruction set, alone, and
-# only on its architecture; no flag is ever set for a whole target.
+# A source whose name ends in _avx2, _avxvnni, _avx512, _avx512bf16, _avx512vnni, _neon or _neondot is compiled for
+# that instruction set, alone, and only on its architecture; no flag is ever set for a whole target.
 
 find_package(nlohmann_json 3.10 REQUIRED)
 find_package(Threads REQUIRED)
@@ -32,9 +32,13 @@ function(quantal_isa_flags)
     elseif(source MATCHES "_avx512\\.cpp$")
       set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS
         "-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mavx2;-mfma;-mf16c;-mprefer-vector-width=512")
-    elseif(source MATCHES "_avx512bf16\\.cpp$")
+    elseif(source MATCHES "_avx512(bf16|vnni)\\.cpp$")
       set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS
-        "-mavx512bf16;-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mavx2;-mfma;-mf16c;-mprefer-vector-width=512")
+        "-mavx512${CMAKE_MATCH_1};-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mavx2;-mfma;-mf16c;-mprefer-vector-width=512")
+    elseif(source MATCHES "_avxvnni\\.cpp$")
+      set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "-mavxvnni;-mavx2;-mfma;-mf16c")
+    elseif(source MATCHES "_neondot\\.cpp$")
+      set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "-march=armv8.2-a+dotprod")
     endif()
   endforeach()
 endfunction()
@@ -43,10 +47,10 @@ function(quantal_room name)
   cmake_parse_arguments(ARG "" "" "USES" ${ARGN})
   file(GLOB_RECURSE sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/src/${name}/*.cpp)
   if(NOT QUANTAL_ARCH STREQUAL "x86")
-    list(FILTER sources EXCLUDE REGEX "_(avx2|avx512|avx512bf16)\\.cpp$")
+    list(FILTER sources EXCLUDE REGEX "_(avx2|avxvnni|avx512|avx512bf16|avx512vnni)\\.cpp$")
   endif()
   if(NOT QUANTAL_ARCH STREQUAL "arm")
-    list(FILTER sources EXCLUDE REGEX "_neon\\.cpp$")
+    list(FILTER sources EXCLUDE REGEX "_neon(dot)?\\.cpp$")
   endif()
   quantal_isa_flags(${sources})
   set(target quantal_${name})

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -60,6 +61,33 @@ void matmul_transposed(const PackedView& w, DType dtype, const void* g, std::int
 /// (docs/formats/bnb.md).
 void matmul_int8(const PackedView& w, DType dtype, const void* x, std::int64_t m_rows,
                  const float* bias, float threshold, void* y, const Executor& executor);
+
+/// How products take activations: as they are, or rounded by matmul_int8_activations.
+enum class Activations { kExact, kInt8 };
+
+/// Why `matmul_int8_activations` does not take this form, as "what is <actual>, expected
+/// <allowed>"; empty if it does: integers of any width or tables of 16 values in groups along rows
+/// that divide rows, each a multiple of 16 columns or the whole row.
+std::string int8_activations_refusal(const PackedSpec& spec);
+
+/// An approximation of matmul in integer products: activations are rounded to int8 in runs of
+/// columns, in each to q = rint(x * 127 / max |x|), symmetric. A run is the largest power of two up
+/// to 128 that divides a group; 128 columns where a group is the whole row.
+///
+/// `y[m, n] = sum over runs r of a(n, r) * scale[m, r] * sum_k q[m, k] (u(n, k) - centre)
+///            + b(n, r) * scale[m, r] * sum_k q[m, k]   (+ bias[n])`
+///
+/// in which w = a (u - centre) + b are the weights without the dialect's roundings to value_dtype;
+/// levels u of a table that are no integers are rounded to 1/127 of the largest. Integer sums are
+/// exact and each output is one chain of float32 fma in the order of runs, so all kernel sets,
+/// numbers of threads and of rows give the same bits. Against the same sum over unrounded x:
+/// |error| <= sum over runs of max |x| / 254 * sum_k |w(n, k)|, plus for tables max |level| / 254 *
+/// |a| sum_k |x|, plus the roundings of w, of float32 and of y. Runs in which no |x| reaches 2^-120
+/// count as zero; a row of x with an infinity or NaN gives NaN in all its outputs.
+///
+/// Buffers and dtypes as matmul. Throws Error{kUnsupported} with int8_activations_refusal.
+void matmul_int8_activations(const PackedView& w, DType dtype, const void* x, std::int64_t m_rows,
+                             const float* bias, void* y, const Executor& executor);
 
 // ------------------------------------------------------------------ dispatch
 

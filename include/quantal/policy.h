@@ -180,6 +180,16 @@ class NamePattern {
   std::function<bool(const std::string&)> match_;
 };
 
+/// What backend_options "activations" come to for one form of weights.
+struct ActivationChoice {
+  Activations activations = Activations::kExact;  ///< what the product does
+  std::string reason;  ///< why it is exact although int8 was asked for; else empty
+};
+/// Reads backend_options "activations" ("exact", the default, or "int8"). A form without such a
+/// product keeps the exact one, with the reason; with fallback "error" that is Error{kUnsupported}.
+/// Throws Error{kConfig} for another value, and for "int8" beside an int8_threshold.
+ActivationChoice choose_activations(const QuantizationConfig& config, const PackedSpec& spec);
+
 /// Decides layer by layer. skip_modules win over layer_configs (plain patterns of skip_modules
 /// match anywhere, those of layer_configs from the start); of several matching layer_configs the
 /// most specific one alone applies, of equally specific ones the later. Not thread-safe.
@@ -198,6 +208,8 @@ class LayerRules {
     DType compute_dtype = DType::kF32;  ///< of products
     /// LLM.int8: outlier threshold of the layer's product; unset: exact weights.
     std::optional<double> int8_threshold;
+    /// How the layer's product takes activations, with the reason where it is not what was asked.
+    ActivationChoice activations;
   };
   /// For the linear layer `name` with weight [out_features, in_features]. A layer that the dialect
   /// cannot take is left dense with the reason; with fallback "error" it throws Error{kShape} or

@@ -112,6 +112,20 @@ void bind_rules(py::module_& m) {
       .def("choose", &LayerRules::choose, py::arg("name"), py::arg("out_features"),
            py::arg("in_features"))
       .def("unmatched", &LayerRules::unmatched);
+  m.def(
+      "choose_activations",
+      [](const std::string& config_json, const std::vector<std::int64_t>& spec) {
+        const auto choice = choose_activations(config_from_json(config_json), spec_from_ints(spec));
+        return std::pair(choice.activations == Activations::kInt8, choice.reason);
+      },
+      py::arg("config_json"), py::arg("spec"),
+      "(int8 activations?, why not although they were asked for) of a form of weights.");
+  m.def(
+      "int8_activations_refusal",
+      [](const std::vector<std::int64_t>& spec) {
+        return int8_activations_refusal(spec_from_ints(spec));
+      },
+      py::arg("spec"), "Why a form has no product with int8 activations, or an empty text.");
 }
 
 void bind_report(py::module_& m) {

@@ -74,6 +74,13 @@ def text(where: str, name: str, value: Any) -> str:
     return instance(where, name, value, str, "a str")
 
 
+def activations(where: str, value: Any) -> bool:
+    """True for "int8", False for "exact"."""
+    if text(where, "activations", value) not in ("exact", "int8"):
+        raise ConfigError(f"{where}: activations is {value!r}, expected 'exact' or 'int8'")
+    return bool(value == "int8")
+
+
 def warn(message: str) -> None:
     """A UserWarning that names the line of the caller, outside of this package."""
     folder = os.path.join(os.path.dirname(__file__), "")

@@ -72,6 +72,9 @@ def _grad_input_backward(ctx, grad):
 
 _load()
 torch.library.register_autograd("quantal::linear", _linear_backward, setup_context=_setup_linear)
+torch.library.register_autograd(
+    "quantal::linear_int8_activations", _linear_backward, setup_context=_setup_linear
+)
 torch.library.register_autograd("quantal::linear_int8", _int8_backward, setup_context=_setup_int8)
 torch.library.register_autograd(
     "quantal::linear_grad_input", _grad_input_backward, setup_context=_setup_grad_input
@@ -84,12 +87,13 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 # Overloads, found once: looking one up costs as much as a small product.
 _linear = torch.ops.quantal.linear.default
 _linear_int8 = torch.ops.quantal.linear_int8.default
+_linear_int8_activations = torch.ops.quantal.linear_int8_activations.default
 _linear_grad_input = torch.ops.quantal.linear_grad_input.default
 
 
 class _EagerLinear(torch.autograd.Function):
-    """The gradient of ``quantal::linear`` and, with a threshold, of ``quantal::linear_int8`` in
-    eager mode; compiled graphs use the registered ones.
+    """The gradient of ``quantal::linear`` and of the products that round activations, in eager
+    mode; compiled graphs use the registered ones.
 
     The packed buffers come in a tuple and hang on ctx instead of going through save_for_backward.
     They are frozen, so nothing is lost, and a checkpointed block whose last layer this is need not
@@ -99,16 +103,14 @@ class _EagerLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, bias, packed):
-        codes, stats, shared, spec, threshold = ctx.packed = packed
+        product, codes, stats, shared, spec, *settings = ctx.packed = packed
         ctx.bias_dtype = None if bias is None else bias.dtype
         with _below_autograd():
-            if threshold is None:
-                return _linear(x, codes, stats, shared, bias, spec)
-            return _linear_int8(x, codes, stats, shared, bias, spec, threshold)
+            return product(x, codes, stats, shared, bias, spec, *settings)
 
     @staticmethod
     def backward(ctx, grad):
-        codes, stats, shared, spec, _ = ctx.packed
+        codes, stats, shared, spec = ctx.packed[1:5]
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             if is_grad_enabled() and grad.requires_grad:  # differentiated once more
@@ -231,7 +233,7 @@ def linear(
         return _linear(x, codes, stats, shared, bias, spec)
     try:
         if _needs_gradient(x, bias):
-            return _EagerLinear.apply(x, bias, (codes, stats, shared, spec, None))
+            return _EagerLinear.apply(x, bias, (_linear, codes, stats, shared, spec))
         with _below_autograd():
             return _linear(x, codes, stats, shared, bias, spec)
     except RuntimeError:
@@ -257,12 +259,51 @@ def linear_int8(
         return _linear_int8(x, codes, stats, shared, bias, spec, threshold)
     try:
         if _needs_gradient(x, bias):
-            return _EagerLinear.apply(x, bias, (codes, stats, shared, spec, threshold))
+            packed = _linear_int8, codes, stats, shared, spec, threshold
+            return _EagerLinear.apply(x, bias, packed)
         with _below_autograd():
             return _linear_int8(x, codes, stats, shared, bias, spec, threshold)
     except RuntimeError:
         with _typed(x, (codes, stats, shared), spec, int(spec[2])):
             raise
+
+
+def linear_int8_activations(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    stats: torch.Tensor,
+    shared: torch.Tensor,
+    bias: torch.Tensor | None,
+    spec: Spec,
+) -> torch.Tensor:
+    """`linear` with activations rounded to int8 in runs of columns (docs/performance.md).
+
+    The gradient is that of `linear`: the rounding is passed straight through."""
+    product = _linear_int8_activations
+    if is_compiling():
+        return product(x, codes, stats, shared, bias, spec)
+    try:
+        if _needs_gradient(x, bias):
+            return _EagerLinear.apply(x, bias, (product, codes, stats, shared, spec))
+        with _below_autograd():
+            return product(x, codes, stats, shared, bias, spec)
+    except RuntimeError:
+        with _typed_int8(x, (codes, stats, shared), spec):
+            raise
+
+
+@contextlib.contextmanager
+def _typed_int8(
+    x: torch.Tensor, buffers: Buffers, spec: Spec, out: tuple[torch.Tensor, int] | None = None
+) -> Iterator[None]:
+    """`_typed`, where the form of the weights may be the reason too."""
+    try:
+        with _typed(x, buffers, spec, int(spec[2]), out):
+            yield
+    except QuantalError as error:
+        if type(error) is QuantalError and _core.int8_activations_refusal(list(spec)):
+            raise UnsupportedError(str(error)) from error
+        raise
 
 
 def matmul(
@@ -300,6 +341,21 @@ def linear_out(
     _sized(out, x, int(spec[1]))
     with _typed(x, buffers, spec, int(spec[2]), (out, int(spec[1]))):
         torch.ops.quantal.linear.out(x, *buffers, bias, spec, out=out)
+    return out
+
+
+def linear_int8_activations_out(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    buffers: Buffers,
+    bias: torch.Tensor | None,
+    spec: Spec,
+) -> torch.Tensor:
+    """`linear_int8_activations` into `out`, as `linear_out`."""
+    _check_out(out, (x, bias, out))
+    _sized(out, x, int(spec[1]))
+    with _typed_int8(x, buffers, spec, (out, int(spec[1]))):
+        torch.ops.quantal.linear_int8_activations.out(x, *buffers, bias, spec, out=out)
     return out
 
 

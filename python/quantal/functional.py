@@ -20,8 +20,13 @@ def linear(
     bias: torch.Tensor | None = None,
     *,
     out: torch.Tensor | None = None,
+    activations: str = "exact",
 ) -> torch.Tensor:
     """``x @ W.T + bias`` in the dtype of x, W being the exact values of a quantized layer.
+
+    activations  "int8": x is rounded to int8 in runs of columns and multiplied with the codes in
+                 integers (docs/performance.md has the error); UnsupportedError for forms that have
+                 no such product
 
     The layer's own bias and ``compute_dtype`` play no part. Differentiable in x and bias; with
     `out` (the result's shape and dtype; an empty tensor is resized) it is not, as in torch.
@@ -31,6 +36,10 @@ def linear(
     for name, value in (("bias", bias), ("out", out)):
         if value is not None:
             _check.tensor("linear", name, value)
+    if _check.activations("linear", activations):
+        if out is None:
+            return _ops.linear_int8_activations(x, *layer._buffers_packed, bias, layer._spec)
+        return _ops.linear_int8_activations_out(out, x, layer._buffers_packed, bias, layer._spec)
     if out is None:
         return _ops.linear(x, *layer._buffers_packed, bias, layer._spec)
     return _ops.linear_out(out, x, layer._buffers_packed, bias, layer._spec)

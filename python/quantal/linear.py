@@ -11,7 +11,7 @@ from torch import nn
 
 from . import _check, _core, _ops
 from ._dtypes import dtype_name, parse_dtype
-from ._errors import ConfigError, ShapeError
+from ._errors import ConfigError, ShapeError, UnsupportedError
 from ._packed import PackedWeight, checked_parts
 from .config import QuantizationConfig
 
@@ -172,6 +172,7 @@ class PackedLinear(PackedWeight, QuantizedLinear, nn.Linear):  # type: ignore[ov
 
     compute_dtype: torch.dtype
     int8_threshold: float | None
+    _int8_activations = False
 
     @_check.arguments(
         "QuantizedLinear",
@@ -241,6 +242,25 @@ class PackedLinear(PackedWeight, QuantizedLinear, nn.Linear):  # type: ignore[ov
         own["int8_threshold"] = (
             None if threshold is None else _core.int8_threshold(self._spec, str(threshold))
         )
+        if "activations" in config.backend_options:
+            own["_int8_activations"], reason = _core.choose_activations(config.to_json(), spec)
+            if reason:
+                _check.warn(f"QuantizedLinear: {reason}")
+
+    @property
+    def activations(self) -> str:
+        """How the product takes its input: "exact", or "int8", rounded in runs of columns and
+        multiplied with the codes in integers (``backend_options={"activations": "int8"}``).
+        UnsupportedError where the form of the weights has no such product."""
+        return "int8" if self._int8_activations else "exact"
+
+    @activations.setter
+    def activations(self, value: str) -> None:
+        int8 = _check.activations("QuantizedLinear", value)
+        refusal = _core.int8_activations_refusal(self._spec) if int8 else ""
+        if refusal:
+            raise UnsupportedError(f"QuantizedLinear: activations is 'int8', but {refusal}")
+        self._int8_activations = int8
 
     # ------------------------------------------------------------------ use
 
@@ -285,10 +305,12 @@ class PackedLinear(PackedWeight, QuantizedLinear, nn.Linear):  # type: ignore[ov
         if bias is not None and bias.dtype is not dtype:
             bias = bias.to(dtype)
         packed = self._buffers_packed
-        if self.int8_threshold is None:
-            y = _ops.linear(wide, *packed, bias, self._spec)
-        else:
+        if self.int8_threshold is not None:
             y = _ops.linear_int8(wide, *packed, bias, self._spec, self.int8_threshold)
+        elif self._int8_activations:
+            y = _ops.linear_int8_activations(wide, *packed, bias, self._spec)
+        else:
+            y = _ops.linear(wide, *packed, bias, self._spec)
         expected = x.dtype
         if _any_autocast() and not x.is_meta and expected is not torch.float64:
             device = x.device.type
@@ -301,6 +323,7 @@ class PackedLinear(PackedWeight, QuantizedLinear, nn.Linear):  # type: ignore[ov
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, {self.dialect} {self.bits}-bit "
             f"g{self.group_size}, compute_dtype={self.compute_dtype}"
+            f"{', int8 activations' if self._int8_activations else ''}"
         )
 
 

@@ -1,12 +1,10 @@
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
-#include <memory>
-#include <new>
 #include <string>
 
 #include "kernels/cpu/dispatch.h"
+#include "kernels/scratch.h"
 #include "quantal/kernels.h"
 
 namespace quantal {
@@ -25,28 +23,6 @@ void check_product(const PackedView& w, std::int64_t m_rows, const char* where) 
     fail(Errc::kShape,
          std::string(where) + ": m_rows is " + std::to_string(m_rows) + ", expected >= 0");
   }
-}
-
-/// What a thread's scratch is for: activations of a product, sums of its tasks.
-enum class Scratch { kInputs, kSums };
-
-/// Memory that the calling thread keeps from product to product: nothing is allocated once it has
-/// grown. Valid until the thread asks for the same again.
-template <Scratch kUse>
-void* thread_scratch(std::int64_t bytes) {
-  struct Free {
-    void operator()(void* memory) const { std::free(memory); }
-  };
-  thread_local std::unique_ptr<void, Free> memory;
-  thread_local std::int64_t capacity = 0;
-  if (bytes > capacity) {
-    capacity = 0;
-    const std::int64_t rounded = ceil_div(bytes, 4096) * 4096;
-    memory.reset(std::aligned_alloc(64, static_cast<std::size_t>(rounded)));
-    if (memory == nullptr) throw std::bad_alloc();
-    capacity = rounded;
-  }
-  return memory.get();
 }
 
 /// Activations as the kernels take them: float32 rows, zero-padded to whole vectors. Borrows the

@@ -46,7 +46,7 @@ DType scale_dtype(ScaleSource source) {
 }
 
 /// All activations in integers, and what they leave out.
-struct Activations {
+struct RoundedRows {
   std::int64_t rows = 0, cols = 0, ld = 0;
   std::vector<std::int8_t> q;          // [rows, ld], zero beyond cols
   std::vector<float> scale;            // [rows]
@@ -57,7 +57,7 @@ struct Activations {
 
 class Quantizer {
  public:
-  Quantizer(const CpuKernels& kernels, FloatKind kind, const void* x, Activations& out)
+  Quantizer(const CpuKernels& kernels, FloatKind kind, const void* x, RoundedRows& out)
       : kernels_(kernels),
         kind_(kind),
         bytes_(kind == FloatKind::kF32 ? 4 : 2),
@@ -113,13 +113,13 @@ class Quantizer {
   FloatKind kind_;
   std::int64_t bytes_;
   const std::uint8_t* x_;
-  Activations& out_;
+  RoundedRows& out_;
 };
 
 /// Output rows of some weight rows.
 class Product {
  public:
-  Product(const CpuKernels& kernels, const PackedView& w, DType dtype, const Activations& x,
+  Product(const CpuKernels& kernels, const PackedView& w, DType dtype, const RoundedRows& x,
           const float* bias, void* y)
       : kernels_(kernels),
         w_(w),
@@ -224,7 +224,7 @@ class Product {
   const PackedView& w_;
   const PackedLayout layout_;
   DType dtype_;
-  const Activations& x_;
+  const RoundedRows& x_;
   const float* bias_;
   std::uint8_t* y_;
 };
@@ -237,7 +237,7 @@ void matmul_int8(const PackedView& w, DType dtype, const void* x, std::int64_t m
   const FloatKind kind = float_kind(dtype, "matmul_int8", "dtype");
   check_int8(w, m_rows, threshold);
   const CpuKernels& kernels = cpu_kernels();
-  Activations act;
+  RoundedRows act;
   act.rows = m_rows;
   act.cols = w.spec.cols;
   act.ld = ceil_div(act.cols, 16) * 16;

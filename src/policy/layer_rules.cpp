@@ -88,7 +88,9 @@ LayerRules::Choice LayerRules::choose(const std::string& name, std::int64_t out_
     return dense(std::move(choice), unbuilt);
   }
   try {
-    dialect_of(layer.method).make_spec(out_features, in_features, choice.options);
+    const PackedSpec spec =
+        dialect_of(layer.method).make_spec(out_features, in_features, choice.options);
+    choice.activations = choose_activations(config_, spec);
   } catch (const Error& error) {
     if (strict) fail(error.code(), where + error.what(), error.site());
     choice.refused = true;

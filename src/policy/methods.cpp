@@ -23,8 +23,10 @@ constexpr FamilyFacts kNoFamily = {"", "FallbackAdapter", "", "", "", {}};
 
 constexpr std::array<std::string_view, 2> kSupportNames = {"documented", "extended"};
 constexpr std::array<std::string_view, 3> kFallbackNames = {"none", "nearest", "error"};
-constexpr std::array<std::string_view, 7> kOptions = {
-    "int8_threshold", "support", "fallback", "axis", "optimize", "round_zero", "mode"};
+constexpr std::array<std::string_view, 8> kOptions = {"int8_threshold", "support",    "fallback",
+                                                      "axis",           "optimize",   "round_zero",
+                                                      "mode",           "activations"};
+constexpr std::array<std::string_view, 2> kActivationNames = {"exact", "int8"};
 
 /// Rows, and groups per row, of the layer on which settings are tried.
 constexpr std::int64_t kMaxProbe = 4096;
@@ -181,6 +183,7 @@ QuantizeOptions base_options(const QuantizationConfig& config) {
   options.quant_zero = config.quant_zero;
   if (config.quant_scale) options.quant_scale = true;
   static_cast<void>(int8_threshold(config));  // refuses what is no threshold
+  static_cast<void>(activations_option(config));
   const auto mode = config.backend_options.find("mode");
   if (mode != config.backend_options.end()) options.mode = mode->second;
   return options;
@@ -197,16 +200,33 @@ std::string storage_refusal(DType dtype) {
 }
 
 std::string setting_refusal(const QuantizeOptions& options) {
-  const Dialect* dialect = find_dialect(options.method);
-  if (dialect == nullptr) return {};
-  // A layer that every legal group size divides: what refuses it refuses all layers.
-  const std::int64_t unit = std::clamp<std::int64_t>(options.group_size, 1, kMaxProbe);
   try {
-    dialect->make_spec(kMaxProbe, kMaxProbe * unit, options);
+    static_cast<void>(probe_spec(options));
   } catch (const Error& refusal) {
     return refusal.what();
   }
   return {};
+}
+
+std::optional<PackedSpec> probe_spec(const QuantizeOptions& options) {
+  const Dialect* dialect = find_dialect(options.method);
+  if (dialect == nullptr) return std::nullopt;
+  // A layer that every legal group size divides: what refuses it refuses all layers.
+  const std::int64_t unit = std::clamp<std::int64_t>(options.group_size, 1, kMaxProbe);
+  return dialect->make_spec(kMaxProbe, kMaxProbe * unit, options);
+}
+
+Activations activations_option(const QuantizationConfig& config) {
+  const auto found = config.backend_options.find("activations");
+  if (found != config.backend_options.end() && found->second == "null") return Activations::kExact;
+  const auto index = option_index(config, "activations", kActivationNames).value_or(0);
+  const auto asked = static_cast<Activations>(index);
+  if (asked == Activations::kInt8 && int8_threshold(config)) {
+    fail(Errc::kConfig,
+         "backend_options: activations is 'int8' beside an int8_threshold, expected one of the two "
+         "(int8_threshold is the product of LLM.int8)");
+  }
+  return asked;
 }
 
 }  // namespace quantal::policy
@@ -234,6 +254,15 @@ std::optional<double> int8_threshold(const QuantizationConfig& config) {
   }
   fail(Errc::kConfig, "backend_options: int8_threshold is '" + text.substr(0, 80) +
                           "', expected a number >= 0 (6 upstream)");
+}
+
+ActivationChoice choose_activations(const QuantizationConfig& config, const PackedSpec& spec) {
+  if (policy::activations_option(config) == Activations::kExact) return {};
+  std::string refusal = int8_activations_refusal(spec);
+  if (refusal.empty()) return {.activations = Activations::kInt8, .reason = {}};
+  refusal = "activations stay exact: " + refusal;
+  if (policy::fallback_option(config) == Fallback::kError) fail(Errc::kUnsupported, refusal);
+  return {.activations = Activations::kExact, .reason = std::move(refusal)};
 }
 
 std::string describe_options(const QuantizeOptions& options) {

@@ -2,6 +2,7 @@
 // the public API, its family, and the wording of refusals.
 #pragma once
 
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -54,6 +55,7 @@ std::string build_refusal(QuantizationMethod method, int bits);
 /// Settings behind backend_options; throw Error{kConfig} naming option, value and legal values.
 std::optional<Support> support_option(const QuantizationConfig& config);
 std::optional<Fallback> fallback_option(const QuantizationConfig& config);
+Activations activations_option(const QuantizationConfig& config);
 std::string_view support_name(Support support);
 std::string_view fallback_name(Fallback fallback);
 
@@ -72,5 +74,8 @@ std::string storage_refusal(DType dtype);
 
 /// "" or why the dialect of `options.method` refuses group size or quant_type for every layer.
 std::string setting_refusal(const QuantizeOptions& options);
+/// The form of a layer that every legal group size divides; nothing where the method is not built.
+/// Throws what the dialect refuses.
+std::optional<PackedSpec> probe_spec(const QuantizeOptions& options);
 
 }  // namespace quantal::policy

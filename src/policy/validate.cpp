@@ -58,6 +58,7 @@ class Validation {
     check_storage();
     check_settings();
     check_no_effect();
+    check_activations();
     check_layers();
     if (facts_.layers) check_model(*facts_.layers);
     return std::move(issues_);
@@ -207,6 +208,23 @@ class Validation {
     }
   }
 
+  /// int8 activations that the form of the method cannot have, whatever the layer.
+  void check_activations() {
+    if (!options_legal_ || policy::activations_option(config_) == Activations::kExact) return;
+    try {
+      const auto spec = policy::probe_spec(policy::base_options(config_));
+      if (!spec) return;
+      const std::string refusal = int8_activations_refusal(*spec);
+      if (refusal.empty()) return;
+      warning("activations.no_effect",
+              "activations 'int8' has no effect on " + std::string(method_name(config_.method)) +
+                  ": " + refusal,
+              "leave it unset: products are exact");
+    } catch (const Error&) {
+      // An illegal setting is an issue of its own.
+    }
+  }
+
   void check_layers() {
     check_patterns();
     for (const auto& [pattern, layer] : config_.layer_configs) {
@@ -258,8 +276,8 @@ class Validation {
 
   void try_layers(const std::vector<LayerShape>& layers, const QuantizationConfig& resolved) {
     LayerRules rules(resolved);
-    std::size_t quantized = 0, refused = 0;
-    std::string reason, named;
+    std::size_t quantized = 0, refused = 0, exact = 0;
+    std::string reason, named, exact_reason;
     std::vector<LayerShape> wanted;  // layers of the config's own method
     for (const LayerShape& layer : layers) {
       const auto choice = rules.choose(layer.name, layer.out_features, layer.in_features);
@@ -267,6 +285,9 @@ class Validation {
         wanted.push_back(layer);
       }
       quantized += choice.quantize ? 1u : 0u;
+      if (!choice.activations.reason.empty() && exact++ == 0) {
+        exact_reason = label(layer) + " (" + choice.activations.reason + ")";
+      }
       if (!choice.refused) continue;
       if (refused == 0) reason = choice.reason;
       if (refused < kNamedLayers) named += (named.empty() ? "" : ", ") + label(layer);
@@ -281,6 +302,12 @@ class Validation {
     } else if (quantized == 0 && (resolved.method != M::NONE || custom())) {
       warning("model.nothing", "every linear layer of the model is skipped, nothing is quantized",
               "shorten skip_modules or the skips of layer_configs");
+    }
+    if (exact != 0) {
+      warning("activations.exact",
+              std::to_string(exact) + " of " + std::to_string(layers.size()) +
+                  " linear layers have no product with int8 activations: " + exact_reason,
+              "another group_size, or leave them as they are");
     }
     const bool has_names = std::any_of(layers.begin(), layers.end(),
                                        [](const LayerShape& l) { return !l.name.empty(); });

@@ -48,6 +48,12 @@ std::string class_name(const torch::nn::Module& module) {
   return name;
 }
 
+/// Each reason once.
+void add_note(CoverageReport& report, const std::string& note) {
+  const bool known = std::ranges::find(report.notes, note) != report.notes.end();
+  if (!note.empty() && !known) report.notes.push_back(note);
+}
+
 /// Rows for everything that is not a quantal::Linear, tied parameters once.
 void report_others(torch::nn::Module& model, CoverageReport& report) {
   std::set<const void*> seen;
@@ -116,6 +122,7 @@ double pack_linear(LinearImpl& layer, const LayerRules::Choice& choice) {
       sampled_error(packed.view(), from_torch(dense.scalar_type()), dense.const_data_ptr());
   QuantizedLinear form(std::move(packed), layer.bias, to_torch(choice.compute_dtype));
   form->int8_threshold = choice.int8_threshold;
+  form->activations = choice.activations.activations;
   layer.set_quantized(std::move(form));
   return error;
 }
@@ -169,6 +176,7 @@ void replace_linear_with_quantized(torch::nn::Module& model, QuantizationAdapter
     entry.reason = choice.reason;
     if (choice.quantize) {
       entry.relative_error = adapter.quantize_linear(*layer, choice);
+      add_note(report, choice.activations.reason);
       entry.method = form_text(*layer, choice.options);
       const auto form = layer->quantized();
       entry.bytes_after = form ? form->nbytes() : entry.bytes_before;
@@ -195,6 +203,7 @@ Linear DialectAdapter::create_quantized_linear(std::int64_t in_features, std::in
   if (bias) bias_values = torch::zeros({out_features}, torch::TensorOptions().dtype(compute));
   QuantizedLinear form(empty_packed(spec), bias_values, compute);
   form->int8_threshold = choice.int8_threshold;
+  form->activations = choice.activations.activations;
   return Linear(std::move(form));
 }
 

@@ -108,12 +108,16 @@ class Filler {
       : file_(file),
         custom_(custom),
         compute_dtype_(config.compute_dtype),
+        config_(config),
         int8_threshold_(int8_threshold(config)),
         parts_(parts) {
     wrong_.insert(report.unexpected.begin(), report.unexpected.end());
     for (const auto& one : report.misshapen) wrong_.insert(one.name);
     decoded_.insert(report.decoded.begin(), report.decoded.end());
   }
+
+  /// Why layers multiply exactly although int8 activations were asked for, each reason once.
+  const std::set<std::string>& notes() const { return notes_; }
 
   void fill(torch::nn::Module& model) {
     for (const auto& [name, layer] : named_linears(model)) {
@@ -149,7 +153,10 @@ class Filler {
     PackedMatrix matrix = std::move(file_.layers.at(name));
     const auto compute = to_torch(compute_dtype_.value_or(matrix.spec.value_dtype));
     const bool int8 = matrix.spec.bits == 8 && dialect_by_id(matrix.spec.dialect).name == "bnb";
+    const ActivationChoice choice = choose_activations(config_, matrix.spec);
     QuantizedLinear layer(to_tensors(std::move(matrix)), std::move(bias), compute);
+    layer->activations = choice.activations;
+    if (!choice.reason.empty()) notes_.insert(choice.reason);
     if (int8) layer->int8_threshold = int8_threshold_;
     return layer;
   }
@@ -181,9 +188,10 @@ class Filler {
   Checkpoint& file_;
   const CustomLayers& custom_;
   std::optional<DType> compute_dtype_;
+  const QuantizationConfig& config_;
   std::optional<double> int8_threshold_;
   const ModelParts& parts_;
-  std::set<std::string> wrong_, decoded_;
+  std::set<std::string> wrong_, decoded_, notes_;
 };
 
 }  // namespace
@@ -226,7 +234,10 @@ LoadedModel QuantizationAdapter::load_quantized_model(const std::string& path,
   loaded.report.layout = file.layout;
   loaded.report.notes = file.notes;
   if (options.strict) require_fit(loaded.report, path);
-  Filler(file, loaded.report, parts, custom, config_).fill(model);
+  Filler filler(file, loaded.report, parts, custom, config_);
+  filler.fill(model);
+  loaded.report.notes.insert(loaded.report.notes.end(), filler.notes().begin(),
+                             filler.notes().end());
   note_load(loaded.report);
   return loaded;
 }

@@ -83,7 +83,9 @@ QuantizedLinearImpl::QuantizedLinearImpl(PackedTensors packed, torch::Tensor bia
 torch::Tensor QuantizedLinearImpl::forward(const torch::Tensor& x) {
   const torch::Tensor wide = x.to(compute_dtype);
   const torch::Tensor y = int8_threshold ? linear_int8(wide, packed(), bias, *int8_threshold)
-                                         : linear(wide, packed(), bias);
+                          : activations == Activations::kInt8
+                              ? linear_int8_activations(wide, packed(), bias)
+                              : linear(wide, packed(), bias);
   return y.to(x.scalar_type());
 }
 
@@ -130,7 +132,8 @@ void QuantizedLinearImpl::to(torch::Device device, bool non_blocking) {
 void QuantizedLinearImpl::pretty_print(std::ostream& stream) const {
   stream << "quantal::QuantizedLinear(in_features=" << in_features()
          << ", out_features=" << out_features() << ", bias=" << (bias.defined() ? "true" : "false")
-         << ", " << form_name(spec_) << ")";
+         << ", " << form_name(spec_)
+         << (activations == Activations::kInt8 ? ", int8 activations" : "") << ")";
 }
 
 // ------------------------------------------------------------------ Linear

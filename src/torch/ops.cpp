@@ -51,6 +51,13 @@ at::Tensor call_linear_int8(const at::Tensor& x, const at::Tensor& codes, const 
   return op.call(x, codes, stats, shared, bias, spec, threshold);
 }
 
+at::Tensor call_linear_int8_activations(const at::Tensor& x, const at::Tensor& codes,
+                                        const at::Tensor& stats, const at::Tensor& shared,
+                                        const OptionalTensor& bias, const Ints& spec) {
+  static const auto op = find_op<LinearSignature>("quantal::linear_int8_activations");
+  return op.call(x, codes, stats, shared, bias, spec);
+}
+
 at::Tensor call_grad_input(const at::Tensor& grad, const at::Tensor& codes, const at::Tensor& stats,
                            const at::Tensor& shared, const Ints& spec) {
   static const auto op = find_op<GradInputSignature>("quantal::linear_grad_input");
@@ -68,17 +75,26 @@ struct GradInputFunction : public torch::autograd::Function<GradInputFunction> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads);
 };
 
-/// y = x W^T + bias; with a threshold the product of LLM.int8, whose rounding of x the gradient
-/// passes straight through.
+/// Which product LinearFunction computes: that of LLM.int8 where there is a threshold.
+struct Product {
+  Activations activations = Activations::kExact;
+  std::optional<double> threshold;
+};
+
+/// y = x W^T + bias. The gradient passes any rounding of x straight through.
 struct LinearFunction : public torch::autograd::Function<LinearFunction> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& codes,
                             const at::Tensor& stats, const at::Tensor& shared,
-                            const OptionalTensor& bias, const Ints& spec,
-                            std::optional<double> threshold) {
+                            const OptionalTensor& bias, const Ints& spec, const Product& product) {
     ctx->save_for_backward({codes, stats, shared});
     ctx->saved_data["spec"] = spec;
     if (bias) ctx->saved_data["bias_dtype"] = bias->scalar_type();
-    if (threshold) return call_linear_int8(x, codes, stats, shared, bias, spec, *threshold);
+    if (product.threshold) {
+      return call_linear_int8(x, codes, stats, shared, bias, spec, *product.threshold);
+    }
+    if (product.activations == Activations::kInt8) {
+      return call_linear_int8_activations(x, codes, stats, shared, bias, spec);
+    }
     return call_linear(x, codes, stats, shared, bias, spec);
   }
 
@@ -103,7 +119,7 @@ variable_list GradInputFunction::backward(AutogradContext* ctx, const variable_l
   const variable_list saved = ctx->get_saved_variables();
   const Ints spec = ctx->saved_data["spec"].toIntVector();
   return {LinearFunction::apply(grads[0], saved[0], saved[1], saved[2], OptionalTensor{}, spec,
-                                std::optional<double>{}),
+                                Product{}),
           {},
           {},
           {},
@@ -133,6 +149,13 @@ torch::Tensor adopt(std::vector<std::uint8_t>&& bytes, at::IntArrayRef sizes) {
 Ints spec_ints(const PackedSpec& spec) {
   const auto ints = spec_to_ints(spec);
   return {ints.begin(), ints.end()};
+}
+
+torch::Tensor apply_linear(const torch::Tensor& x, const PackedTensors& w,
+                           const torch::Tensor& bias, const Product& product) {
+  const OptionalTensor optional_bias = bias.defined() ? OptionalTensor(bias) : std::nullopt;
+  return LinearFunction::apply(x, w.codes, w.stats, w.shared, optional_bias, spec_ints(w.spec),
+                               product);
 }
 
 }  // namespace
@@ -277,16 +300,17 @@ double relative_error(const torch::Tensor& weight, const PackedTensors& w) {
 }
 
 torch::Tensor linear(const torch::Tensor& x, const PackedTensors& w, const torch::Tensor& bias) {
-  const OptionalTensor optional_bias = bias.defined() ? OptionalTensor(bias) : std::nullopt;
-  return LinearFunction::apply(x, w.codes, w.stats, w.shared, optional_bias, spec_ints(w.spec),
-                               std::optional<double>{});
+  return apply_linear(x, w, bias, {});
 }
 
 torch::Tensor linear_int8(const torch::Tensor& x, const PackedTensors& w, const torch::Tensor& bias,
                           double threshold) {
-  const OptionalTensor optional_bias = bias.defined() ? OptionalTensor(bias) : std::nullopt;
-  return LinearFunction::apply(x, w.codes, w.stats, w.shared, optional_bias, spec_ints(w.spec),
-                               std::optional<double>(threshold));
+  return apply_linear(x, w, bias, {.threshold = threshold});
+}
+
+torch::Tensor linear_int8_activations(const torch::Tensor& x, const PackedTensors& w,
+                                      const torch::Tensor& bias) {
+  return apply_linear(x, w, bias, {.activations = Activations::kInt8, .threshold = {}});
 }
 
 }  // namespace quantal

@@ -8,5 +8,7 @@ namespace quantal {
 void link_torch_ops() noexcept;
 /// The same for ops_weights.cpp; link_torch_ops calls it.
 void link_weight_ops() noexcept;
+/// And for ops_activations.cpp.
+void link_activation_ops() noexcept;
 
 }  // namespace quantal

@@ -11,7 +11,7 @@
 // `spec` is spec_to_ints(PackedSpec); codes, stats and shared are the uint8 buffers of
 // layout_of(spec). Only torch/csrc/stable headers are used, so one binary serves torch >= 2.11.
 // There is no autograd here: Python registers it, C++ has ops.cpp. Ops about the weights alone are
-// in ops_weights.cpp.
+// in ops_weights.cpp, products with int8 activations in ops_activations.cpp.
 
 #include <algorithm>
 #include <cstdlib>
@@ -24,10 +24,13 @@
 #include "kernels/panels.h"
 #include "torch/ops_link.h"
 #include "torch/stable_executor.h"
-#include "torch/stable_tensor.h"
+#include "torch/stable_products.h"
 
 namespace quantal {
-void link_torch_ops() noexcept { link_weight_ops(); }
+void link_torch_ops() noexcept {
+  link_weight_ops();
+  link_activation_ops();
+}
 }  // namespace quantal
 
 namespace quantal::stable_ops {
@@ -159,39 +162,12 @@ void dequantize_out_cpu(Tensor codes, Tensor stats, Tensor shared, Ints spec_int
              stable_executor());
 }
 
-/// Throws Error{kDevice}, Error{kDtype} or Error{kShape}.
-void check_bias(const Tensor& bias, std::int64_t rows) {
-  check_cpu("quantal::linear: bias", bias);
-  weight_dtype("quantal::linear: bias", bias.scalar_type());
-  if (bias.dim() != 1 || bias.size(0) != rows) {
-    fail(Errc::kShape, "quantal::linear: bias has shape " + sizes_string(bias) + ", expected [" +
-                           std::to_string(rows) + "]");
-  }
-}
-
-bool given(const std::optional<Tensor>& bias) { return bias && bias->defined(); }
-
 /// A checked bias as the framework's products take it: contiguous, in `type`, without history.
 std::optional<Tensor> bias_as(const std::optional<Tensor>& bias, std::int64_t rows,
                               ScalarType type) {
   if (!given(bias)) return std::nullopt;
   check_bias(*bias, rows);
   return stable::contiguous(stable::to(detached(*bias), type));
-}
-
-/// A checked bias as kernels take it, float32; `wide` holds it where it has another form.
-const float* bias_values(const std::optional<Tensor>& bias, std::int64_t rows,
-                         std::vector<float>& wide) {
-  if (!given(bias)) return nullptr;
-  check_bias(*bias, rows);
-  const Tensor b = bias->is_contiguous() ? *bias : stable::contiguous(*bias);
-  const DType dtype = weight_dtype("quantal::linear: bias", b.scalar_type());
-  if (dtype == DType::kF32 && bias->is_contiguous()) {
-    return static_cast<const float*>(b.const_data_ptr());
-  }
-  wide.resize(static_cast<std::size_t>(rows));
-  widen_to_f32(dtype, b.const_data_ptr(), rows, wide.data());
-  return wide.data();
 }
 
 /// y [m, rows] = x @ w^T + bias.
@@ -261,46 +237,6 @@ Tensor linear_grad_input_cpu(Tensor grad, Tensor codes, Tensor stats, Tensor sha
 
 // ------------------------------------------------------------------ products into a given tensor
 
-bool share_memory(const Tensor& a, const Tensor& b) {
-  const auto range = [](const Tensor& t) {
-    const auto* begin = static_cast<const std::uint8_t*>(t.const_data_ptr());
-    std::int64_t last = 0;
-    for (std::int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
-    return std::pair(begin, begin + (last + 1) * static_cast<std::int64_t>(t.element_size()));
-  };
-  if (a.numel() == 0 || b.numel() == 0) return false;
-  const auto [a0, a1] = range(a);
-  const auto [b0, b1] = range(b);
-  return a0 < b1 && b0 < a1;
-}
-
-/// Checks `out` and calls `product` with contiguous rows: those of out itself, or fresh ones that
-/// are copied where out has gaps or shares memory with an operand.
-template <class Product>
-void write_into(const char* what, Tensor& out, const Tensor& x, const std::optional<Tensor>& bias,
-                std::int64_t width, Product product) {
-  check_cpu(what, out);
-  const Ints sizes = sizes_with_last(x, width);
-  const auto actual = out.sizes();
-  if (out.scalar_type() != x.scalar_type()) {
-    fail(Errc::kDtype, std::string(what) + " is " + type_name(out.scalar_type()) + ", expected " +
-                           type_name(x.scalar_type()) + " as the input");
-  }
-  if (!std::equal(actual.begin(), actual.end(), sizes.begin(), sizes.end())) {
-    fail(Errc::kShape, std::string(what) + " has shape " + sizes_string(out) + ", expected " +
-                           shape_string(sizes));
-  }
-  if (out.is_contiguous() && !share_memory(out, x) && !(bias && share_memory(out, *bias))) {
-    Rows y(what, out, width);
-    product(y);
-    return;
-  }
-  Rows y = Rows::fresh(x, width);
-  product(y);
-  Tensor target = detached(out);
-  stable::copy_(target, y.tensor());
-}
-
 void linear_out_cpu(Tensor x, Tensor codes, Tensor stats, Tensor shared, std::optional<Tensor> bias,
                     Ints spec_ints, Tensor out) {
   const Packed w = packed_of(codes, stats, shared, spec_ints);
@@ -320,19 +256,6 @@ void linear_grad_input_out_cpu(Tensor grad, Tensor codes, Tensor stats, Tensor s
 }
 
 // ------------------------------------------------------------------ meta kernels
-
-/// A fresh contiguous tensor with the sizes of `t`, the last one replaced. Sizes may be symbolic
-/// here and cannot be read through the stable ABI, so they travel inside views.
-Tensor meta_with_last(const Tensor& t, std::int64_t last) {
-  Tensor self = detached(t);
-  const std::int64_t dim = self.dim();
-  if (dim < 1) fail(Errc::kShape, "quantal: x is a scalar, expected [..., in_features]");
-  Tensor one = stable::narrow(self, dim - 1, 0, 1);
-  Ints sizes(static_cast<std::size_t>(dim), -1);
-  sizes.back() = last;
-  const Tensor wide = call("aten::expand", "", one, sizes, false);
-  return stable::contiguous(wide);
-}
 
 std::tuple<Tensor, Tensor, Tensor> quantize_meta(Tensor weight, Ints spec) {
   return packed_buffers(weight, spec_from_ints(spec));

@@ -53,7 +53,7 @@ PUBLIC_ROOMS = {
 TORCH_FREE = ("core", "kernels", "formats", "policy", "io", "checkpoint")
 TORCH_HEADERS = re.compile(r"^(torch|ATen|c10|caffe2|pybind11)/|^Python\.h$")
 TORCH_SYMBOL = re.compile(r"(?<![\w:])(torch|at|c10|pybind11)::|\bPy_[A-Z]")
-ISA_FILE = re.compile(r"_(avx2|avx512|avx512bf16|neon)\.cpp$")
+ISA_FILE = re.compile(r"_(avx2|avxvnni|avx512|avx512bf16|avx512vnni|neon|neondot)\.cpp$")
 # Headers that a file with instruction-set flags may include besides those of kernels/cpu.
 ISA_HEADERS = {"cstddef", "cstdint", "cstring", "immintrin.h", "arm_neon.h"}
 MAX_HEADER, MAX_SOURCE, MAX_FUNCTION = 250, 500, 60

@@ -183,6 +183,37 @@ TEST(LayerRules, Int8ThresholdIsForInt8Layers) {
   }
 }
 
+TEST(LayerRules, Int8ActivationsWhereTheFormHasThem) {
+  QuantizationConfig config = hqq();
+  EXPECT_EQ(LayerRules(config).choose("a", 64, 64).activations.activations, Activations::kExact);
+  config.backend_options["activations"] = "int8";
+  const auto choice = LayerRules(config).choose("a", 64, 64);
+  EXPECT_EQ(choice.activations.activations, Activations::kInt8);
+  EXPECT_EQ(choice.activations.reason, "");
+  for (const std::string same : {"exact", "null"}) {
+    config.backend_options["activations"] = same;
+    EXPECT_EQ(LayerRules(config).choose("a", 64, 64).activations.activations, Activations::kExact);
+  }
+}
+
+TEST(LayerRules, Int8ActivationsFallBackWithTheReason) {
+  QuantizationConfig config = hqq();
+  config.backend_options = {{"activations", "int8"}, {"axis", "0"}};
+  const auto choice = LayerRules(config).choose("a", 64, 64);
+  EXPECT_TRUE(choice.quantize);
+  EXPECT_EQ(choice.activations.activations, Activations::kExact);
+  EXPECT_EQ(choice.activations.reason,
+            "activations stay exact: statistics are shared by rows, expected groups along rows");
+  config.backend_options["fallback"] = "error";
+  try {
+    LayerRules(config).choose("a", 64, 64);
+    FAIL();
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), Errc::kUnsupported);
+    EXPECT_NE(std::string(error.what()).find("layer 'a'"), std::string::npos) << error.what();
+  }
+}
+
 TEST(LayerRules, BadPatternsThrow) {
   QuantizationConfig config = hqq();
   config.skip_modules = {"re:("};

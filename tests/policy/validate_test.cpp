@@ -263,6 +263,33 @@ TEST(Validate, BackendOptions) {
             std::string::npos);
 }
 
+TEST(Validate, Int8Activations) {
+  QuantizationConfig config = make(M::HQQ, 4);
+  config.backend_options["activations"] = "int8";
+  EXPECT_TRUE(validate_quantization_config(config, Backend::CPU).empty());
+  config.backend_options["activations"] = "int4";
+  EXPECT_NE(expect_issue(config, Backend::CPU, "options.value")
+                .message.find("activations is 'int4', expected one of"),
+            std::string::npos);
+  config.backend_options = {{"activations", "int8"}, {"axis", "0"}};
+  EXPECT_NE(expect_issue(config, Backend::CPU, "activations.no_effect")
+                .message.find("no effect on hqq: statistics are shared by rows"),
+            std::string::npos);
+  config.backend_options.erase("axis");
+  config.group_size = 64;
+  EXPECT_TRUE(with_layers(config, {{"a", 64, 128}}).empty());
+  config.group_size = 24;
+  const auto issues = with_layers(config, {{"a", 64, 96}});
+  const bool named = std::any_of(issues.begin(), issues.end(), [](const Issue& issue) {
+    return issue.id == "activations.exact" && issue.message.find("'a'") != std::string::npos;
+  });
+  EXPECT_TRUE(named);
+  config = make(M::BNB_INT8, 8);
+  config.backend_options = {{"activations", "int8"}, {"int8_threshold", "6"}};
+  EXPECT_NE(expect_issue(config, Backend::CUDA, "options.value").message.find("int8_threshold"),
+            std::string::npos);
+}
+
 TEST(Validate, Layers) {
   QuantizationConfig config = make(M::HQQ, 4);
   LayerOverride two_bits, bnb;

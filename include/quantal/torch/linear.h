@@ -87,6 +87,8 @@ class QuantizedLinearImpl : public QuantizedLayerImpl {
   torch::ScalarType compute_dtype;  ///< of products
   /// LLM.int8: outlier threshold of its product (linear_int8); unset: exact weights.
   std::optional<double> int8_threshold;
+  /// kInt8: the product is linear_int8_activations, which refuses forms that have none.
+  Activations activations = Activations::kExact;
 
  private:
   PackedSpec spec_;

@@ -75,4 +75,10 @@ torch::Tensor linear(const torch::Tensor& x, const PackedTensors& w,
 torch::Tensor linear_int8(const torch::Tensor& x, const PackedTensors& w,
                           const torch::Tensor& bias = {}, double threshold = 6.0);
 
+/// linear() with activations rounded to int8 in runs of columns (matmul_int8_activations in
+/// kernels.h, with its bound). The gradient is that of linear(): the rounding is passed straight
+/// through. Error{kUnsupported} for forms that int8_activations_refusal names.
+torch::Tensor linear_int8_activations(const torch::Tensor& x, const PackedTensors& w,
+                                      const torch::Tensor& bias = {});
+
 }  // namespace quantal

@@ -111,6 +111,7 @@ using DecodeRow = void (*)(const KernelMatrix& w, std::int64_t row, std::int64_t
                            std::int64_t count, float* out) noexcept;
 
 struct Int8Kernels;
+struct IntKernels;
 
 /// Products of bfloat16 activations with weights rounded to bfloat16, where the processor has
 /// instructions for them.
@@ -154,6 +155,7 @@ struct CpuKernels {
   /// n elements of `kind` to float32, exact.
   void (*widen)(FloatKind kind, const void* in, std::int64_t n, float* out) noexcept;
   const Int8Kernels& (*int8)();           ///< int8_kernels.h
+  const IntKernels& (*integers)();        ///< int_kernels.h
   const Bf16Kernels& (*bf16)();           ///< null: 16-bit activations are widened to float32
   MaxRows max_rows, transposed_max_rows;  ///< packed_matmul_max_rows
 };

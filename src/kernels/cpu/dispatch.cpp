@@ -7,9 +7,12 @@
 #include <string>
 
 #include "kernels/cpu/int8_kernels.h"
+#include "kernels/cpu/int_kernels.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace quantal {
@@ -60,8 +63,28 @@ bool has_amx() noexcept {
   return has_avx512_bf16() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 &&
          (edx >> 22 & 1U) != 0;
 }
-const Int8Kernels& int8_kernels_best_avx512() {
-  return int8_kernels_avx512(__builtin_cpu_supports("avx512vnni") != 0);
+bool has_avx512_vnni() noexcept { return __builtin_cpu_supports("avx512vnni") != 0; }
+/// AVX-VNNI: leaf 7, subleaf 1, eax.
+bool has_avx_vnni() noexcept {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return has_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 4 & 1U) != 0;
+}
+const Int8Kernels& int8_kernels_best_avx512() { return int8_kernels_avx512(has_avx512_vnni()); }
+const IntKernels& int_kernels_best_avx512() {
+  return has_avx512_vnni() ? int_kernels_avx512vnni() : int_kernels_avx512();
+}
+const IntKernels& int_kernels_best_avx2() {
+  static const bool vnni = has_avx_vnni();
+  return vnni ? int_kernels_avxvnni() : int_kernels_avx2();
+}
+#elif defined(__aarch64__)
+const IntKernels& int_kernels_best_neon() {
+#if defined(__linux__) && defined(HWCAP_ASIMDDP)
+  if ((getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0) return int_kernels_neondot();
+#elif defined(__APPLE__)
+  return int_kernels_neondot();  // every processor of these machines has it
+#endif
+  return int_kernels_neon();
 }
 #endif
 
@@ -92,6 +115,7 @@ const CpuKernels kSets[] = {
      matmul_transposed_avx512,
      widen_avx512,
      int8_kernels_best_avx512,
+     int_kernels_best_avx512,
      bf16_kernels_avx512bf16,
      {{32, 12, 64}},
      {{32, 12, 64}}},
@@ -102,6 +126,7 @@ const CpuKernels kSets[] = {
      matmul_transposed_avx512,
      widen_avx512,
      int8_kernels_best_avx512,
+     int_kernels_best_avx512,
      bf16_kernels_avx512bf16,
      {{32, 12, 64}},
      {{32, 12, 64}}},
@@ -112,6 +137,7 @@ const CpuKernels kSets[] = {
      matmul_transposed_avx512,
      widen_avx512,
      int8_kernels_best_avx512,
+     int_kernels_best_avx512,
      nullptr,
      {{32, 12, 12}},
      {{32, 12, 12}}},
@@ -122,6 +148,7 @@ const CpuKernels kSets[] = {
      matmul_transposed_avx2,
      widen_avx2,
      int8_kernels_avx2,
+     int_kernels_best_avx2,
      nullptr,
      {{16, 6, 6}},
      {{16, 6, 6}}},
@@ -133,6 +160,7 @@ const CpuKernels kSets[] = {
      matmul_transposed_neon,
      widen_neon,
      int8_kernels_neon,
+     int_kernels_best_neon,
      nullptr,
      {{16, 6, 6}},
      {{16, 6, 6}}},
@@ -144,6 +172,7 @@ const CpuKernels kSets[] = {
      matmul_transposed_scalar,
      widen_scalar,
      int8_kernels_scalar,
+     int_kernels_scalar,
      nullptr,
      {{1, 1, 1}},
      {{1, 1, 1}}},

@@ -1,0 +1,174 @@
+// Codes of packed rows as bytes for integer products (int_kernels.h): a lane is a weight row.
+//
+// Codes are transposed while they are still packed, 16 columns of all fields at a time, and then
+// unpacked: a vector holds four columns of each of its rows.
+//
+// V is what the integers need (int_*_inl.h):
+//   kLanes            weight rows of a vector          kInputs   of a register tile
+//   kDirectInputs     up to which codes are multiplied without a panel: 0 or 2
+//   kSigned           wide codes are stored as u - 128
+//   I, F              32-bit integers and floats of kLanes rows; of I also 4 * kLanes bytes
+//   transpose(rows, offset, n, out)   out[i], i < kLanes, lane r: 32-bit word i at rows[r] +
+//   offset;
+//                                     unspecified or 0 from word n on, which is not read
+//   dot<kWide>(sum, u, x)             sum += the four products of the bytes of each lane
+#pragma once
+
+#include "kernels/cpu/int_kernels.h"
+#include "kernels/cpu/stats_inl.h"
+
+namespace quantal {
+namespace {  // NOLINT: internal linkage on purpose
+
+/// What is unpacked at a time: 64 bytes of one plane, or a unit of two (Codes in codes_inl.h).
+template <class V, int kBits>
+struct IntUnit {
+  using I = typename V::I;
+  static constexpr int kLow = kBits == 3 ? 2 : kBits == 5 || kBits == 6 ? 4 : kBits;
+  static constexpr int kHigh = kBits - kLow;
+  static constexpr int kFields = 8 / kLow;
+  static constexpr int kChunks = kHigh != 0 ? 8 / kHigh : 4 * kFields;  // of 16 columns
+  static constexpr int kColumns = 16 * kChunks;
+  static constexpr int kWords = kColumns * kBits / 32;
+  static constexpr int kLowWords = kColumns * kLow / 32;
+  static constexpr int kBytes = 4 * kWords;
+  static constexpr int kVectors = (kWords + V::kLanes - 1) / V::kLanes * V::kLanes;
+
+  /// Bits [kFrom, kFrom + kCount) of every byte, moved to kTo; all other bits are 0.
+  template <int kFrom, int kCount, int kTo>
+  static I field(I words) {
+    constexpr auto kMask = ((1U << kCount) - 1U) << kTo;
+    const I moved = V::template shift<kFrom - kTo>(words);
+    if constexpr (kCount == 8) return moved;
+    return V::and_i(moved, V::set1_i(static_cast<std::int32_t>(kMask * 0x01010101U)));
+  }
+  /// Columns 16 kChunk + 4 j .. + 3.
+  template <int kChunk>
+  static I codes(const I* words, int j) {
+    const I low = field<kLow*(kChunk % kFields), kLow, 0>(words[kChunk / kFields * 4 + j]);
+    if constexpr (kHigh == 0) return low;
+    if constexpr (kHigh != 0) {
+      return V::or_i(low, field<kHigh * kChunk, kHigh, kLow>(words[kLowWords + j]));
+    }
+  }
+};
+
+/// 16 levels for a table, or nothing.
+template <class V, int kBits, bool kTable>
+class IntUnpacker {
+ public:
+  using I = typename V::I;
+  using Unit = IntUnit<V, kBits>;
+  static constexpr std::int64_t kStep = 2 * V::kLanes;  // words of a panel per 4 columns
+
+  explicit IntUnpacker(const IntForm& form) : levels_(V::load_levels(form.levels)) {}
+
+  /// The unit at `offset` of V::kLanes rows, of which `words` 32-bit words are there.
+  [[gnu::always_inline]] void load(const std::uint8_t* const* rows, std::int64_t offset,
+                                   std::int64_t words, I (&in)[Unit::kVectors]) const {
+#pragma GCC unroll 16
+    for (int t = 0; t < Unit::kWords; t += V::kLanes) {
+      const std::int64_t n = min64(min64(V::kLanes, Unit::kWords - t), words - t);
+      V::transpose(rows, offset + 4 * t, n, in + t);
+    }
+  }
+  /// Columns 16 kChunk + 4 j .. + 3 of a unit as they are multiplied.
+  template <int kChunk>
+  [[gnu::always_inline]] I codes(const I* in, int j) const {
+    I u = Unit::template codes<kChunk>(in, j);
+    if constexpr (kTable) u = V::lookup(levels_, u);
+    if constexpr (V::kSigned && (kTable || kBits == 8)) {
+      u = V::xor_i(u, V::set1_i(static_cast<std::int32_t>(0x80808080U)));
+    }
+    return u;
+  }
+  template <int kChunk>
+  [[gnu::always_inline]] void store(const I* in, std::int32_t* panel) const {
+    if constexpr (kChunk < Unit::kChunks) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        V::store_i(panel + (4 * kChunk + j) * kStep, codes<kChunk>(in, j));
+      }
+      store<kChunk + 1>(in, panel);
+    }
+  }
+
+ private:
+  const decltype(V::load_levels(nullptr)) levels_;
+};
+
+/// Rows of codes that stand together.
+struct IntRows {
+  const std::uint8_t* codes[kIntRowUnit];
+  std::int64_t code_bytes;
+  std::int64_t next;  // to the rows that will be read after these; 0: these are the last
+
+  /// Asks for what V::kLanes rows will need after the unit at `offset`. Rows at a power of two from
+  /// each other share few sets of the first-level cache: it has room for the next unit, and only
+  /// the second level for rows that come later.
+  template <class V, int kBytes>
+  [[gnu::always_inline]] void ask(const std::uint8_t* const* rows, std::int64_t offset) const {
+#pragma GCC unroll 16
+    for (int r = 0; r < V::kLanes; ++r) {
+      __builtin_prefetch(rows[r] + offset + kBytes);
+      __builtin_prefetch(rows[r] + next + offset, 0, 2);
+    }
+  }
+};
+
+/// Fills a panel with columns [col, col + n) of 2 * V::kLanes rows, col a multiple of
+/// kIntPanelColumns, up to the end of the last unit.
+using FillPanel = void (*)(const IntForm& form, const IntRows& rows, std::int64_t col,
+                           std::int64_t n, std::int32_t* panel);
+
+template <class V, int kBits, bool kTable>
+void fill_panel(const IntForm& form, const IntRows& rows, std::int64_t col, std::int64_t n,
+                std::int32_t* panel) {
+  using Unit = IntUnit<V, kBits>;
+  const IntUnpacker<V, kBits, kTable> unpacker(form);
+  const std::uint8_t* const* codes = rows.codes;
+  for (int half = 0; half < 2; ++half, codes += V::kLanes, panel += V::kLanes) {
+    std::int64_t offset = col / Unit::kColumns * Unit::kBytes;
+    for (std::int64_t k = 0; k < n; k += Unit::kColumns, offset += Unit::kBytes) {
+      rows.template ask<V, Unit::kBytes>(codes, offset);
+      typename V::I in[Unit::kVectors];
+      unpacker.load(codes, offset, (rows.code_bytes - offset) / 4, in);
+      unpacker.template store<0>(in, panel + k / 4 * (2 * V::kLanes));
+    }
+  }
+}
+
+template <class V>
+FillPanel panel_filler(const KernelMatrix& w, const IntForm& form) {
+  switch (w.bits) {
+    case 1:
+      return fill_panel<V, 1, false>;
+    case 2:
+      return fill_panel<V, 2, false>;
+    case 3:
+      return fill_panel<V, 3, false>;
+    case 4:
+      return form.table ? fill_panel<V, 4, true> : fill_panel<V, 4, false>;
+    case 5:
+      return fill_panel<V, 5, false>;
+    case 6:
+      return fill_panel<V, 6, false>;
+    default:
+      return fill_panel<V, 8, false>;
+  }
+}
+
+/// A panel and the statistics of its runs, 2 * kLanes of each.
+struct IntPanel {
+  const std::int32_t* codes;
+  std::int64_t col;         // first column
+  std::int64_t first_run;   // its run
+  std::int64_t runs;        // of the panel
+  std::int64_t words;       // of 4 columns in a run
+  std::int64_t last_words;  // in the last run
+  const float* a[kIntPanelColumns / kLanes];
+  const float* b[kIntPanelColumns / kLanes];
+};
+
+}  // namespace
+}  // namespace quantal

@@ -1,0 +1,278 @@
+// Products of int8 activations with packed codes (int_kernels.h): a lane is a weight row.
+//
+// Codes are unpacked to a panel (int_codes_inl.h): element [k / 4][row] holds columns k .. k + 3 of
+// a row. A register tile multiplies two vectors of rows with up to V::kInputs rows of activations;
+// scales enter once per run, for all rows of a vector together. For one or two rows of activations
+// there is no panel (int_direct_inl.h).
+//
+// T is a vector type of 16 lanes (vec_*.h), V as in int_codes_inl.h.
+#pragma once
+
+#include "kernels/cpu/int_direct_inl.h"
+
+namespace quantal {
+namespace {  // NOLINT: internal linkage on purpose
+
+// ------------------------------------------------------------------ activations
+
+/// Where no |x| of a run reaches this, the run is zero: 127 / max |x| would overflow below 2^-121.
+constexpr float kTinyRun = 0x1p-120F;
+
+template <class T>
+void quantize_int_row(const IntForm& form, FloatKind kind, const void* x, std::int64_t cols,
+                      const IntRow& out) noexcept {
+  using F = typename T::F;
+  const auto* bytes = static_cast<const std::uint8_t*>(x);
+  const std::int64_t size = float_bytes(kind);
+  const F zero = T::zero();
+  for (std::int64_t begin = 0, r = 0; begin < cols; begin += form.run, ++r) {
+    const std::int64_t n = min64(form.run, cols - begin);
+    F values[kMaxIntRun / kLanes];
+    F most = zero;
+    F poison = zero;  // 0, or NaN after an infinity or a NaN
+    for (std::int64_t k = 0; k < n; k += kLanes) {
+      const F v = load_kind_n<T>(kind, bytes + (begin + k) * size, n - k);
+      values[k / kLanes] = v;
+      most = T::max(T::abs(v), most);
+      poison = T::add(poison, T::mul(v, zero));
+    }
+    const float largest = T::reduce_max(most);
+    const bool some = largest >= kTinyRun;
+    const F factor = T::set1(some ? 127.0F / largest : 0.0F);
+    F sum = zero;
+    for (std::int64_t k = 0; k < n; k += kLanes) {
+      const F rounded = T::rint(T::mul(values[k / kLanes], factor));
+      const F q = T::select(T::eq(rounded, rounded), rounded, zero);
+      sum = T::add(sum, q);  // exact: below 2^24
+      std::uint8_t codes[kLanes];
+      T::store_u8(codes, T::to_i(q));
+      for (std::int64_t i = 0; i < kLanes; i += 4) {
+        __builtin_memcpy(out.q + (begin + k + i) / 4 * out.tile, codes + i, 4);
+      }
+    }
+    const float codes = T::sum(sum);
+    const float scale = (some ? largest / 127.0F : 0.0F) + T::sum(poison);
+    out.scale[r * out.tile] = scale;
+    out.total[r * out.tile] = scale * codes;
+    out.start[r * out.tile] = -form.centre * static_cast<std::int32_t>(codes);
+  }
+}
+
+// ------------------------------------------------------------------ register tiles
+
+/// sums[m][rows] += what the panel adds, for the tile of kInputs rows of activations from m on.
+template <class V, int kInputs, bool kWide, bool kOffsets>
+void multiply_int(const IntPanel& p, const IntJob& job, std::int64_t m, float* sums) {
+  using I = typename V::I;
+  using F = typename V::F;
+  constexpr std::int64_t kRows = 2 * V::kLanes;
+  const std::int32_t* codes = p.codes;
+  const std::int32_t* x = job.x.q + m * job.ldq + p.col / 4 * kInputs;
+  std::int64_t at = m * job.ldr + p.first_run * kInputs;
+  for (std::int64_t r = 0; r < p.runs; ++r, at += kInputs) {
+    I dot[2 * kInputs];  // in registers: every loop over it must be unrolled
+#pragma GCC unroll 12
+    for (int i = 0; i < kInputs; ++i) {
+      dot[2 * i] = dot[2 * i + 1] = V::set1_i(job.x.start[at + i]);
+    }
+    const std::int64_t words = r + 1 == p.runs ? p.last_words : p.words;
+    for (std::int64_t k = 0; k < words; ++k, codes += kRows, x += kInputs) {
+      const I first = V::load_i(codes);
+      const I second = V::load_i(codes + V::kLanes);
+#pragma GCC unroll 12
+      for (int i = 0; i < kInputs; ++i) {
+        const I input = V::set1_i(x[i]);
+        dot[2 * i] = V::template dot<kWide>(dot[2 * i], first, input);
+        dot[2 * i + 1] = V::template dot<kWide>(dot[2 * i + 1], second, input);
+      }
+    }
+    const F a[2] = {V::load_f(p.a[r]), V::load_f(p.a[r] + V::kLanes)};
+#pragma GCC unroll 12
+    for (int i = 0; i < kInputs; ++i) {
+      const F scale = V::set1_f(job.x.scale[at + i]);
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) {
+        float* to = sums + i * kRows + h * V::kLanes;
+        F sum = V::fma(V::mul(a[h], scale), V::to_f(dot[2 * i + h]), V::load_f(to));
+        if constexpr (kOffsets) {
+          const F total = V::set1_f(job.x.total[at + i]);
+          sum = V::fma(V::load_f(p.b[r] + h * V::kLanes), total, sum);
+        }
+        V::store_f(to, sum);
+      }
+    }
+    // Else the compiler keeps sums of all runs in variables, more than there are registers.
+    __asm__ volatile("" ::: "memory");
+  }
+}
+
+/// `inputs` <= kInputs rows of activations from m on.
+template <class V, bool kWide, bool kOffsets, int kInputs>
+void multiply_inputs(std::int64_t inputs, const IntPanel& p, const IntJob& job, std::int64_t m,
+                     float* sums) {
+  if constexpr (kInputs > 1) {
+    if (inputs < kInputs) {
+      return multiply_inputs<V, kWide, kOffsets, kInputs - 1>(inputs, p, job, m, sums);
+    }
+  }
+  multiply_int<V, kInputs, kWide, kOffsets>(p, job, m, sums);
+}
+
+// ------------------------------------------------------------------ products
+
+/// Rows of weights against all inputs.
+template <class T, class V>
+class IntProduct {
+ public:
+  static constexpr std::int64_t kRows = 2 * V::kLanes;
+
+  IntProduct(const KernelMatrix& w, const IntJob& job)
+      : w_(w),
+        job_(job),
+        direct_(direct_product<V>(w, job)),
+        fill_(panel_filler<V>(w, *job.form)),
+        multiply_(tile(w, *job.form)),
+        panel_(static_cast<std::int32_t*>(job.scratch)),
+        a_(reinterpret_cast<float*>(panel_ + kIntPanelColumns / 4 * kRows)),
+        b_(a_ + kSlots * kRows),
+        sums_(b_ + kSlots * kRows) {
+    static_assert(
+        4 * (kIntPanelColumns / 4 * kRows + 2 * kSlots * kRows + kMaxIntInputs * kRows + kLanes) <=
+        kIntScratchBytes);
+    rows_.code_bytes = w.code_bytes;
+  }
+
+  /// Rows [row, row + rows), rows <= kRows. Rows that are missing repeat the last one.
+  void run(std::int64_t row, std::int64_t rows) {
+    for (std::int64_t r = 0; r < kRows; ++r) {
+      rows_.codes[r] = w_.codes + (row + min64(r, rows - 1)) * w_.code_bytes;
+    }
+    rows_.next = row + 2 * kRows <= w_.rows ? kRows * w_.code_bytes : 0;
+    for (std::int64_t i = 0; i < job_.inputs * kRows; ++i) sums_[i] = 0.0F;
+    for (std::int64_t c = 0; c < w_.cols; c += kStretch) {
+      const std::int64_t n = min64(kStretch, w_.cols - c);
+      const std::int64_t phase = statistics(row, rows, c, n);
+      for (std::int64_t k = 0; k < n; k += kIntPanelColumns) {
+        add_panel(c + k, phase + k, min64(kIntPanelColumns, n - k));
+      }
+    }
+    for (std::int64_t m = 0; m < job_.inputs; ++m) store(m, row, rows);
+  }
+
+ private:
+  using F = typename V::F;
+  using Multiply = void (*)(std::int64_t inputs, const IntPanel& p, const IntJob& job,
+                            std::int64_t m, float* sums);
+  static constexpr std::int64_t kSlots = kStretchSlots + kLanes;
+
+  static Multiply tile(const KernelMatrix& w, const IntForm& form) {
+    constexpr bool kTwo = V::kSigned;  // two products of bytes
+    if (kTwo && form.wide(w.bits)) {
+      return w.has_offsets ? multiply_inputs<V, kTwo, true, V::kInputs>
+                           : multiply_inputs<V, kTwo, false, V::kInputs>;
+    }
+    return w.has_offsets ? multiply_inputs<V, false, true, V::kInputs>
+                         : multiply_inputs<V, false, false, V::kInputs>;
+  }
+
+  /// A and B of columns [c, c + n): a_[slot][row]. Returns the position of c in slot 0.
+  std::int64_t statistics(std::int64_t row, std::int64_t rows, std::int64_t c, std::int64_t n) {
+    Stretch stats[V::kLanes];
+    for (std::int64_t half = 0; half < kRows; half += V::kLanes) {
+      const std::uint8_t* scales[V::kLanes];
+      const std::uint8_t* offsets[V::kLanes];
+      for (std::int64_t r = 0; r < V::kLanes; ++r) {
+        expand_stretch<T>(w_, row + min64(half + r, rows - 1), c, n, stats[r]);
+        scales[r] = reinterpret_cast<const std::uint8_t*>(stats[r].scale);
+        offsets[r] = reinterpret_cast<const std::uint8_t*>(stats[r].offset);
+      }
+      const std::int64_t slots = (stats[0].phase + n - 1) / w_.group_size + 1;
+      for (std::int64_t s = 0; s < slots; s += V::kLanes) {
+        combine(scales, offsets, s, half);
+      }
+    }
+    return stats[0].phase;
+  }
+
+  void combine(const std::uint8_t* const* scales, const std::uint8_t* const* offsets,
+               std::int64_t slot, std::int64_t half) {
+    typename V::I s[V::kLanes];
+    typename V::I o[V::kLanes];
+    V::transpose(scales, 4 * slot, V::kLanes, s);
+    if (w_.has_offsets) V::transpose(offsets, 4 * slot, V::kLanes, o);
+    const F unit = V::set1_f(job_.form->unit);
+    const F minus = V::set1_f(-1.0F);
+    for (std::int64_t i = 0; i < V::kLanes; ++i) {
+      const F scale = V::cast_f(s[i]);
+      const std::int64_t at = (slot + i) * kRows + half;
+      V::store_f(a_ + at, V::mul(scale, unit));
+      if (!w_.has_offsets) continue;
+      F b = V::cast_f(o[i]);
+      if (w_.offset != OffsetKind::kBias) b = V::mul(b, minus);
+      if (w_.offset == OffsetKind::kZeroPoint) b = V::mul(b, scale);
+      V::store_f(b_ + at, b);
+    }
+  }
+
+  /// Columns [col, col + n), which begin at `position` in the first slot.
+  void add_panel(std::int64_t col, std::int64_t position, std::int64_t n) {
+    const std::int64_t run = job_.form->run;
+    IntPanel p;
+    p.codes = panel_;
+    p.col = col;
+    p.first_run = col / run;
+    p.runs = (n + run - 1) / run;
+    p.words = run / 4;
+    p.last_words = (n - (p.runs - 1) * run + 3) / 4;
+    for (std::int64_t r = 0; r < p.runs; ++r) {
+      const std::int64_t at = (position + r * run) / w_.group_size * kRows;
+      p.a[r] = a_ + at;
+      p.b[r] = b_ + at;
+    }
+    if (direct_ != nullptr) return direct_(rows_, p, job_, sums_);
+    fill_(*job_.form, rows_, col, n, panel_);
+    const std::int64_t tile = job_.x.tile;
+    for (std::int64_t m = 0; m < job_.inputs; m += tile) {
+      multiply_(min64(tile, job_.inputs - m), p, job_, m, sums_ + m * kRows);
+    }
+  }
+
+  void store(std::int64_t m, std::int64_t row, std::int64_t rows) const {
+    const std::int64_t bytes = float_bytes(job_.y_kind);
+    auto* y = static_cast<std::uint8_t*>(job_.y) + (m * job_.ldy + row) * bytes;
+    for (std::int64_t r = 0; r < rows; r += kLanes) {
+      const auto n = static_cast<int>(min64(kLanes, rows - r));
+      typename T::F v = T::load_n(sums_ + m * kRows + r, n);
+      if (job_.bias != nullptr) v = T::add(v, T::load_n(job_.bias + row + r, n));
+      store_kind_n<T>(job_.y_kind, v, y + r * bytes, n);
+    }
+  }
+
+  const KernelMatrix& w_;
+  const IntJob& job_;
+  const AddDirect direct_;
+  const FillPanel fill_;
+  const Multiply multiply_;
+  std::int32_t* const panel_;
+  float* const a_;
+  float* const b_;
+  float* const sums_;
+  IntRows rows_;
+};
+
+template <class T, class V>
+void matmul_int(const KernelMatrix& w, const IntJob& job, std::int64_t row,
+                std::int64_t row_end) noexcept {
+  constexpr std::int64_t kRows = IntProduct<T, V>::kRows;
+  static_assert(kIntRowUnit % kRows == 0);
+  IntProduct<T, V> product(w, job);
+  for (; row < row_end; row += kRows) product.run(row, min64(kRows, row_end - row));
+}
+
+template <class T, class V>
+constexpr IntKernels int_kernels() {
+  return {quantize_int_row<T>, matmul_int<T, V>, V::kSigned, V::kInputs};
+}
+
+}  // namespace
+}  // namespace quantal
