@@ -103,14 +103,14 @@ class _EagerLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, bias, packed):
-        product, codes, stats, shared, spec, *settings = ctx.packed = packed
+        codes, stats, shared, spec, product, *settings = ctx.packed = packed
         ctx.bias_dtype = None if bias is None else bias.dtype
         with _below_autograd():
             return product(x, codes, stats, shared, bias, spec, *settings)
 
     @staticmethod
     def backward(ctx, grad):
-        codes, stats, shared, spec = ctx.packed[1:5]
+        codes, stats, shared, spec = ctx.packed[:4]
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             if is_grad_enabled() and grad.requires_grad:  # differentiated once more
@@ -233,7 +233,7 @@ def linear(
         return _linear(x, codes, stats, shared, bias, spec)
     try:
         if _needs_gradient(x, bias):
-            return _EagerLinear.apply(x, bias, (_linear, codes, stats, shared, spec))
+            return _EagerLinear.apply(x, bias, (codes, stats, shared, spec, _linear))
         with _below_autograd():
             return _linear(x, codes, stats, shared, bias, spec)
     except RuntimeError:
@@ -259,7 +259,7 @@ def linear_int8(
         return _linear_int8(x, codes, stats, shared, bias, spec, threshold)
     try:
         if _needs_gradient(x, bias):
-            packed = _linear_int8, codes, stats, shared, spec, threshold
+            packed = codes, stats, shared, spec, _linear_int8, threshold
             return _EagerLinear.apply(x, bias, packed)
         with _below_autograd():
             return _linear_int8(x, codes, stats, shared, bias, spec, threshold)
@@ -284,7 +284,7 @@ def linear_int8_activations(
         return product(x, codes, stats, shared, bias, spec)
     try:
         if _needs_gradient(x, bias):
-            return _EagerLinear.apply(x, bias, (product, codes, stats, shared, spec))
+            return _EagerLinear.apply(x, bias, (codes, stats, shared, spec, product))
         with _below_autograd():
             return product(x, codes, stats, shared, bias, spec)
     except RuntimeError:

@@ -78,14 +78,14 @@ class IntInputs {
   std::int64_t ldq() const { return ldq_; }
   std::int64_t ldr() const { return ldr_; }
   IntRow first() const { return first_; }
-  IntRow row(std::int64_t m) const {
-    const std::int64_t begin = m / first_.tile * first_.tile;
-    const std::int64_t at = begin * ldr_ + m - begin;
-    return {.tile = std::min(first_.tile, rows_ - begin),
-            .q = first_.q + begin * ldq_ + m - begin,
-            .scale = first_.scale + at,
-            .total = first_.total + at,
-            .start = first_.start + at};
+  std::int64_t tiles() const { return ceil_div(rows_, first_.tile); }
+  IntRow tile(std::int64_t t) const {
+    const std::int64_t row = t * first_.tile;
+    return {.tile = std::min(first_.tile, rows_ - row),
+            .q = first_.q + row * ldq_,
+            .scale = first_.scale + row * ldr_,
+            .total = first_.total + row * ldr_,
+            .start = first_.start + row * ldr_};
   }
 
  private:
@@ -108,14 +108,16 @@ void multiply_block(const IntKernels& kernels, const KernelMatrix& matrix, const
                     const Executor& executor) {
   const std::int64_t row_bytes = matrix.cols * (job.y_kind == FloatKind::kF32 ? 4 : 2);
   const auto round = [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t m = begin; m < end; ++m) {
-      kernels.quantize(form, job.y_kind, x + m * row_bytes, matrix.cols, inputs.row(m));
+    for (std::int64_t t = begin; t < end; ++t) {
+      kernels.quantize(form, job.y_kind, x + t * job.x.tile * row_bytes, matrix.cols,
+                       inputs.tile(t));
     }
   };
   if (job.inputs * matrix.cols <= kTaskInputs) {
-    round(0, job.inputs);
+    round(0, inputs.tiles());
   } else {  // bodies go by reference: std::function would copy their captures to the heap
-    executor.parallel_for(0, job.inputs, ceil_div(kTaskInputs, matrix.cols), std::ref(round));
+    const std::int64_t grain = ceil_div(kTaskInputs, matrix.cols * job.x.tile);
+    executor.parallel_for(0, inputs.tiles(), grain, std::ref(round));
   }
   const auto body = [&](std::int64_t begin, std::int64_t end) {
     IntJob task = job;

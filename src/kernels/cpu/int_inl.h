@@ -8,6 +8,7 @@
 // T is a vector type of 16 lanes (vec_*.h), V as in int_codes_inl.h.
 #pragma once
 
+#include "kernels/cpu/codes_inl.h"
 #include "kernels/cpu/int_direct_inl.h"
 
 namespace quantal {
@@ -18,43 +19,85 @@ namespace {  // NOLINT: internal linkage on purpose
 /// Where no |x| of a run reaches this, the run is zero: 127 / max |x| would overflow below 2^-121.
 constexpr float kTinyRun = 0x1p-120F;
 
-template <class T>
-void quantize_int_row(const IntForm& form, FloatKind kind, const void* x, std::int64_t cols,
-                      const IntRow& out) noexcept {
+/// Run r of a row: n <= 16 * kChunks elements, more than 16 * (kChunks - 1).
+template <class T, int kChunks>
+void quantize_run(const IntForm& form, FloatKind kind, const std::uint8_t* x, std::int64_t n,
+                  std::int64_t r, const IntRow& out) noexcept {
   using F = typename T::F;
+  const std::int64_t bytes = kLanes * float_bytes(kind);
+  F values[kChunks];
+  F most = T::zero();
+#pragma GCC unroll 8
+  for (int k = 0; k < kChunks; ++k) {
+    values[k] = k + 1 < kChunks ? load_kind<T>(kind, x + k * bytes)
+                                : load_kind_n<T>(kind, x + k * bytes, n - k * kLanes);
+    most = T::max(T::abs(values[k]), most);  // passes over NaN
+  }
+  const float largest = T::reduce_max(most);
+  const bool some = largest >= kTinyRun;
+  const F factor = T::set1(some ? 127.0F / largest : 0.0F);
+  F sum = T::zero();
+  std::uint8_t codes[kChunks * kLanes];
+#pragma GCC unroll 8
+  for (int k = 0; k < kChunks; ++k) {
+    const F q = T::rint(T::mul(values[k], factor));
+    sum = T::add(sum, q);  // exact: below 2^24
+    T::store_u8(codes + k * kLanes, T::to_i(q));
+  }
+  float total = T::sum(sum);
+  float scale = some ? largest / 127.0F : 0.0F;
+  if (total != total) {  // a product was NaN: x holds a NaN or an infinity
+    scale = total;
+    total = 0.0F;
+    for (std::uint8_t& code : codes) code = 0;
+  }
+  std::int32_t* q = out.q + r * form.run / 4 * out.tile;
+  for (int i = 0; i < kChunks * kLanes; i += 4, q += out.tile) __builtin_memcpy(q, codes + i, 4);
+  out.scale[r * out.tile] = scale;
+  out.total[r * out.tile] = scale * total;
+  out.start[r * out.tile] = -form.centre * static_cast<std::int32_t>(total);
+}
+
+/// Rows in turn for each run: their elements alternate in few lines of the cache.
+template <class T>
+void quantize_int_tile(const IntForm& form, FloatKind kind, const void* x, std::int64_t cols,
+                       const IntRow& out) noexcept {
   const auto* bytes = static_cast<const std::uint8_t*>(x);
   const std::int64_t size = float_bytes(kind);
-  const F zero = T::zero();
   for (std::int64_t begin = 0, r = 0; begin < cols; begin += form.run, ++r) {
     const std::int64_t n = min64(form.run, cols - begin);
-    F values[kMaxIntRun / kLanes];
-    F most = zero;
-    F poison = zero;  // 0, or NaN after an infinity or a NaN
-    for (std::int64_t k = 0; k < n; k += kLanes) {
-      const F v = load_kind_n<T>(kind, bytes + (begin + k) * size, n - k);
-      values[k / kLanes] = v;
-      most = T::max(T::abs(v), most);
-      poison = T::add(poison, T::mul(v, zero));
-    }
-    const float largest = T::reduce_max(most);
-    const bool some = largest >= kTinyRun;
-    const F factor = T::set1(some ? 127.0F / largest : 0.0F);
-    F sum = zero;
-    for (std::int64_t k = 0; k < n; k += kLanes) {
-      const F rounded = T::rint(T::mul(values[k / kLanes], factor));
-      const F q = T::select(T::eq(rounded, rounded), rounded, zero);
-      sum = T::add(sum, q);  // exact: below 2^24
-      std::uint8_t codes[kLanes];
-      T::store_u8(codes, T::to_i(q));
-      for (std::int64_t i = 0; i < kLanes; i += 4) {
-        __builtin_memcpy(out.q + (begin + k + i) / 4 * out.tile, codes + i, 4);
+    const auto run = [&](auto chunks) {
+      IntRow row = out;
+      for (std::int64_t m = 0; m < out.tile; ++m, ++row.q, ++row.scale, ++row.total, ++row.start) {
+        quantize_run<T, decltype(chunks)::kBits>(form, kind, bytes + (m * cols + begin) * size, n,
+                                                 r, row);
       }
+    };
+    switch ((n + kLanes - 1) / kLanes) {
+      case 1:
+        run(Width<1>{});
+        break;
+      case 2:
+        run(Width<2>{});
+        break;
+      case 3:
+        run(Width<3>{});
+        break;
+      case 4:
+        run(Width<4>{});
+        break;
+      case 5:
+        run(Width<5>{});
+        break;
+      case 6:
+        run(Width<6>{});
+        break;
+      case 7:
+        run(Width<7>{});
+        break;
+      default:
+        run(Width<8>{});
     }
-    const float codes = T::sum(sum);
-    const float scale = (some ? largest / 127.0F : 0.0F) + T::sum(poison);
-    out.scale[r * out.tile] = scale;
-    out.total[r * out.tile] = scale * codes;
-    out.start[r * out.tile] = -form.centre * static_cast<std::int32_t>(codes);
   }
 }
 
@@ -271,7 +314,7 @@ void matmul_int(const KernelMatrix& w, const IntJob& job, std::int64_t row,
 
 template <class T, class V>
 constexpr IntKernels int_kernels() {
-  return {quantize_int_row<T>, matmul_int<T, V>, V::kSigned, V::kInputs};
+  return {quantize_int_tile<T>, matmul_int<T, V>, V::kSigned, V::kInputs};
 }
 
 }  // namespace

@@ -64,7 +64,8 @@ struct IntJob {
 
 /// What one instruction set brings.
 struct IntKernels {
-  /// One row of `cols` activations: q = rint(x * (127 / max |x|)) in each run; 0 where that is NaN.
+  /// A tile, out.tile rows of `cols` activations: in each run q = rint(x * (127 / max |x|)), or 0
+  /// if an x is not finite.
   void (*quantize)(const IntForm& form, FloatKind kind, const void* x, std::int64_t cols,
                    const IntRow& out) noexcept;
   /// Output rows [row_begin, row_end); row_begin is a multiple of kIntRowUnit.
