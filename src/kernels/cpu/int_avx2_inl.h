@@ -13,6 +13,7 @@ struct IntAvx2 {
   static constexpr int kLanes = 8;
   static constexpr int kInputs = 4;
   static constexpr int kDirectInputs = 0;
+  static constexpr bool kHalves = false;
 
   static const __m256i* at(const void* p) { return static_cast<const __m256i*>(p); }
   static I load_i(const std::int32_t* p) { return _mm256_loadu_si256(at(p)); }

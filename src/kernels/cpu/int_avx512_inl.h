@@ -13,6 +13,7 @@ struct IntAvx512 {
   static constexpr int kLanes = 16;
   static constexpr int kInputs = 12;
   static constexpr int kDirectInputs = 2;
+  static constexpr bool kHalves = true;
 
   static I load_i(const std::int32_t* p) { return _mm512_loadu_si512(p); }
   static void store_i(std::int32_t* p, I a) { _mm512_storeu_si512(p, a); }
@@ -39,6 +40,14 @@ struct IntAvx512 {
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F to_f(I a) { return _mm512_cvtepi32_ps(a); }
   static F cast_f(I a) { return _mm512_castsi512_ps(a); }
+  static F low_half(bool f16, I words) {
+    return f16 ? _mm512_cvtph_ps(_mm512_cvtepi32_epi16(words))
+               : cast_f(_mm512_slli_epi32(words, 16));
+  }
+  static F high_half(bool f16, I words) {
+    const I high = _mm512_srli_epi32(words, 16);
+    return f16 ? _mm512_cvtph_ps(_mm512_cvtepi32_epi16(high)) : cast_f(_mm512_slli_epi32(high, 16));
+  }
 
   static void transpose(const std::uint8_t* const* rows, std::int64_t offset, std::int64_t n,
                         I* out) {

@@ -7,6 +7,7 @@
 //   kLanes            weight rows of a vector          kInputs   of a register tile
 //   kDirectInputs     up to which codes are multiplied without a panel: 0 or 2
 //   kSigned           wide codes are stored as u - 128
+//   kHalves           low_half(f16, words) and high_half: 16-bit floats of 32-bit words
 //   I, F              32-bit integers and floats of kLanes rows; of I also 4 * kLanes bytes
 //   transpose(rows, offset, n, out)   out[i], i < kLanes, lane r: 32-bit word i at rows[r] +
 //   offset;
@@ -101,28 +102,32 @@ class IntUnpacker {
 struct IntRows {
   const std::uint8_t* codes[kIntRowUnit];
   std::int64_t code_bytes;
-  std::int64_t next;  // to the rows that will be read after these; 0: these are the last
+  const std::uint8_t* ahead;  // codes that will be read after these rows, and where they end
+  const std::uint8_t* end;
 
-  /// Asks for what V::kLanes rows will need after the unit at `offset`. Rows at a power of two from
-  /// each other share few sets of the first-level cache: it has room for the next unit, and only
-  /// the second level for rows that come later.
+  /// Asks for what V::kLanes rows need after the unit at `offset`, and for as many bytes of the
+  /// rows that come later, which are one run of memory: in its order, as the hardware's own
+  /// prefetchers and open pages of memory want it. Rows at a power of two from each other share few
+  /// sets of the first-level cache, which has room for the next unit only.
   template <class V, int kBytes>
-  [[gnu::always_inline]] void ask(const std::uint8_t* const* rows, std::int64_t offset) const {
+  [[gnu::always_inline]] void ask(const std::uint8_t* const* rows, std::int64_t offset) {
 #pragma GCC unroll 16
-    for (int r = 0; r < V::kLanes; ++r) {
-      __builtin_prefetch(rows[r] + offset + kBytes);
-      __builtin_prefetch(rows[r] + next + offset, 0, 2);
-    }
+    for (int r = 0; r < V::kLanes; ++r) __builtin_prefetch(rows[r] + offset + kBytes);
+    if (ahead >= end) return;
+    constexpr int kLines = (kBytes * V::kLanes + 63) / 64;
+#pragma GCC unroll 20
+    for (int i = 0; i < kLines; ++i) __builtin_prefetch(ahead + 64 * i, 0, 2);
+    ahead += 64 * kLines;
   }
 };
 
 /// Fills a panel with columns [col, col + n) of 2 * V::kLanes rows, col a multiple of
 /// kIntPanelColumns, up to the end of the last unit.
-using FillPanel = void (*)(const IntForm& form, const IntRows& rows, std::int64_t col,
-                           std::int64_t n, std::int32_t* panel);
+using FillPanel = void (*)(const IntForm& form, IntRows& rows, std::int64_t col, std::int64_t n,
+                           std::int32_t* panel);
 
 template <class V, int kBits, bool kTable>
-void fill_panel(const IntForm& form, const IntRows& rows, std::int64_t col, std::int64_t n,
+void fill_panel(const IntForm& form, IntRows& rows, std::int64_t col, std::int64_t n,
                 std::int32_t* panel) {
   using Unit = IntUnit<V, kBits>;
   const IntUnpacker<V, kBits, kTable> unpacker(form);

@@ -26,7 +26,7 @@ class IntDirect {
         at_(p.first_run * kInputs) {}
 
   /// sums[m][rows of this half] += what the columns add.
-  void run(const IntRows& rows, float* sums) {
+  void run(IntRows& rows, float* sums) {
     const std::uint8_t* const* codes = rows.codes + row_;
 #pragma GCC unroll 4
     for (int i = 0; i < kInputs; ++i) sums_[i] = V::load_f(sums + i * 2 * V::kLanes + row_);
@@ -104,10 +104,10 @@ class IntDirect {
 };
 
 /// Adds a panel's columns for all inputs.
-using AddDirect = void (*)(const IntRows& rows, const IntPanel& p, const IntJob& job, float* sums);
+using AddDirect = void (*)(IntRows& rows, const IntPanel& p, const IntJob& job, float* sums);
 
 template <class V, int kBits, bool kTable, int kInputs, bool kOffsets>
-void add_direct(const IntRows& rows, const IntPanel& p, const IntJob& job, float* sums) {
+void add_direct(IntRows& rows, const IntPanel& p, const IntJob& job, float* sums) {
   for (int half = 0; half < 2; ++half) {
     IntDirect<V, kBits, kTable, kInputs, kOffsets>(p, job, half).run(rows, sums);
   }

@@ -175,6 +175,7 @@ class IntProduct {
         direct_(direct_product<V>(w, job)),
         fill_(panel_filler<V>(w, *job.form)),
         multiply_(tile(w, *job.form)),
+        words_(whole_words(w)),
         panel_(static_cast<std::int32_t*>(job.scratch)),
         a_(reinterpret_cast<float*>(panel_ + kIntPanelColumns / 4 * kRows)),
         b_(a_ + kSlots * kRows),
@@ -187,10 +188,14 @@ class IntProduct {
 
   /// Rows [row, row + rows), rows <= kRows. Rows that are missing repeat the last one.
   void run(std::int64_t row, std::int64_t rows) {
+    const std::int64_t later = min64(kRows, w_.rows - row - rows);
     for (std::int64_t r = 0; r < kRows; ++r) {
       rows_.codes[r] = w_.codes + (row + min64(r, rows - 1)) * w_.code_bytes;
     }
-    rows_.next = row + 2 * kRows <= w_.rows ? kRows * w_.code_bytes : 0;
+    rows_.ahead = w_.codes + (row + rows) * w_.code_bytes;
+    rows_.end = rows_.ahead + later * w_.code_bytes;
+    stats_ahead_ = w_.stats + (row + rows) * w_.stat_bytes;
+    stats_end_ = stats_ahead_ + later * w_.stat_bytes;
     for (std::int64_t i = 0; i < job_.inputs * kRows; ++i) sums_[i] = 0.0F;
     for (std::int64_t c = 0; c < w_.cols; c += kStretch) {
       const std::int64_t n = min64(kStretch, w_.cols - c);
@@ -206,7 +211,7 @@ class IntProduct {
   using F = typename V::F;
   using Multiply = void (*)(std::int64_t inputs, const IntPanel& p, const IntJob& job,
                             std::int64_t m, float* sums);
-  static constexpr std::int64_t kSlots = kStretchSlots + kLanes;
+  static constexpr std::int64_t kSlots = kStretchSlots + 2 * kLanes;
 
   static Multiply tile(const KernelMatrix& w, const IntForm& form) {
     constexpr bool kTwo = V::kSigned;  // two products of bytes
@@ -220,6 +225,9 @@ class IntProduct {
 
   /// A and B of columns [c, c + n): a_[slot][row]. Returns the position of c in slot 0.
   std::int64_t statistics(std::int64_t row, std::int64_t rows, std::int64_t c, std::int64_t n) {
+    if constexpr (V::kHalves) {
+      if (words_) return stored_statistics(row, rows, c, n);
+    }
     Stretch stats[V::kLanes];
     for (std::int64_t half = 0; half < kRows; half += V::kLanes) {
       const std::uint8_t* scales[V::kLanes];
@@ -240,25 +248,67 @@ class IntProduct {
   void combine(const std::uint8_t* const* scales, const std::uint8_t* const* offsets,
                std::int64_t slot, std::int64_t half) {
     typename V::I s[V::kLanes];
-    typename V::I o[V::kLanes];
+    typename V::I o[V::kLanes] = {};
     V::transpose(scales, 4 * slot, V::kLanes, s);
     if (w_.has_offsets) V::transpose(offsets, 4 * slot, V::kLanes, o);
-    const F unit = V::set1_f(job_.form->unit);
-    const F minus = V::set1_f(-1.0F);
     for (std::int64_t i = 0; i < V::kLanes; ++i) {
-      const F scale = V::cast_f(s[i]);
-      const std::int64_t at = (slot + i) * kRows + half;
-      V::store_f(a_ + at, V::mul(scale, unit));
-      if (!w_.has_offsets) continue;
-      F b = V::cast_f(o[i]);
-      if (w_.offset != OffsetKind::kBias) b = V::mul(b, minus);
-      if (w_.offset == OffsetKind::kZeroPoint) b = V::mul(b, scale);
-      V::store_f(b_ + at, b);
+      put(slot + i, half, V::cast_f(s[i]), V::cast_f(o[i]));
     }
+  }
+
+  /// a_ and b_ of one slot.
+  [[gnu::always_inline]] void put(std::int64_t slot, std::int64_t half, F scale, F b) {
+    const std::int64_t at = slot * kRows + half;
+    V::store_f(a_ + at, V::mul(scale, V::set1_f(job_.form->unit)));
+    if (!w_.has_offsets) return;
+    if (w_.offset != OffsetKind::kBias) b = V::mul(b, V::set1_f(-1.0F));
+    if (w_.offset == OffsetKind::kZeroPoint) b = V::mul(b, scale);
+    V::store_f(b_ + at, b);
+  }
+
+  /// True if statistics are floats that fill whole 32-bit words of a row.
+  static bool whole_words(const KernelMatrix& w) {
+    return is_float_scale(w.scale) && !w.has_header && w.slots * scale_bytes(w.scale) % 4 == 0;
+  }
+
+  /// The same, transposed as they are stored.
+  std::int64_t stored_statistics(std::int64_t row, std::int64_t rows, std::int64_t c,
+                                 std::int64_t n) {
+    const std::int64_t size = scale_bytes(w_.scale), first = c / w_.group_size;
+    const std::int64_t slots = (c + n - 1) / w_.group_size - first + 1;
+    const std::int64_t step = V::kLanes * 4 / size;
+    for (std::int64_t half = 0; half < kRows; half += V::kLanes) {
+      const std::uint8_t* from[V::kLanes];
+      for (std::int64_t r = 0; r < V::kLanes; ++r) {
+        from[r] = w_.stats + (row + min64(half + r, rows - 1)) * w_.stat_bytes;
+      }
+      for (std::int64_t slot = 0; slot < slots; slot += step) {
+        const std::int64_t offset = (first + slot) * size;
+        const std::int64_t words = (w_.slots * size - offset) / 4;
+        typename V::I s[V::kLanes];
+        typename V::I o[V::kLanes] = {};
+        V::transpose(from, offset, words, s);
+        if (w_.has_offsets) V::transpose(from, w_.slots * size + offset, words, o);
+        for (std::int64_t i = 0; i < V::kLanes; ++i) {
+          if (w_.scale == ScaleKind::kF32) {
+            put(slot + i, half, V::cast_f(s[i]), V::cast_f(o[i]));
+            continue;
+          }
+          const bool f16 = w_.scale == ScaleKind::kF16;
+          put(slot + 2 * i, half, V::low_half(f16, s[i]), V::low_half(f16, o[i]));
+          put(slot + 2 * i + 1, half, V::high_half(f16, s[i]), V::high_half(f16, o[i]));
+        }
+      }
+    }
+    return c - first * w_.group_size;
   }
 
   /// Columns [col, col + n), which begin at `position` in the first slot.
   void add_panel(std::int64_t col, std::int64_t position, std::int64_t n) {
+    const std::uint8_t* const ask_to = stats_ahead_ + kRows * w_.stat_bytes * n / w_.cols;
+    for (; stats_ahead_ < ask_to && stats_ahead_ < stats_end_; stats_ahead_ += 64) {
+      __builtin_prefetch(stats_ahead_, 0, 2);
+    }
     const std::int64_t run = job_.form->run;
     IntPanel p;
     p.codes = panel_;
@@ -296,11 +346,14 @@ class IntProduct {
   const AddDirect direct_;
   const FillPanel fill_;
   const Multiply multiply_;
+  const bool words_;
   std::int32_t* const panel_;
   float* const a_;
   float* const b_;
   float* const sums_;
   IntRows rows_;
+  const std::uint8_t* stats_ahead_;
+  const std::uint8_t* stats_end_;
 };
 
 template <class T, class V>

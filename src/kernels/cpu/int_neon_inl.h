@@ -13,6 +13,7 @@ struct IntNeon {
   static constexpr int kLanes = 4;
   static constexpr int kInputs = 8;
   static constexpr int kDirectInputs = 0;
+  static constexpr bool kHalves = false;
   static constexpr bool kSigned = true;
 
   static I load_i(const std::int32_t* p) { return vld1q_s32(p); }

@@ -11,6 +11,7 @@ struct IntScalar {
   static constexpr int kLanes = 1;
   static constexpr int kInputs = 2;
   static constexpr int kDirectInputs = 0;
+  static constexpr bool kHalves = false;
   static constexpr bool kSigned = false;
 
   static I load_i(const std::int32_t* p) { return static_cast<I>(*p); }
