@@ -105,18 +105,15 @@ struct IntRows {
   const std::uint8_t* ahead;  // codes that will be read after these rows, and where they end
   const std::uint8_t* end;
 
-  /// Asks for what V::kLanes rows need after the unit at `offset`, and for as many bytes of the
-  /// rows that come later, which are one run of memory: in its order, as the hardware's own
-  /// prefetchers and open pages of memory want it. Rows at a power of two from each other share few
-  /// sets of the first-level cache, which has room for the next unit only.
+  /// While a unit of V::kLanes rows is used, asks for as many bytes of the rows that come later,
+  /// which are one run of memory. In its order, every line: an order by rows, every other line, and
+  /// lines of the next unit beside these were all slower.
   template <class V, int kBytes>
-  [[gnu::always_inline]] void ask(const std::uint8_t* const* rows, std::int64_t offset) {
-#pragma GCC unroll 16
-    for (int r = 0; r < V::kLanes; ++r) __builtin_prefetch(rows[r] + offset + kBytes);
+  [[gnu::always_inline]] void ask() {
     if (ahead >= end) return;
     constexpr int kLines = (kBytes * V::kLanes + 63) / 64;
 #pragma GCC unroll 20
-    for (int i = 0; i < kLines; ++i) __builtin_prefetch(ahead + 64 * i, 0, 2);
+    for (int i = 0; i < kLines; ++i) __builtin_prefetch(ahead + 64 * i);
     ahead += 64 * kLines;
   }
 };
@@ -135,7 +132,7 @@ void fill_panel(const IntForm& form, IntRows& rows, std::int64_t col, std::int64
   for (int half = 0; half < 2; ++half, codes += V::kLanes, panel += V::kLanes) {
     std::int64_t offset = col / Unit::kColumns * Unit::kBytes;
     for (std::int64_t k = 0; k < n; k += Unit::kColumns, offset += Unit::kBytes) {
-      rows.template ask<V, Unit::kBytes>(codes, offset);
+      rows.template ask<V, Unit::kBytes>();
       typename V::I in[Unit::kVectors];
       unpacker.load(codes, offset, (rows.code_bytes - offset) / 4, in);
       unpacker.template store<0>(in, panel + k / 4 * (2 * V::kLanes));

@@ -33,7 +33,7 @@ class IntDirect {
     begin_run();
     std::int64_t offset = p_.col / Unit::kColumns * Unit::kBytes;
     for (bool more = true; more; offset += Unit::kBytes) {
-      rows.template ask<V, Unit::kBytes>(codes, offset);
+      rows.template ask<V, Unit::kBytes>();
       I in[Unit::kVectors];
       unpacker_.load(codes, offset, (rows.code_bytes - offset) / 4, in);
       more = chunks<0>(in);

@@ -129,17 +129,24 @@ void multiply_int(const IntPanel& p, const IntJob& job, std::int64_t m, float* s
         dot[2 * i + 1] = V::template dot<kWide>(dot[2 * i + 1], second, input);
       }
     }
+    // All that is read stands in registers and pointers before sums are written, which might alias.
     const F a[2] = {V::load_f(p.a[r]), V::load_f(p.a[r] + V::kLanes)};
+    F b[2] = {a[0], a[1]};
+    if constexpr (kOffsets) {
+      b[0] = V::load_f(p.b[r]);
+      b[1] = V::load_f(p.b[r] + V::kLanes);
+    }
+    const float* const scales = job.x.scale + at;
+    const float* const totals = job.x.total + at;
 #pragma GCC unroll 12
     for (int i = 0; i < kInputs; ++i) {
-      const F scale = V::set1_f(job.x.scale[at + i]);
+      const F scale = V::set1_f(scales[i]);
 #pragma GCC unroll 2
       for (int h = 0; h < 2; ++h) {
         float* to = sums + i * kRows + h * V::kLanes;
         F sum = V::fma(V::mul(a[h], scale), V::to_f(dot[2 * i + h]), V::load_f(to));
         if constexpr (kOffsets) {
-          const F total = V::set1_f(job.x.total[at + i]);
-          sum = V::fma(V::load_f(p.b[r] + h * V::kLanes), total, sum);
+          sum = V::fma(b[h], V::set1_f(totals[i]), sum);
         }
         V::store_f(to, sum);
       }
