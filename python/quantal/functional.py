@@ -36,7 +36,7 @@ def linear(
     for name, value in (("bias", bias), ("out", out)):
         if value is not None:
             _check.tensor("linear", name, value)
-    if _check.activations("linear", activations):
+    if activations != "exact" and _check.activations("linear", activations):
         if out is None:
             return _ops.linear_int8_activations(x, *layer._buffers_packed, bias, layer._spec)
         return _ops.linear_int8_activations_out(out, x, layer._buffers_packed, bias, layer._spec)
