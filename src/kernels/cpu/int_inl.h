@@ -278,10 +278,11 @@ class IntProduct {
     return is_float_scale(w.scale) && !w.has_header && w.slots * scale_bytes(w.scale) % 4 == 0;
   }
 
-  /// The same, transposed as they are stored.
+  /// The same, transposed as they are stored; slot 0 is the first of its word.
   std::int64_t stored_statistics(std::int64_t row, std::int64_t rows, std::int64_t c,
                                  std::int64_t n) {
-    const std::int64_t size = scale_bytes(w_.scale), first = c / w_.group_size;
+    const std::int64_t size = scale_bytes(w_.scale), in_word = 4 / size;
+    const std::int64_t first = c / w_.group_size / in_word * in_word;
     const std::int64_t slots = (c + n - 1) / w_.group_size - first + 1;
     const std::int64_t step = V::kLanes * 4 / size;
     for (std::int64_t half = 0; half < kRows; half += V::kLanes) {
