@@ -150,7 +150,8 @@ def table(rows: list[list[str]]) -> str:
         "- command: `python bench/resume.py`",
         f"- torch {torch.__version__}, gloo on a CPU; LoRA of rank 8, all linear layers, float32",
         f"- {STEPS} steps of 12 rows of 48 tokens, the same order; 2 ranks are killed with SIGKILL "
-        "after step 3, one step after the checkpoint; first and last losses are those of other texts",
+        "after step 3, one step after the checkpoint; first and last losses are those of other "
+        "texts",
         "- figure: ||BA - B'A'|| / ||BA|| of the adapter against an uninterrupted run on 2 ranks; "
         "other numbers of ranks add the gradients of 12 rows in another order, and AdamW turns "
         "rounding of elements near zero into steps of up to the learning rate",
