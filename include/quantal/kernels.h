@@ -74,8 +74,8 @@ std::string int8_activations_refusal(const PackedSpec& spec);
 /// columns, in each to q = rint(x * 127 / max |x|), symmetric. A run is the largest power of two up
 /// to 128 that divides a group; 128 columns where a group is the whole row.
 ///
-/// `y[m, n] = sum over runs r of a(n, r) * scale[m, r] * sum_k q[m, k] (u(n, k) - centre)
-///            + b(n, r) * scale[m, r] * sum_k q[m, k]   (+ bias[n])`
+/// `y[m, n] = sum over runs r of a(n, r) * scale[m, r] * sum_k q[m, k] (u(n, k) - centre)`
+/// `          + b(n, r) * scale[m, r] * sum_k q[m, k]   (+ bias[n])`
 ///
 /// in which w = a (u - centre) + b are the weights without the dialect's roundings to value_dtype;
 /// levels u of a table that are no integers are rounded to 1/127 of the largest. Integer sums are
