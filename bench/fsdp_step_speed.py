@@ -17,8 +17,6 @@ import json
 import os
 import pathlib
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -47,18 +45,6 @@ the frozen weights of the linear layers that a rank keeps; whole: those of the m
 that all-gathers bring together in a step, as counted: blocks twice (forward and backward), the
 root, embeddings among it, once. All but the row with chunked loss compute transformers' own loss,
 whose logits are most of the peak."""
-
-
-def memory(name: str) -> int:
-    """VmRSS or VmHWM of this process in bytes."""
-    with open("/proc/self/status", encoding="utf-8") as status:
-        line = next(text for text in status if text.startswith(name))
-    return int(line.split()[1]) * 1024
-
-
-def reset_peak() -> None:
-    with open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
-        file.write("5")
 
 
 def lora(model: nn.Module) -> nn.Module:
@@ -125,6 +111,8 @@ def base_bytes(model: nn.Module) -> int:
 
 
 def child(name: str, steps: int, folder: str) -> None:
+    from train_step_speed import peak_mebibytes, restart_peak
+
     from quantal.fsdp import count_gathers
 
     warnings.filterwarnings("ignore")
@@ -134,8 +122,7 @@ def child(name: str, steps: int, folder: str) -> None:
     tokens = torch.randint(0, 49152, (2, 256), generator=torch.manual_seed(dist.get_rank()))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    seconds, moved = [], 0
-    whole_run = 0
+    seconds, moved, whole_run = [], 0, 0.0
     for step in range(steps + 1):
         dist.barrier()
         start = time.perf_counter()
@@ -146,12 +133,12 @@ def child(name: str, steps: int, folder: str) -> None:
         seconds.append(time.perf_counter() - start)
         moved = traffic.bytes
         if step == 0:  # warms up
-            whole_run = memory("VmHWM")
-            reset_peak()
+            whole_run = peak_mebibytes()
+            restart_peak()
     result = {
         "seconds": statistics.median(seconds[1:]),
-        "peak": memory("VmHWM"),
-        "whole_run": max(whole_run, memory("VmHWM")),
+        "peak": peak_mebibytes() * 2**20,
+        "whole_run": max(whole_run, peak_mebibytes()) * 2**20,
         "base": base_bytes(model),
         "moved": moved,
     }
@@ -165,16 +152,7 @@ def child(name: str, steps: int, folder: str) -> None:
 
 def run(name: str, steps: int, folder: str) -> dict[str, float]:
     """The worst rank of each figure, and the base of the whole model."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    command += [str(pathlib.Path(__file__).resolve()), "--child", name, "--steps", str(steps)]
-    command += ["--folder", folder]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    lines = [text for text in done.stdout.splitlines() if text.startswith("RESULT ")]
-    if done.returncode or not lines:
-        raise SystemExit(done.stderr[-4000:])
-    ranks = json.loads(lines[-1].removeprefix("RESULT "))
+    ranks = pairs.torchrun(__file__, 2, "--child", name, "--steps", str(steps), "--folder", folder)
     out = {figure: max(rank[figure] for rank in ranks) for figure in ranks[0]}
     out["total"] = out["base"] if name == RIVALS[0] else sum(rank["base"] for rank in ranks)
     print(name, {k: round(v, 3) if v < 1e3 else f"{v / MB:.1f} MB" for k, v in out.items()})

@@ -140,11 +140,6 @@ def quantize_rows(seconds: float) -> list[list[str]]:
     return rows
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=4.0, help="per row of the tables")
@@ -156,7 +151,7 @@ def main() -> None:
         pairs.FIGURE, "- figure: median of interleaved pair ratios in one process (quantal / rival)"
     )
     if args.only != "quantize":
-        page += "\n## A call with one row, bias, float32\n\n" + markdown(
+        page += "\n## A call with one row, bias, float32\n\n" + pairs.grid(
             ["layer", "method", "mode", "quantal us", "nn.Linear us", "ratio", "<= 1.5x"],
             call_rows(args.seconds),
         )
@@ -165,7 +160,7 @@ def main() -> None:
             "and has no limit.\n"
         )
     if args.only != "calls":
-        page += "\n## quantize_model on SmolLM2-135M, float32\n\n" + markdown(
+        page += "\n## quantize_model on SmolLM2-135M, float32\n\n" + pairs.grid(
             [
                 "method",
                 "quantize_model s",

@@ -8,14 +8,18 @@ times don't.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import pathlib
 import platform
 import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 #: How the ratios of a page came about; pages without ratios leave it out.
 FIGURE = (
@@ -93,6 +97,19 @@ def smollm2_gguf() -> str:
     return str(next(pathlib.Path(spec.origin).parent.glob("*.gguf")))
 
 
+def torchrun(script: str, ranks: int, *arguments: str) -> list[dict[str, Any]]:
+    """What each rank of a script found: rank 0 prints it as "RESULT " and JSON, one list."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    command += [str(pathlib.Path(script).resolve()), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    lines = [text for text in done.stdout.splitlines() if text.startswith("RESULT ")]
+    if done.returncode or not lines:
+        raise SystemExit(done.stderr[-4000:])
+    return json.loads(lines[-1].removeprefix("RESULT "))
+
+
 def machine_class() -> str:
     """A description of the machine without its name: architecture, cores, vector instructions."""
     flags = ""
@@ -123,11 +140,20 @@ def heading(title: str, command: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def grid(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+
+
+def section(title: str, header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table under a heading of its own."""
+    return f"## {title}\n\n" + grid(header, rows)
+
+
 def table(
     title: str, command: str, header: list[str], rows: list[list[str]], notes: str = ""
 ) -> str:
     """A Markdown page for bench/results: command, machine class and one table."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    page = heading(title, command) + "\n" + "\n".join(lines)
-    return page + ("\n\n" + notes.strip() if notes else "") + "\n"
+    page = heading(title, command) + "\n" + grid(header, rows)
+    return page + ("\n" + notes.strip() + "\n" if notes else "")

@@ -109,15 +109,10 @@ class Rows:
         pages = []
         for shape in shapes:
             rows = [pair for (where, _), pair in self._rows.items() if where == shape]
-            pages.append(section(f"Quantizing, {shape}", [pair[0] for pair in rows], HEADER))
+            pages.append(pairs.section(f"Quantizing, {shape}", HEADER, [pair[0] for pair in rows]))
             decoded = [pair[1][:-1] for pair in rows]
-            pages.append(section(f"Decoding, {shape}", decoded, HEADER[:-1]))
+            pages.append(pairs.section(f"Decoding, {shape}", HEADER[:-1], decoded))
         return pages
-
-
-def section(title: str, rows: list[list[str]], header: list[str]) -> str:
-    lines = [f"## {title}", "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in rows]) + "\n"
 
 
 def shape_title(shape: tuple[int, int]) -> str:

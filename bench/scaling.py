@@ -109,11 +109,6 @@ def thread_rows(base: tuple[int, int, int], seconds: float) -> list[list[str]]:
     return rows
 
 
-def markdown(title: str, header: list[str], rows: list[list[str]]) -> str:
-    lines = [f"## {title}", "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
-
-
 NOTES = """\
 Bytes: packed ones of a product, those and the dense matrix of quantizing and decoding. Caches are
 evicted before each call. Larger groups have fewer bytes but as many weights: where products are
@@ -136,12 +131,12 @@ def main() -> None:
         "python bench/scaling.py" + (" --quick" if args.quick else ""),
     ).replace(pairs.FIGURE, "- figure: median of interleaved pair ratios in one process")
     shape = f"{base[0]} x {base[1]}"
-    scaled = markdown(
+    scaled = pairs.section(
         f"Time per byte / that of {shape}, groups of {base[2]}",
         ["what", "over", "size: time per byte", f"within {LINEAR}x"],
         scaling_rows(base, seconds),
     )
-    threads = markdown(
+    threads = pairs.section(
         f"Two threads, {shape}",
         ["what", "1 thread ms", "2 threads ms", "1 thread / 2", f">= {THREADS_GOAL}x"],
         thread_rows(base, seconds),

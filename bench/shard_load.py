@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pathlib
-import subprocess
-import sys
 import time
 
 import llama_folder
@@ -82,17 +79,6 @@ def child(folder: str, case: str) -> None:
     dist.destroy_process_group()
 
 
-def run(folder: pathlib.Path, case: str, ranks: int) -> list[dict]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
-    command += [str(pathlib.Path(__file__).resolve()), "--child", case, "--folder", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    lines = [text for text in done.stdout.splitlines() if text.startswith("RESULT ")]
-    if done.returncode or not lines:
-        raise SystemExit(done.stderr[-4000:])
-    return json.loads(lines[-1].removeprefix("RESULT "))
-
-
 def table(results: list[tuple[str, int, list[dict]]]) -> str:
     lines = [
         "| method | ranks | whole base MB | share of a rank MB (base + dense) | row panel MB "
@@ -130,7 +116,8 @@ def main() -> None:
     results = []
     for case in args.cases:
         for n in args.ranks:
-            results.append((case, n, run(args.folder, case, n)))
+            found = pairs.torchrun(__file__, n, "--child", case, "--folder", str(args.folder))
+            results.append((case, n, found))
             print(table(results[-1:]), flush=True)
     ranks = " ".join(map(str, args.ranks))
     text = (
