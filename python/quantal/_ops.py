@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import is_grad_enabled
@@ -288,17 +288,21 @@ def linear_int8_activations(
         with _below_autograd():
             return product(x, codes, stats, shared, bias, spec)
     except RuntimeError:
-        with _typed_int8(x, (codes, stats, shared), spec):
+        with _typed_int8(x, (codes, stats, shared), spec, int(spec[2])):
             raise
 
 
 @contextlib.contextmanager
 def _typed_int8(
-    x: torch.Tensor, buffers: Buffers, spec: Spec, out: tuple[torch.Tensor, int] | None = None
+    x: torch.Tensor,
+    buffers: Buffers,
+    spec: Spec,
+    width: int,
+    out: tuple[torch.Tensor, int] | None = None,
 ) -> Iterator[None]:
     """`_typed`, where the form of the weights may be the reason too."""
     try:
-        with _typed(x, buffers, spec, int(spec[2]), out):
+        with _typed(x, buffers, spec, width, out):
             yield
     except QuantalError as error:
         if type(error) is QuantalError and _core.int8_activations_refusal(list(spec)):
@@ -329,6 +333,23 @@ def _sized(out: torch.Tensor, x: torch.Tensor, width: int) -> None:
         out.resize_(*x.shape[:-1], width)
 
 
+def _linear_into(
+    product: Callable[..., None],
+    typed: Callable[..., contextlib.AbstractContextManager[None]],
+    out: torch.Tensor,
+    x: torch.Tensor,
+    buffers: Buffers,
+    bias: torch.Tensor | None,
+    spec: Spec,
+) -> torch.Tensor:
+    """`product` into `out`; its errors are given their class by `typed`."""
+    _check_out(out, (x, bias, out))
+    _sized(out, x, int(spec[1]))
+    with typed(x, buffers, spec, int(spec[2]), (out, int(spec[1]))):
+        product(x, *buffers, bias, spec, out=out)
+    return out
+
+
 def linear_out(
     out: torch.Tensor,
     x: torch.Tensor,
@@ -337,11 +358,7 @@ def linear_out(
     spec: Spec,
 ) -> torch.Tensor:
     """`linear` into `out` [..., rows] of x's dtype; an empty one is resized. No gradients."""
-    _check_out(out, (x, bias, out))
-    _sized(out, x, int(spec[1]))
-    with _typed(x, buffers, spec, int(spec[2]), (out, int(spec[1]))):
-        torch.ops.quantal.linear.out(x, *buffers, bias, spec, out=out)
-    return out
+    return _linear_into(torch.ops.quantal.linear.out, _typed, out, x, buffers, bias, spec)
 
 
 def linear_int8_activations_out(
@@ -352,11 +369,8 @@ def linear_int8_activations_out(
     spec: Spec,
 ) -> torch.Tensor:
     """`linear_int8_activations` into `out`, as `linear_out`."""
-    _check_out(out, (x, bias, out))
-    _sized(out, x, int(spec[1]))
-    with _typed_int8(x, buffers, spec, (out, int(spec[1]))):
-        torch.ops.quantal.linear_int8_activations.out(x, *buffers, bias, spec, out=out)
-    return out
+    product = torch.ops.quantal.linear_int8_activations.out
+    return _linear_into(product, _typed_int8, out, x, buffers, bias, spec)
 
 
 def matmul_out(out: torch.Tensor, x: torch.Tensor, buffers: Buffers, spec: Spec) -> torch.Tensor:
