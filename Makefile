@@ -20,7 +20,7 @@ CTEST := $(VENV)/bin/ctest
 BUILD := build/release
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: demo test test-cpp test-python conformance bench docs lint sanitize install configure package setup clean
+.PHONY: demo test test-cpp test-python conformance bench bench-programs docs lint sanitize install configure package setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -58,7 +58,11 @@ test-python: package configure
 conformance: setup
 	PYTHON="$(PYTHON)" TORCH="$(TORCH)" bash scripts/conformance.sh
 
-bench: package
+bench-programs: configure
+	$(CMAKE) -S . -B $(BUILD) -DQUANTAL_BUILD_BENCH=ON > $(BUILD).log
+	$(CMAKE) --build $(BUILD) --target example_generate call_overhead
+
+bench: package bench-programs
 	bash scripts/bench.sh
 
 docs: package

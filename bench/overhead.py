@@ -1,5 +1,5 @@
-"""What the Python face costs: a call of a quantized layer beside `nn.Linear`, and `quantize_model`
-beside the codecs.
+"""What calls cost: a quantized layer in Python beside `nn.Linear`, in C++ beside its own kernel;
+and `quantize_model` beside the codecs.
 
     python bench/overhead.py [--seconds 4] [--output bench/results/overhead.md]
 
@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import pathlib
+import subprocess
 import time
 from collections.abc import Callable
 
@@ -39,7 +41,8 @@ METHODS = {
         "bnb_int8", compute_dtype=torch.float32, backend_options=OPTIONS
     ),
 }
-CALL_LIMIT, QUANTIZE_LIMIT = 1.5, 1.2
+CALL_LIMIT, QUANTIZE_LIMIT, CPP_LIMIT = 1.5, 1.2, 2.0
+PROGRAM = pathlib.Path(__file__).parents[1] / "build/release/bench/call_overhead"
 #: Calls in one timed sample.
 CALLS = 50
 
@@ -80,6 +83,25 @@ def call_rows(seconds: float) -> list[list[str]]:
                 )
                 print(rows[-1], flush=True)
     return rows
+
+
+def cpp_rows() -> list[list[str]]:
+    """bench/call_overhead.cpp."""
+    if not PROGRAM.exists():
+        raise SystemExit(f"overhead: {PROGRAM} is missing: run `make bench-programs`")
+    out = subprocess.run([str(PROGRAM)], check=True, stdout=subprocess.PIPE, text=True).stdout
+    found = [json.loads(line) for line in out.splitlines()]
+    return [
+        [
+            row["form"],
+            row["dtype"],
+            f"{row['call_us']:.1f}",
+            f"{row['kernel_us']:.1f}",
+            f"{row['overhead_us']:.1f}",
+            "yes" if row["overhead_us"] < CPP_LIMIT else "NO",
+        ]
+        for row in found
+    ]
 
 
 def codecs_alone(model: nn.Module, work: list, give_back: bool = True) -> list:
@@ -144,13 +166,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=4.0, help="per row of the tables")
     parser.add_argument("--output", type=pathlib.Path)
-    parser.add_argument("--only", choices=("calls", "quantize"))
+    parser.add_argument("--only", choices=("calls", "cpp", "quantize"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     page = pairs.heading("What the Python face costs", "python bench/overhead.py").replace(
         pairs.FIGURE, "- figure: median of interleaved pair ratios in one process (quantal / rival)"
     )
-    if args.only != "quantize":
+    if args.only in (None, "calls"):
         page += "\n## A call with one row, bias, float32\n\n" + pairs.grid(
             ["layer", "method", "mode", "quantal us", "nn.Linear us", "ratio", "<= 1.5x"],
             call_rows(args.seconds),
@@ -159,7 +181,13 @@ def main() -> None:
             "\nAt 64 x 64 next to nothing is computed: the ratio is that of the calls themselves "
             "and has no limit.\n"
         )
-    if args.only != "calls":
+    if args.only in (None, "cpp"):
+        page += "\n## A call from C++ with one row, 576 x 576\n\n" + pairs.grid(
+            ["method", "activations", "call us", "kernel us", "difference us", "< 2 us"],
+            cpp_rows(),
+        )
+        page += "\nThe kernel alone runs on the same buffers in turn with `quantal::Linear`.\n"
+    if args.only in (None, "quantize"):
         page += "\n## quantize_model on SmolLM2-135M, float32\n\n" + pairs.grid(
             [
                 "method",

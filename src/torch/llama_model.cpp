@@ -1,6 +1,11 @@
 #include "torch/llama_model.h"
 
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <array>
 #include <cmath>
+#include <numeric>
 #include <string>
 
 #include "torch/recompute.h"
@@ -10,11 +15,9 @@ namespace {
 
 /// x cos + rotate_half(x) sin, where rotate_half puts minus the second half before the first.
 torch::Tensor rotate(const torch::Tensor& x, const Rotary& rotary) {
-  const auto cos = rotary.cos.to(x.scalar_type());
-  const auto sin = rotary.sin.to(x.scalar_type());
-  const std::int64_t half = x.size(-1) / 2;
-  const auto turned = torch::cat({-x.narrow(-1, half, half), x.narrow(-1, 0, half)}, -1);
-  return x * cos + turned * sin;
+  const auto type = x.scalar_type();
+  const auto halves_exchanged = x.roll(x.size(-1) / 2, -1);
+  return (x * rotary.cos.to(type)).add_(halves_exchanged * rotary.sin.to(type));
 }
 
 /// Appends new keys (or values) of one layer and returns all of them.
@@ -33,20 +36,73 @@ torch::Tensor causal_mask(std::int64_t length, std::int64_t past) {
   return torch::ones({length, past + length}, torch::kBool).tril(past);
 }
 
+/// Causal attention of queries [batch, heads, length, dim] over keys and values of as many or fewer
+/// heads, [batch, kv_heads, past + length, dim].
+torch::Tensor attend(const torch::Tensor& q, torch::Tensor k, torch::Tensor v, std::int64_t past) {
+  const std::int64_t length = q.size(2), shared_by = q.size(1) / k.size(1);
+  if (shared_by > 1 && length == 1) {
+    // One position sees all keys: heads that share them are rows of one query, without copies.
+    const auto rows = q.reshape({q.size(0), k.size(1), shared_by, q.size(3)});
+    return at::scaled_dot_product_attention(rows, k, v).reshape(q.sizes());
+  }
+  if (shared_by > 1) {
+    k = k.repeat_interleave(shared_by, 1);
+    v = v.repeat_interleave(shared_by, 1);
+  }
+  std::optional<torch::Tensor> mask;
+  if (past > 0 && length > 1) mask = causal_mask(length, past);
+  const bool causal = past == 0 && length > 1;
+  return at::scaled_dot_product_attention(q, k, v, mask, /*dropout_p=*/0, causal);
+}
+
+/// Sum of squares, 16 partial sums.
+template <class T>
+float sum_squares(const T* x, std::int64_t n) {
+  constexpr std::int64_t kSums = 16;
+  std::array<float, kSums> sums{};
+  for (std::int64_t i = 0; i < n; i += kSums) {
+    const std::int64_t count = std::min(kSums, n - i);
+    for (std::int64_t j = 0; j < count; ++j) {
+      const auto value = static_cast<float>(x[i + j]);
+      sums[static_cast<std::size_t>(j)] += value * value;
+    }
+  }
+  return std::accumulate(sums.begin(), sums.end(), 0.0F);
+}
+
+/// RmsNorm of contiguous rows, without gradients.
+template <class T>
+void normalize_rows(const T* x, const float* weight, std::int64_t rows, std::int64_t size,
+                    float eps, T* y) {
+  constexpr std::int64_t kGrain = 32 * 1024;  // values of one task
+  at::parallel_for(0, rows, kGrain / size + 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t r = begin; r < end; ++r) {
+      const T* in = x + r * size;
+      const float mean = sum_squares(in, size) / static_cast<float>(size);
+      const float scale = 1 / std::sqrt(mean + eps);
+      for (std::int64_t i = 0; i < size; ++i) {
+        const T scaled = static_cast<T>(static_cast<float>(in[i]) * scale);
+        y[r * size + i] = static_cast<T>(weight[i] * static_cast<float>(scaled));
+      }
+    }
+  });
+}
+
 Linear make_linear(std::int64_t in, std::int64_t out, bool bias, torch::ScalarType dtype) {
   return Linear(in, out, bias, dtype, Init::kNone);
 }
 
 }  // namespace
 
-Rotary rotary_angles(const LlamaConfig& config, std::int64_t first, std::int64_t length) {
+Rotary rotary_angles(const LlamaConfig& config, std::int64_t first, std::int64_t length,
+                     torch::ScalarType dtype) {
   const auto even = torch::arange(0, config.head_dim, 2, torch::kLong).to(torch::kFloat);
   const auto inverse =
       1.0 / torch::pow(config.rope_theta, even / static_cast<double>(config.head_dim));
   const auto positions = torch::arange(first, first + length, torch::kLong).to(torch::kFloat);
   const auto half = torch::outer(positions, inverse);
-  const auto angles = torch::cat({half, half}, -1);
-  return {angles.cos(), angles.sin()};
+  const auto sin = half.sin();
+  return {torch::cat({half, half}, -1).cos().to(dtype), torch::cat({-sin, sin}, -1).to(dtype)};
 }
 
 RmsNormImpl::RmsNormImpl(std::int64_t size, double eps, torch::ScalarType dtype)
@@ -55,9 +111,27 @@ RmsNormImpl::RmsNormImpl(std::int64_t size, double eps, torch::ScalarType dtype)
 }
 
 torch::Tensor RmsNormImpl::forward(const torch::Tensor& x) {
+  const bool known = x.scalar_type() == torch::kFloat || x.scalar_type() == torch::kBFloat16;
+  if (!torch::GradMode::is_enabled() && known && x.device().is_cpu()) return inference(x);
   const auto wide = x.to(torch::kFloat);
   const auto scaled = wide * torch::rsqrt(wide.square().mean(-1, /*keepdim=*/true) + eps_);
   return (weight * scaled.to(x.scalar_type())).to(x.scalar_type());
+}
+
+torch::Tensor RmsNormImpl::inference(const torch::Tensor& x) const {
+  const auto in = x.contiguous();
+  const auto wide = weight.to(torch::kFloat).contiguous();
+  torch::Tensor out = torch::empty_like(in);
+  const std::int64_t size = weight.numel(), rows = in.numel() / size;
+  const auto eps = static_cast<float>(eps_);
+  const float* w = wide.const_data_ptr<float>();
+  if (in.scalar_type() == torch::kFloat) {
+    normalize_rows(in.const_data_ptr<float>(), w, rows, size, eps, out.mutable_data_ptr<float>());
+  } else {
+    normalize_rows(in.const_data_ptr<at::BFloat16>(), w, rows, size, eps,
+                   out.mutable_data_ptr<at::BFloat16>());
+  }
+  return out;
 }
 
 LlamaAttentionImpl::LlamaAttentionImpl(const LlamaConfig& c, torch::ScalarType dtype)
@@ -86,15 +160,7 @@ torch::Tensor LlamaAttentionImpl::forward(const torch::Tensor& x, const Rotary& 
     k = append(cache->keys[index], k, past);
     v = append(cache->values[index], v, past);
   }
-  const std::int64_t shared_by = heads_ / kv_heads_;
-  if (shared_by > 1) {
-    k = k.repeat_interleave(shared_by, 1);
-    v = v.repeat_interleave(shared_by, 1);
-  }
-  std::optional<torch::Tensor> mask;
-  if (past > 0 && length > 1) mask = causal_mask(length, past);
-  const bool causal = past == 0 && length > 1;
-  const auto y = at::scaled_dot_product_attention(q, k, v, mask, /*dropout_p=*/0, causal);
+  const auto y = attend(q, k, v, past);
   return o_proj->forward(y.transpose(1, 2).reshape({batch, length, heads_ * head_dim_}));
 }
 
@@ -136,8 +202,8 @@ LlamaModelImpl::LlamaModelImpl(const LlamaConfig& c, torch::ScalarType dtype)
 
 torch::Tensor LlamaModelImpl::forward(const torch::Tensor& ids, KvCache* cache, bool recompute) {
   const std::int64_t past = cache ? cache->length : 0;
-  const Rotary rotary = rotary_angles(config_, past, ids.size(1));
   torch::Tensor h = embed_tokens->forward(ids);
+  const Rotary rotary = rotary_angles(config_, past, ids.size(1), h.scalar_type());
   const bool recorded = recompute && cache == nullptr && torch::GradMode::is_enabled();
   // Recomputed blocks are recorded only behind an input that asks for gradients.
   if (recorded && !h.requires_grad()) h.set_requires_grad(true);

@@ -9,12 +9,14 @@
 
 namespace quantal {
 
-/// Rotation angles of some positions: cos and sin, [length, head_dim], float32.
+/// Rotation angles of some positions, [length, head_dim]: cos, and sin with a minus in the first
+/// half, computed in float32.
 struct Rotary {
   torch::Tensor cos, sin;
 };
 /// Angle of dimension i and i + head_dim / 2 at position p: p * theta^(-2 i / head_dim).
-Rotary rotary_angles(const LlamaConfig& config, std::int64_t first, std::int64_t length);
+Rotary rotary_angles(const LlamaConfig& config, std::int64_t first, std::int64_t length,
+                     torch::ScalarType dtype);
 
 /// y = weight * dtype(x / sqrt(mean(x^2) + eps)), the mean over the last dimension in float32; y
 /// has the dtype of x whatever that of the weight.
@@ -26,6 +28,9 @@ class RmsNormImpl : public torch::nn::Module {
   torch::Tensor weight;
 
  private:
+  /// The same in one pass over each row, for small inputs most of a model's time.
+  torch::Tensor inference(const torch::Tensor& x) const;
+
   double eps_;
 };
 TORCH_MODULE(RmsNorm);

@@ -81,6 +81,18 @@ struct Product {
   std::optional<double> threshold;
 };
 
+at::Tensor call_product(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& stats,
+                        const at::Tensor& shared, const OptionalTensor& bias, const Ints& spec,
+                        const Product& product) {
+  if (product.threshold) {
+    return call_linear_int8(x, codes, stats, shared, bias, spec, *product.threshold);
+  }
+  if (product.activations == Activations::kInt8) {
+    return call_linear_int8_activations(x, codes, stats, shared, bias, spec);
+  }
+  return call_linear(x, codes, stats, shared, bias, spec);
+}
+
 /// y = x W^T + bias. The gradient passes any rounding of x straight through.
 struct LinearFunction : public torch::autograd::Function<LinearFunction> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& codes,
@@ -89,13 +101,7 @@ struct LinearFunction : public torch::autograd::Function<LinearFunction> {
     ctx->save_for_backward({codes, stats, shared});
     ctx->saved_data["spec"] = spec;
     if (bias) ctx->saved_data["bias_dtype"] = bias->scalar_type();
-    if (product.threshold) {
-      return call_linear_int8(x, codes, stats, shared, bias, spec, *product.threshold);
-    }
-    if (product.activations == Activations::kInt8) {
-      return call_linear_int8_activations(x, codes, stats, shared, bias, spec);
-    }
-    return call_linear(x, codes, stats, shared, bias, spec);
+    return call_product(x, codes, stats, shared, bias, spec, product);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -146,6 +152,13 @@ torch::Tensor adopt(std::vector<std::uint8_t>&& bytes, at::IntArrayRef sizes) {
       owner->data(), sizes, [owner](void*) {}, torch::TensorOptions().dtype(torch::kByte));
 }
 
+/// Whether a product is part of a graph; the others need no node, which costs as much as a small
+/// product.
+bool is_recorded(const torch::Tensor& x, const torch::Tensor& bias) {
+  return torch::GradMode::is_enabled() &&
+         (x.requires_grad() || (bias.defined() && bias.requires_grad()));
+}
+
 Ints spec_ints(const PackedSpec& spec) {
   const auto ints = spec_to_ints(spec);
   return {ints.begin(), ints.end()};
@@ -154,6 +167,10 @@ Ints spec_ints(const PackedSpec& spec) {
 torch::Tensor apply_linear(const torch::Tensor& x, const PackedTensors& w,
                            const torch::Tensor& bias, const Product& product) {
   const OptionalTensor optional_bias = bias.defined() ? OptionalTensor(bias) : std::nullopt;
+  if (!is_recorded(x, bias)) {
+    const at::AutoDispatchBelowAutograd below;
+    return call_product(x, w.codes, w.stats, w.shared, optional_bias, spec_ints(w.spec), product);
+  }
   return LinearFunction::apply(x, w.codes, w.stats, w.shared, optional_bias, spec_ints(w.spec),
                                product);
 }

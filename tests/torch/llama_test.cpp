@@ -49,6 +49,17 @@ TEST(Llama, CacheStepsEqualTheWholeSequence) {
   expect_error(Errc::kShape, "cache holds 12", [&] { model->step(ids.narrow(1, 0, 1), cache); });
 }
 
+TEST(Llama, LogitsAreTheSameWithAndWithoutGradients) {
+  const auto ids = torch::randint(0, 96, {2, 12}, torch::kLong);
+  for (const auto& [dtype, bound] : {std::pair(torch::kFloat, 1e-6), {torch::kBFloat16, 2e-2}}) {
+    auto model = tiny_llama(7);
+    model->to(dtype);
+    const auto recorded = model->forward(ids);
+    const torch::NoGradGuard no_grad;
+    EXPECT_LE(relative(model->forward(ids), recorded.detach()), bound);
+  }
+}
+
 TEST(Llama, GreedyGenerationEqualsArgmaxOfTheWholeSequence) {
   auto model = tiny_llama(8);
   const torch::NoGradGuard no_grad;
