@@ -140,7 +140,7 @@ Tensor dequantize_cpu(Tensor codes, Tensor stats, Tensor shared, Ints spec_ints,
   const Packed w = packed_of(codes, stats, shared, spec_ints);
   const DType dtype = weight_dtype("quantal::dequantize: dtype", type);
   const PackedSpec& spec = w.view.spec;
-  Tensor out = empty_like_of(codes, {spec.rows, spec.cols}, type);
+  Tensor out = result_like(codes, {spec.rows, spec.cols}, type);
   dequantize(w.view, {0, spec.rows, 0, spec.cols}, dtype, out.mutable_data_ptr(), spec.cols,
              stable_executor());
   return out;

@@ -5,6 +5,8 @@
 #include <span>
 #include <utility>
 
+#include "core/result_block.h"
+
 namespace quantal::stable_ops {
 namespace {
 
@@ -17,6 +19,26 @@ std::span<const std::uint8_t> bytes_of(const char* what, Tensor& t) {
   if (!t.is_contiguous()) t = stable::contiguous(t);
   return {static_cast<const std::uint8_t*>(t.const_data_ptr()),
           static_cast<std::size_t>(t.numel())};
+}
+
+/// Of a contiguous tensor.
+Ints strides_of(const Ints& sizes) {
+  Ints strides(sizes.size());
+  std::int64_t stride = 1;
+  for (std::size_t d = sizes.size(); d-- > 0; stride *= std::max<std::int64_t>(sizes[d], 1)) {
+    strides[d] = stride;
+  }
+  return strides;
+}
+
+std::size_t size_in_bytes(const Ints& sizes, ScalarType type) {
+  const auto dtype = stable::detail::to<std::int32_t>(stable::detail::from(type));
+  std::size_t bytes = aoti_torch_dtype_element_size(dtype);
+  for (const std::int64_t size : sizes) {
+    bytes = static_cast<std::size_t>(
+        checked_mul(static_cast<std::int64_t>(bytes), size, "quantal: bytes of a result"));
+  }
+  return bytes;
 }
 
 }  // namespace
@@ -78,19 +100,25 @@ void check_cpu(const char* what, const Tensor& t) {
 Tensor empty_like_of(const Tensor& like, const Ints& sizes, ScalarType type) {
   if (!like.is_cpu()) return stable::new_empty(like, {sizes.data(), sizes.size()}, type);
   // Without the dispatcher's look-up by name, which costs as much as a small product.
-  Ints strides(sizes.size());
-  std::int64_t stride = 1;
-  for (std::size_t d = sizes.size(); d-- > 0; stride *= std::max<std::int64_t>(sizes[d], 1)) {
-    strides[d] = stride;
-  }
   const auto dtype = stable::detail::to<std::int32_t>(stable::detail::from(type));
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<std::int64_t>(sizes.size()),
-                                                  sizes.data(), strides.data(), dtype,
+                                                  sizes.data(), strides_of(sizes).data(), dtype,
                                                   aoti_torch_device_type_cpu(), 0, &handle));
   Tensor out(handle);
-  prefer_large_pages(out.mutable_data_ptr(), out.numel() * aoti_torch_dtype_element_size(dtype));
+  const std::size_t bytes = size_in_bytes(sizes, type);
+  if (bytes >= kSmallestResultBlock) prefer_large_pages(out.mutable_data_ptr(), bytes);
   return out;
+}
+
+Tensor result_like(const Tensor& like, const Ints& sizes, ScalarType type) {
+  const std::size_t bytes = like.is_cpu() ? size_in_bytes(sizes, type) : 0;
+  if (bytes < kSmallestResultBlock) return empty_like_of(like, sizes, type);
+  const Ints strides = strides_of(sizes);
+  return stable::from_blob(take_result_block(bytes), {sizes.data(), sizes.size()},
+                           {strides.data(), strides.size()},
+                           stable::Device(torch::headeronly::DeviceType::CPU), type,
+                           [bytes](void* data) { release_result_block(data, bytes); });
 }
 
 Packed packed_of(const Tensor& codes, const Tensor& stats, const Tensor& shared, const Ints& spec) {

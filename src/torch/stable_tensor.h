@@ -38,6 +38,9 @@ std::string sizes_string(const Tensor& t);
 /// Throws Error{kDevice}.
 void check_cpu(const char* what, const Tensor& t);
 Tensor empty_like_of(const Tensor& like, const Ints& sizes, ScalarType type);
+/// The same for a decoded matrix: a large one on a CPU lies in a block of `core/result_block.h`,
+/// and its storage can't be resized.
+Tensor result_like(const Tensor& like, const Ints& sizes, ScalarType type);
 
 /// A packed weight whose buffers are held (made contiguous if needed) while a kernel reads them.
 struct [[gnu::visibility("hidden")]] Packed {  // as torch::stable::Tensor is
