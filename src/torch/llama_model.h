@@ -28,9 +28,6 @@ class RmsNormImpl : public torch::nn::Module {
   torch::Tensor weight;
 
  private:
-  /// The same in one pass over each row, for small inputs most of a model's time.
-  torch::Tensor inference(const torch::Tensor& x) const;
-
   double eps_;
 };
 TORCH_MODULE(RmsNorm);

@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/result_block.h"
 #include "torch/ops_link.h"
 #include "torch/stable_executor.h"
 
@@ -150,6 +151,17 @@ torch::Tensor adopt(std::vector<std::uint8_t>&& bytes, at::IntArrayRef sizes) {
   const auto owner = std::make_shared<std::vector<std::uint8_t>>(std::move(bytes));
   return torch::from_blob(
       owner->data(), sizes, [owner](void*) {}, torch::TensorOptions().dtype(torch::kByte));
+}
+
+/// A matrix to decode into; see `core/result_block.h`.
+torch::Tensor empty_result(at::IntArrayRef sizes, torch::ScalarType dtype) {
+  const auto options = torch::TensorOptions().dtype(dtype);
+  const auto bytes =
+      static_cast<std::size_t>(c10::multiply_integers(sizes)) * c10::elementSize(dtype);
+  if (bytes < kSmallestResultBlock) return torch::empty(sizes, options);
+  return torch::from_blob(
+      take_result_block(bytes), sizes, [bytes](void* data) { release_result_block(data, bytes); },
+      options);
 }
 
 /// Whether a product is part of a graph; the others need no node, which costs as much as a small
@@ -289,8 +301,7 @@ PackedTensors quantize(const torch::Tensor& weight, const PackedSpec& spec) {
 torch::Tensor dequantize(const PackedTensors& w, torch::ScalarType dtype) {
   const PackedView view = w.view();
   const DType out_dtype = from_torch(dtype);
-  torch::Tensor out = torch::empty({w.spec.rows, w.spec.cols}, torch::TensorOptions().dtype(dtype));
-  prefer_large_pages(out.mutable_data_ptr(), out.nbytes());
+  torch::Tensor out = empty_result({w.spec.rows, w.spec.cols}, dtype);
   dequantize(view, {0, w.spec.rows, 0, w.spec.cols}, out_dtype, out.mutable_data_ptr(), w.spec.cols,
              stable_executor());
   return out;

@@ -1,4 +1,5 @@
 // The Llama model: logits of the golden checkpoints, cache, checkpointing, training.
+#include "torch/llama_model.h"
 #include "torch/torch_support.h"
 
 namespace quantal::testing {
@@ -51,12 +52,36 @@ TEST(Llama, CacheStepsEqualTheWholeSequence) {
 
 TEST(Llama, LogitsAreTheSameWithAndWithoutGradients) {
   const auto ids = torch::randint(0, 96, {2, 12}, torch::kLong);
-  for (const auto& [dtype, bound] : {std::pair(torch::kFloat, 1e-6), {torch::kBFloat16, 2e-2}}) {
+  for (const auto dtype : {torch::kFloat, torch::kBFloat16}) {
     auto model = tiny_llama(7);
     model->to(dtype);
     const auto recorded = model->forward(ids);
     const torch::NoGradGuard no_grad;
-    EXPECT_LE(relative(model->forward(ids), recorded.detach()), bound);
+    EXPECT_TRUE(torch::equal(model->forward(ids), recorded));
+  }
+}
+
+TEST(Llama, NormHasTheGradientsOfItsFormula) {
+  torch::manual_seed(3);
+  for (const auto& [dtype, bound] : {std::pair(torch::kFloat, 1e-6), {torch::kBFloat16, 1e-2}}) {
+    RmsNorm norm(37, 1e-5, dtype);
+    {
+      const torch::NoGradGuard no_grad;
+      norm->weight.copy_(torch::randn({37}));
+    }
+    const auto x = torch::randn({2, 5, 37}).to(dtype).requires_grad_();
+    const auto weight = norm->weight.detach().clone().requires_grad_();
+    const auto same_x = x.detach().clone().requires_grad_();
+    const auto wide = same_x.to(torch::kFloat);
+    const auto n = wide * torch::rsqrt(wide.square().mean(-1, true) + 1e-5);
+    const auto expected = (weight * n.to(dtype)).to(dtype);
+    const auto y = norm->forward(x);
+    EXPECT_LE(relative(y.detach(), expected.detach()), bound);
+    const auto grad = torch::randn({2, 5, 37}).to(dtype);
+    y.backward(grad);
+    expected.backward(grad);
+    EXPECT_LE(relative(x.grad(), same_x.grad()), bound);
+    EXPECT_LE(relative(norm->weight.grad(), weight.grad()), bound);
   }
 }
 
