@@ -11,11 +11,7 @@
 namespace quantal::testing {
 namespace {
 
-class KernelSets : public ::testing::Test {
- protected:
-  void TearDown() override { select_cpu_kernels(initial_); }
-  std::string_view initial_ = active_cpu_kernels();
-};
+class KernelSets : public KernelSetTest {};
 
 /// Equal bytes, except that any NaN equals any NaN (its payload is not part of the contract).
 ::testing::AssertionResult same_values(DType dtype, const std::vector<std::uint8_t>& a,

@@ -13,11 +13,7 @@
 namespace quantal::testing {
 namespace {
 
-class Int8Activations : public ::testing::Test {
- protected:
-  void TearDown() override { select_cpu_kernels(initial_); }
-  std::string_view initial_ = active_cpu_kernels();
-};
+class Int8Activations : public KernelSetTest {};
 
 struct Problem {
   PackedMatrix w;

@@ -9,11 +9,7 @@
 namespace quantal::testing {
 namespace {
 
-class Int8 : public ::testing::Test {
- protected:
-  void TearDown() override { select_cpu_kernels(initial_); }
-  std::string_view initial_ = active_cpu_kernels();
-};
+class Int8 : public KernelSetTest {};
 
 PackedSpec int8_spec(std::int64_t rows, std::int64_t cols) {
   return {.rows = rows,

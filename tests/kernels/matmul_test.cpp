@@ -12,11 +12,7 @@
 namespace quantal::testing {
 namespace {
 
-class Products : public ::testing::Test {
- protected:
-  void TearDown() override { select_cpu_kernels(initial_); }
-  std::string_view initial_ = active_cpu_kernels();
-};
+class Products : public KernelSetTest {};
 
 struct Problem {
   PackedMatrix w;
@@ -202,7 +198,7 @@ TEST_F(Products, UnitVectorsGiveTheWeights) {
       const bool own_order = name.starts_with("avx512") && name != "avx512";
       if (!supports_packed_matmul(spec) || spec.cols > (own_order ? 600 : 64)) continue;
       // Few inputs, a tile, panels: each its own kernel in the set for bfloat16.
-      for (std::int64_t m : {3, 20, 40}) check_unit_vectors(spec, m, false, ++seed);
+      for (std::int64_t m : {1, 3, 9, 20, 40}) check_unit_vectors(spec, m, false, ++seed);
       check_unit_vectors(spec, 5, true, ++seed);
     }
   }
@@ -228,8 +224,11 @@ TEST_F(Products, LongRowsManyInputsInBfloat16) {
         PackedSpec{.rows = 13, .cols = 4512, .group_size = 32},
         PackedSpec{.rows = 9, .cols = 4160, .offset = Offset::kBias, .group_size = 32},
         PackedSpec{.rows = 10, .cols = 8192, .group_size = 4096},
+        PackedSpec{.rows = 9, .cols = 8064, .offset = Offset::kZeroPoint, .group_size = 192},
+        PackedSpec{.rows = 9, .cols = 4800, .bits = 8, .offset = Offset::kBias, .group_size = 96},
+        PackedSpec{.rows = 9, .cols = 4352, .bits = 2, .offset = Offset::kShift, .group_size = 128},
         PackedSpec{.rows = 11, .cols = 5000, .bits = 8, .centre = 128}}) {
-    for (std::int64_t m : {1, 2, 5, 16, 33, 67, 530}) {
+    for (std::int64_t m : {1, 2, 5, 8, 11, 12, 16, 33, 67, 530}) {
       const Problem p = make_problem(spec, m, DType::kBF16, false, ++seed);
       check_all_sets(p, describe(spec) + " m " + std::to_string(m));
     }
@@ -239,6 +238,8 @@ TEST_F(Products, LongRowsManyInputsInBfloat16) {
 TEST_F(Products, ARowOfOutputsDoesNotDependOnTheOtherInputs) {
   const PackedSpec specs[] = {{.rows = 21, .cols = 256, .code_map = CodeMap::kNf4},
                               {.rows = 9, .cols = 4224, .group_size = 32},
+                              {.rows = 9, .cols = 4800, .group_size = 192},
+                              {.rows = 13, .cols = 4352, .bits = 8, .group_size = 64},
                               {.rows = 21, .cols = 200, .bits = 8, .offset = Offset::kShift}};
   for (const PackedSpec& spec : specs) {
     for (int i = 0; i < 4; ++i) {
@@ -246,10 +247,14 @@ TEST_F(Products, ARowOfOutputsDoesNotDependOnTheOtherInputs) {
       const DType dtype = i < 2 ? DType::kF32 : DType::kBF16;
       const Problem p = make_problem(spec, 19, dtype, transposed, 77);
       const auto all = run(p, serial_executor());
+      const auto bytes = static_cast<std::ptrdiff_t>(all.size()) / p.m_rows;
       for (std::int64_t m = 0; m < p.m_rows; ++m) {
-        const auto one = run(p, serial_executor(), m, m + 1);
-        const auto bytes = static_cast<std::ptrdiff_t>(one.size());
-        EXPECT_TRUE(std::equal(one.begin(), one.end(), all.begin() + m * bytes)) << m;
+        for (std::int64_t count : {1, 2, 5, 9, 12}) {
+          if (m + count > p.m_rows) continue;
+          const auto some = run(p, serial_executor(), m, m + count);
+          EXPECT_TRUE(std::equal(some.begin(), some.end(), all.begin() + m * bytes))
+              << describe(spec) << " inputs " << m << " to " << m + count;
+        }
       }
     }
   }

@@ -1,10 +1,13 @@
 // Random packed matrices and odd executors for the kernel tests.
 #pragma once
 
+#include <gtest/gtest.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <vector>
 
@@ -31,6 +34,15 @@ class Random {
 
  private:
   std::uint64_t state_;
+};
+
+/// Tests that switch kernel sets; the one in use is restored.
+class KernelSetTest : public ::testing::Test {
+ protected:
+  void TearDown() override { select_cpu_kernels(initial_); }
+
+ private:
+  std::string_view initial_ = active_cpu_kernels();
 };
 
 /// Cuts every range into pieces of unequal length, last piece first.

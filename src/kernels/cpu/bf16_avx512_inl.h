@@ -34,6 +34,12 @@ inline __m512i narrow_two(__m512 low, __m512 high) {
   return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
 }
 
+/// sum += products of pairs of w and x. As assembler: with the intrinsic GCC 12 loads operands that
+/// stand in registers again for each product, and copies sums.
+[[gnu::always_inline]] inline void add_products(__m512& sum, __m512i w, __m512i x) {
+  __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+}
+
 /// Scratch and packed activations are zero up to a multiple of this many columns.
 constexpr std::int64_t kPadColumns = 64;
 
@@ -87,7 +93,7 @@ struct Lookup {
   /// Field kField of the low plane in the low bits of 32 words, above it the high plane.
   template <int kField>
   static __m512i index(__m512i low, __m512i high) {
-    constexpr int kLow = kBits == 4 ? 4 : 2;
+    constexpr int kLow = Planes<kBits>::kLow;
     const __m512i at = kField == 0 ? low : _mm512_srli_epi16(low, kLow * kField);
     if constexpr (kBits != 3) return at;
     const __m512i bit = kField < 2   ? _mm512_slli_epi16(high, 2 - kField)
@@ -136,6 +142,13 @@ struct TableStep : L {
   [[gnu::always_inline]] typename L::Group group(const Stretch& stats, std::int64_t slot) const {
     if constexpr (kHalves) return narrow_two(values(stats, slot), values(stats, slot + 1));
     return _mm512_broadcast_i64x4(VecBf16::narrow_bf16(values(stats, slot)));
+  }
+  /// Those of two steps of one group each: conversions cost most of a table.
+  [[gnu::always_inline]] void two_groups(const Stretch& stats, std::int64_t slot,
+                                         typename L::Group (&out)[2]) const {
+    const __m512i both = narrow_two(values(stats, slot), values(stats, slot + 1));
+    out[0] = _mm512_shuffle_i64x2(both, both, 0x44);
+    out[1] = _mm512_shuffle_i64x2(both, both, 0xEE);
   }
 };
 
@@ -199,18 +212,26 @@ void with_table_rule(const KernelMatrix& w, Fn fn) {
   });
 }
 
-/// out[16 k + code]: the tables of the first n columns of `stats`, 32 bytes a group.
-inline void build_bf16_tables(const KernelMatrix& w, const Stretch& stats, std::int64_t n,
-                              std::uint16_t* out) {
-  const std::int64_t groups = (stats.phase + n - 1) / w.group_size + 1;
-  const __m512 codes = _mm512_loadu_ps(w.table);
-  with_table_rule(w, [&]<class V>(V /*rule*/) {
-    for (std::int64_t k = 0; k < groups; ++k) {
-      const __m512 values =
-          wide_value<V>(codes, _mm512_set1_ps(stats.scale[k]), _mm512_set1_ps(stats.offset[k]));
-      VecBf16::store_bf16(out + k * kLanes, values);
-    }
-  });
+/// out[16 k + code]: the tables of `groups` groups, 32 bytes each, two groups at a time: one more
+/// than there are may be written.
+template <class V>
+void build_bf16_tables(__m512 codes, const float* scale, const float* offset, std::int64_t groups,
+                       std::uint16_t* out) {
+  const auto values = [=](std::int64_t k) {
+    return wide_value<V>(codes, _mm512_set1_ps(scale[k]), _mm512_set1_ps(offset[k]));
+  };
+#pragma GCC unroll 4
+  for (std::int64_t k = 0; k < groups; k += 2) {
+    _mm512_store_si512(out + k * kLanes, narrow_two(values(k), values(k + 1)));
+  }
+}
+using BuildBf16Tables = void (*)(__m512 codes, const float* scale, const float* offset,
+                                 std::int64_t groups, std::uint16_t* out);
+
+inline BuildBf16Tables bf16_table_builder(const KernelMatrix& w) {
+  BuildBf16Tables build = nullptr;
+  with_table_rule(w, [&]<class V>(V /*rule*/) { build = build_bf16_tables<V>; });
+  return build;
 }
 template <class L>
 __m512i load_table(const std::uint16_t* tables) {
@@ -237,25 +258,44 @@ inline void decode_any(const KernelMatrix& w, const Stretch& /*stats*/, std::int
   pad_columns(n, out);
 }
 
+/// One step of codes.
+template <class Step>
+[[gnu::always_inline]] inline void decode_step(const Step& step, const std::uint8_t* codes,
+                                               const typename Step::Group& group,
+                                               std::uint16_t* out) {
+  __m512i values[Step::kFields];
+  step.look_up(codes, group, values);
+#pragma GCC unroll 4
+  for (int f = 0; f < Step::kFields; ++f) _mm512_storeu_si512(out + 32 * f, values[f]);
+}
+
 template <class Step>
 void decode_steps(const KernelMatrix& w, const Stretch& stats, std::int64_t row, std::int64_t col,
                   std::int64_t k, std::int64_t n, std::uint16_t* out) {
   const Step step(w);
   const std::uint8_t* codes =
       w.codes + row * w.code_bytes + (col + k) / Step::kColumns * Step::kBytes;
-  const std::int64_t groups = static_cast<std::uint32_t>(stats.phase + k) /
-                              static_cast<std::uint32_t>(w.group_size);  // faster than 64 bits
   const std::int64_t width = w.group_size * Step::kGroupsOfStep;  // columns that share a Group
-  std::int64_t slot = groups;
-  std::int64_t end = (groups + Step::kGroupsOfStep) * w.group_size - stats.phase - k;
-  for (std::int64_t c = 0; c < n; slot += Step::kGroupsOfStep, end += width) {
+  std::int64_t slot = static_cast<std::uint32_t>(stats.phase + k) /
+                      static_cast<std::uint32_t>(w.group_size);  // faster than 64 bits
+  std::int64_t c = 0;
+  if constexpr (requires(typename Step::Group(&pair)[2]) { step.two_groups(stats, slot, pair); }) {
+    if (w.group_size == Step::kColumns) {
+      for (; c + 2 * Step::kColumns <= n; c += 2 * Step::kColumns, slot += 2) {
+        typename Step::Group pair[2];
+        step.two_groups(stats, slot, pair);
+        decode_step(step, codes, pair[0], out + c);
+        decode_step(step, codes + Step::kBytes, pair[1], out + c + Step::kColumns);
+        codes += 2 * Step::kBytes;
+      }
+    }
+  }
+  std::int64_t end = (slot + Step::kGroupsOfStep) * w.group_size - stats.phase - k;
+  for (; c < n; slot += Step::kGroupsOfStep, end += width) {
     const typename Step::Group group = step.group(stats, slot);
     for (const std::int64_t stop = min64(end, n); c < stop; c += Step::kColumns) {
-      __m512i values[Step::kFields];
-      step.look_up(codes, group, values);
+      decode_step(step, codes, group, out + c);
       codes += Step::kBytes;
-#pragma GCC unroll 4
-      for (int f = 0; f < Step::kFields; ++f) _mm512_storeu_si512(out + c + 32 * f, values[f]);
     }
   }
   pad_columns(n, out);

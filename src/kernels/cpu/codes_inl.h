@@ -14,15 +14,13 @@ namespace {  // NOLINT: internal linkage on purpose
 
 /// V is a vector type or its Words, lanes in which only table indices fit.
 template <class V, int kBits>
-struct Codes {
+struct Codes : Planes<kBits> {
   using U = typename V::U;
-  static constexpr int kLow = kBits == 3 ? 2 : kBits == 5 || kBits == 6 ? 4 : kBits;
-  static constexpr int kHigh = kBits - kLow;
+  using Planes<kBits>::kLow, Planes<kBits>::kHigh, Planes<kBits>::kFields;
   static constexpr int kUnitChunks = 8 / (kHigh != 0 ? kHigh : kLow);
   static constexpr std::int64_t kUnitCodes = kUnitChunks * kLanes;
   static constexpr std::int64_t kUnitBytes = kUnitCodes * kBits / 8;
   static constexpr std::int64_t kLowBytes = kUnitCodes * kLow / 8;
-  static constexpr int kFields = 8 / kLow;  // chunks of a strip of the low plane
   static constexpr bool kTable = kBits <= 4;
 
   /// Puts the planes of one chunk together. Bit kLow is where the high plane begins.

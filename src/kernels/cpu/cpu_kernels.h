@@ -58,10 +58,10 @@ struct KernelMatrix {
   OffsetKind offset;
   ScaleKind scale;
   FloatKind value_kind;
-  float centre;         ///< numbers: value = code - centre
-  float table[16];      ///< up to 4 bits: value = table[code]; fewer values repeat
-  float nested_offset;  ///< nested scales only, as the map
-  float nested_map[256];
+  float centre;                 ///< numbers: value = code - centre
+  float nested_offset;          ///< nested scales only, as the map
+  alignas(64) float table[16];  ///< up to 4 bits: value = table[code]; fewer values repeat
+  alignas(64) float nested_map[256];
 };
 
 /// Rectangle of the matrix and its destination (`ld` in elements).

@@ -53,32 +53,9 @@ struct IntAvx512 {
                         I* out) {
     const __mmask16 mask = n >= 16 ? 0xFFFF : VecAvx512::first(n > 0 ? static_cast<int>(n) : 0);
     I a[16];
-    I b[16];
 #pragma GCC unroll 16
     for (int r = 0; r < 16; ++r) a[r] = _mm512_maskz_loadu_epi32(mask, rows[r] + offset);
-#pragma GCC unroll 8
-    for (int r = 0; r < 16; r += 2) {  // words of rows r and r + 1 in turn
-      b[r] = _mm512_unpacklo_epi32(a[r], a[r + 1]);
-      b[r + 1] = _mm512_unpackhi_epi32(a[r], a[r + 1]);
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < 16; r += 4) {  // block q of a[r + i]: word 4 q + i of rows r .. r + 3
-      a[r] = _mm512_unpacklo_epi64(b[r], b[r + 2]);
-      a[r + 1] = _mm512_unpackhi_epi64(b[r], b[r + 2]);
-      a[r + 2] = _mm512_unpacklo_epi64(b[r + 1], b[r + 3]);
-      a[r + 3] = _mm512_unpackhi_epi64(b[r + 1], b[r + 3]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {  // blocks of four rows side by side
-      const I low02 = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
-      const I low13 = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xDD);
-      const I high02 = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
-      const I high13 = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xDD);
-      out[i] = _mm512_shuffle_i32x4(low02, high02, 0x88);
-      out[4 + i] = _mm512_shuffle_i32x4(low13, high13, 0x88);
-      out[8 + i] = _mm512_shuffle_i32x4(low02, high02, 0xDD);
-      out[12 + i] = _mm512_shuffle_i32x4(low13, high13, 0xDD);
-    }
+    transpose_16(a, [=](int i, I word) { out[i] = word; });
   }
 };
 

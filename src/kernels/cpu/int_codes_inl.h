@@ -23,11 +23,9 @@ namespace {  // NOLINT: internal linkage on purpose
 
 /// What is unpacked at a time: 64 bytes of one plane, or a unit of two (Codes in codes_inl.h).
 template <class V, int kBits>
-struct IntUnit {
+struct IntUnit : Planes<kBits> {
   using I = typename V::I;
-  static constexpr int kLow = kBits == 3 ? 2 : kBits == 5 || kBits == 6 ? 4 : kBits;
-  static constexpr int kHigh = kBits - kLow;
-  static constexpr int kFields = 8 / kLow;
+  using Planes<kBits>::kLow, Planes<kBits>::kHigh, Planes<kBits>::kFields;
   static constexpr int kChunks = kHigh != 0 ? 8 / kHigh : 4 * kFields;  // of 16 columns
   static constexpr int kColumns = 16 * kChunks;
   static constexpr int kWords = kColumns * kBits / 32;

@@ -44,6 +44,14 @@ class Ahead {
   std::int64_t ld_ = 0, rows_ = 0, bytes_ = 0;
 };
 
+/// Statistics are read all at once before the codes: unless they were asked for, that waits for
+/// memory.
+inline void ask_for_stats(const KernelMatrix& w, std::int64_t row, std::int64_t rows) {
+  const std::uint8_t* stats = w.stats + row * w.stat_bytes;
+  const std::int64_t bytes = min64(rows, w.rows - row) * w.stat_bytes;
+  for (std::int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(stats + byte);
+}
+
 /// acc[m][r] += w[r] x[m] over n (multiple of 64) columns.
 template <int kRows, int kInputs>
 void multiply(const std::uint16_t* w, const std::uint16_t* x, std::int64_t ldx, std::int64_t n,
@@ -54,17 +62,14 @@ void multiply(const std::uint16_t* w, const std::uint16_t* x, std::int64_t ldx, 
   for (int i = 0; i < kInputs * kRows; ++i) sums[i] = _mm512_load_ps(acc + i * kLanes);
   for (std::int64_t k = 0; k < n; k += 32) {
     ahead.ask();
-    __m512bh values[kRows];
+    __m512i values[kRows];
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) values[r] = as_bf16(load_512(w + r * kScratchLd + k));
+    for (int r = 0; r < kRows; ++r) values[r] = load_512(w + r * kScratchLd + k);
 #pragma GCC unroll 4
     for (int m = 0; m < kInputs; ++m) {
-      const __m512bh input = as_bf16(load_512(x + m * ldx + k));
+      const __m512i input = load_512(x + m * ldx + k);
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        __m512& sum = sums[m * kRows + r];
-        sum = _mm512_dpbf16_ps(sum, values[r], input);
-      }
+      for (int r = 0; r < kRows; ++r) add_products(sums[m * kRows + r], values[r], input);
     }
   }
 #pragma GCC unroll 16
@@ -102,9 +107,13 @@ void store_outputs(const Bf16Job& job, const float* sums, std::int64_t m, std::i
 class Tile {
  public:
   Tile(const KernelMatrix& w, const Bf16Job& job)
-      : w_(w), job_(job), decode_(bf16_decoder(w)), stats_needed_(step_fields(w) != 0) {}
+      : w_(w), job_(job), decode_(bf16_decoder(w)), stats_needed_(step_fields(w) != 0) {
+    const std::int64_t blocks = (job.inputs + kSubInputs - 1) / kSubInputs;
+    sub_inputs_ = (job.inputs + blocks - 1) / blocks;
+  }
 
   void run(std::int64_t row, std::int64_t rows) {
+    if (stats_needed_) ask_for_stats(w_, row + rows, kTileRows);
     for (std::int64_t i = 0; i < job_.inputs * kTileRows; i += kLanes) {
       _mm512_store_ps(totals_ + i, _mm512_setzero_ps());
     }
@@ -134,8 +143,8 @@ class Tile {
     Ahead ahead = next_tile(row, c + k, n);
     const std::int64_t padded = (n + kPadColumns - 1) / kPadColumns * kPadColumns;
     float* acc = acc_;
-    for (std::int64_t m = 0; m < job_.inputs; m += kSubInputs) {
-      const std::int64_t inputs = min64(kSubInputs, job_.inputs - m);
+    for (std::int64_t m = 0; m < job_.inputs; m += sub_inputs_) {
+      const std::int64_t inputs = min64(sub_inputs_, job_.inputs - m);
       const std::uint16_t* x = job_.x + m * job_.ldx + c + k;
       std::int64_t r = 0;
       for (; r + kSubRows <= rows; r += kSubRows, acc += inputs * kSubRows * kLanes) {
@@ -159,8 +168,8 @@ class Tile {
 
   void add_totals(std::int64_t rows) {
     const float* acc = acc_;
-    for (std::int64_t m = 0; m < job_.inputs; m += kSubInputs) {
-      const std::int64_t inputs = min64(kSubInputs, job_.inputs - m);
+    for (std::int64_t m = 0; m < job_.inputs; m += sub_inputs_) {
+      const std::int64_t inputs = min64(sub_inputs_, job_.inputs - m);
       std::int64_t r = 0;
       for (; r + kSubRows <= rows; r += kSubRows) {
         for (std::int64_t i = 0; i < inputs; ++i, acc += kSubRows * kLanes) {
@@ -184,6 +193,7 @@ class Tile {
   const Bf16Job& job_;
   const DecodeBf16 decode_;
   const bool stats_needed_;
+  std::int64_t sub_inputs_;  // of a register tile, nearly equal
   Stretch stats_[kTileRows];
   alignas(64) std::uint16_t scratch_[kTileRows * kScratchLd];
   alignas(64) float acc_[kMaxTileInputs * kTileRows * kLanes];
@@ -198,38 +208,48 @@ void run_tiles(const KernelMatrix& w, const Bf16Job& job, std::int64_t row, std:
 
 // ------------------------------------------------------------------ no scratch: few inputs
 
-constexpr std::int64_t kDirectRows = 4;
-constexpr std::int64_t kMaxDirectInputs = 4;
-/// Groups of a stretch, at most: of 32 columns.
-constexpr std::int64_t kMaxGroups = kStretch / 32 + 1;
+constexpr std::int64_t kMaxDirectInputs = 11;
+constexpr int kDirectRows = 4;
+/// Columns of which tables are made at a time, and their groups at most: of 32 columns, beginning
+/// anywhere, an even number.
+constexpr std::int64_t kPartColumns = 2048;
+constexpr std::int64_t kMaxGroups = kPartColumns / 32 + 2;
 
-/// Codes of up to 4 bits, tables of all groups of a stretch made before.
+/// Codes of up to 4 bits, tables of all groups of some columns made before.
 template <class L>
 class TableSource {
  public:
   using Step = L;
-  using Group = __m512i;
-  explicit TableSource(const KernelMatrix& /*w*/) {}
+  explicit TableSource(const KernelMatrix& w)
+      : codes_(_mm512_loadu_ps(w.table)),
+        group_size_(w.group_size),
+        build_(bf16_table_builder(w)) {}
+
+  /// Statistics of columns [col, col + n), n <= kStretch.
   void begin(const KernelMatrix& w, std::int64_t row, std::int64_t col, std::int64_t n) {
-    Stretch stats;
-    for (std::int64_t r = 0; r < kDirectRows; ++r) {
-      expand_stretch<VecBf16>(w, row + r, col, n, stats);
-      build_bf16_tables(w, stats, n, tables_[r]);
+    for (int r = 0; r < kDirectRows; ++r) expand_stretch<VecBf16>(w, row + r, col, n, stats_[r]);
+  }
+  /// Columns [k, k + n) of these, n <= kPartColumns. Returns the position of k in slot 0.
+  std::int64_t part(std::int64_t k, std::int64_t n) {
+    const std::int64_t at = stats_[0].phase + k;
+    const std::int64_t first = at / group_size_;
+    const std::int64_t groups = (at + n - 1) / group_size_ - first + 1;
+    for (int r = 0; r < kDirectRows; ++r) {
+      build_(codes_, stats_[r].scale + first, stats_[r].offset + first, groups, tables_[r]);
     }
-    phase_ = stats.phase;
+    return at - first * group_size_;
   }
-  std::int64_t phase() const { return phase_; }
-  [[gnu::always_inline]] Group group(int r, std::int64_t slot) const {
-    return load_table<L>(tables_[r] + slot * kLanes);
-  }
-  [[gnu::always_inline]] static void look_up(const std::uint8_t* codes, const Group& group,
-                                             __m512i (&out)[L::kFields]) {
-    L::look_up(codes, group, out);
+  [[gnu::always_inline]] void look_up(const std::uint8_t* codes, int r, std::int64_t slot,
+                                      __m512i (&out)[L::kFields]) const {
+    L::look_up(codes, load_table<L>(tables_[r] + slot * kLanes), out);
   }
 
  private:
-  alignas(64) std::uint16_t tables_[kDirectRows][kMaxGroups * kLanes + 32];
-  std::int64_t phase_ = 0;
+  const __m512 codes_;
+  const std::int64_t group_size_;
+  const BuildBf16Tables build_;
+  Stretch stats_[kDirectRows];
+  alignas(64) std::uint16_t tables_[kDirectRows][kMaxGroups * kLanes];
 };
 
 /// 8-bit codes, computed.
@@ -237,98 +257,159 @@ template <class S>
 class NumberSource {
  public:
   using Step = S;
-  using Group = typename S::Group;
-  explicit NumberSource(const KernelMatrix& w) : step_(w) {}
+  explicit NumberSource(const KernelMatrix& w) : step_(w), group_size_(w.group_size) {}
+
   void begin(const KernelMatrix& w, std::int64_t row, std::int64_t col, std::int64_t n) {
-    for (std::int64_t r = 0; r < kDirectRows; ++r) {
-      expand_stretch<VecBf16>(w, row + r, col, n, stats_[r]);
-    }
+    for (int r = 0; r < kDirectRows; ++r) expand_stretch<VecBf16>(w, row + r, col, n, stats_[r]);
   }
-  std::int64_t phase() const { return stats_[0].phase; }
-  [[gnu::always_inline]] Group group(int r, std::int64_t slot) const {
-    return S::group(stats_[r], slot);
+  std::int64_t part(std::int64_t k, std::int64_t /*n*/) {
+    first_ = (stats_[0].phase + k) / group_size_;
+    return stats_[0].phase + k - first_ * group_size_;
   }
-  [[gnu::always_inline]] void look_up(const std::uint8_t* codes, const Group& group,
+  [[gnu::always_inline]] void look_up(const std::uint8_t* codes, int r, std::int64_t slot,
                                       __m512i (&out)[1]) const {
-    step_.look_up(codes, group, out);
+    step_.look_up(codes, S::group(stats_[r], first_ + slot), out);
   }
 
  private:
   const S step_;
+  const std::int64_t group_size_;
+  std::int64_t first_ = 0;
   Stretch stats_[kDirectRows];
 };
 
-/// kDirectRows rows of codes against kInputs inputs, values in registers. Same order of a sum as in
-/// tiles.
-template <class Source, int kInputs>
+/// kDirectRows rows of codes against up to kMaxDirectInputs inputs, values in registers. Same order
+/// of a sum as in tiles.
+template <class Source>
 class Direct {
  public:
-  Direct(const KernelMatrix& w, const Bf16Job& job) : w_(w), job_(job), source_(w) {}
+  Direct(const KernelMatrix& w, const Bf16Job& job) : w_(w), job_(job), source_(w) {
+    const std::int64_t blocks = (job.inputs + kSubInputs - 1) / kSubInputs;
+    sub_inputs_ = (job.inputs + blocks - 1) / blocks;
+  }
 
   void run(std::int64_t row) {
-    __m128 totals[kInputs];
-    for (__m128& t : totals) t = _mm_setzero_ps();
+    for (std::int64_t i = 0; i < job_.inputs; ++i) {
+      for (std::int64_t r = 0; r < kDirectRows; ++r) totals_[i][r] = 0.0F;
+    }
+    ask_for_stats(w_, row + kDirectRows, kDirectRows);
     for (std::int64_t c = 0; c < w_.cols; c += kSumColumns) {
       const std::int64_t n = min64(kSumColumns, w_.cols - c);
       source_.begin(w_, row, c, n);
-      __m512 sums[kInputs][kDirectRows];
-      accumulate(row, c, n, sums);
-      for (int m = 0; m < kInputs; ++m) totals[m] = _mm_add_ps(totals[m], sum_lanes(sums[m]));
+      for (__m512& sum : sums_) sum = _mm512_setzero_ps();
+      for (std::int64_t k = 0; k < n; k += kPartColumns) {
+        const std::int64_t count = min64(kPartColumns, n - k);
+        add_inputs(row, c + k, count, source_.part(k, count));
+      }
+      add_totals();
     }
-    for (int m = 0; m < kInputs; ++m) {
-      float out[kDirectRows];
-      _mm_storeu_ps(out, totals[m]);
-      store_outputs(job_, out, m, row, kDirectRows);
+    for (std::int64_t m = 0; m < job_.inputs; ++m) {
+      store_outputs(job_, totals_[m], m, row, kDirectRows);
     }
   }
 
  private:
   using Step = typename Source::Step;
-  using Group = typename Source::Group;
 
-  void accumulate(std::int64_t row, std::int64_t col, std::int64_t n,
-                  __m512 (&out)[kInputs][kDirectRows]) const {
+  /// Some inputs at a time: looking codes up again costs less than storing what they stand for.
+  void add_inputs(std::int64_t row, std::int64_t col, std::int64_t n, std::int64_t phase) {
+    for (std::int64_t m = 0; m < job_.inputs; m += sub_inputs_) {
+      const std::int64_t inputs = min64(sub_inputs_, job_.inputs - m);
+      if (inputs == 1) {
+        accumulate<1>(row, col, n, phase, m);
+      } else if (inputs == 2) {
+        accumulate<2>(row, col, n, phase, m);
+      } else if (inputs == 3) {
+        accumulate<3>(row, col, n, phase, m);
+      } else {
+        accumulate<4>(row, col, n, phase, m);
+      }
+    }
+  }
+
+  template <int kInputs>
+  void accumulate(std::int64_t row, std::int64_t col, std::int64_t n, std::int64_t phase,
+                  std::int64_t m) {
     const std::uint8_t* codes =
         w_.codes + row * w_.code_bytes + col / Step::kColumns * Step::kBytes;
-    const std::uint16_t* x = job_.x + col;
+    const std::uint16_t* x = job_.x + m * job_.ldx + col;
     const std::int64_t ahead = row + 2 * kDirectRows <= w_.rows ? kDirectRows * w_.code_bytes : 0;
     const std::int64_t steps = w_.group_size * Step::kGroupsOfStep / Step::kColumns;
-    std::int64_t left = n / Step::kColumns;
-    std::int64_t here = steps - source_.phase() / Step::kColumns;
-    __m512 sums[kInputs * kDirectRows];
+    const std::int64_t left = n / Step::kColumns;
+    __m512* const kept = sums_ + m * kDirectRows;
+    __m512 sums[kInputs][kDirectRows];  // in registers: every loop over it must be unrolled
 #pragma GCC unroll 16
-    for (__m512& sum : sums) sum = _mm512_setzero_ps();
+    for (int i = 0; i < kInputs * kDirectRows; ++i)
+      sums[i / kDirectRows][i % kDirectRows] = kept[i];
+    if (steps == 1 && 2 * Step::kBytes == 64) {
+      one_step_groups<kInputs>(codes, ahead, x, left, sums);
+    } else {
+      any_groups<kInputs>(codes, ahead, x, left, steps, steps - phase / Step::kColumns, sums);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kInputs * kDirectRows; ++i)
+      kept[i] = sums[i / kDirectRows][i % kDirectRows];
+  }
+
+  void add_totals() {
+    for (std::int64_t m = 0; m < job_.inputs; ++m) {
+      const __m512* from = sums_ + m * kDirectRows;
+      const __m512 of_rows[kDirectRows] = {from[0], from[1], from[2], from[3]};
+      _mm_storeu_ps(totals_[m], _mm_add_ps(_mm_loadu_ps(totals_[m]), sum_lanes(of_rows)));
+    }
+  }
+
+  /// Groups (or pairs of them) of one step, two steps a line.
+  template <int kInputs>
+  [[gnu::always_inline]] void one_step_groups(const std::uint8_t* codes, std::int64_t ahead,
+                                              const std::uint16_t* x, std::int64_t left,
+                                              __m512 (&sums)[kInputs][kDirectRows]) const {
+    std::int64_t slot = 0;
+    for (; left >= 2; left -= 2, slot += 2 * Step::kGroupsOfStep) {
+      ask(codes + ahead);
+      add_step(codes, x, slot, sums);
+      add_step(codes + Step::kBytes, x + Step::kColumns, slot + Step::kGroupsOfStep, sums);
+      codes += 2 * Step::kBytes;
+      x += 2 * Step::kColumns;
+    }
+    if (left != 0) add_step(codes, x, slot, sums);
+  }
+
+  /// `here` steps of the first group.
+  template <int kInputs>
+  [[gnu::always_inline]] void any_groups(const std::uint8_t* codes, std::int64_t ahead,
+                                         const std::uint16_t* x, std::int64_t left,
+                                         std::int64_t steps, std::int64_t here,
+                                         __m512 (&sums)[kInputs][kDirectRows]) const {
     for (std::int64_t slot = 0; left > 0; slot += Step::kGroupsOfStep, here = steps) {
-      Group groups[kDirectRows];
-#pragma GCC unroll 4
-      for (int r = 0; r < kDirectRows; ++r) groups[r] = source_.group(r, slot);
       here = min64(here, left);
       left -= here;
       for (; here > 0; --here, codes += Step::kBytes, x += Step::kColumns) {
-        add_step(codes, ahead, x, groups, sums);
+        if ((reinterpret_cast<std::uintptr_t>(codes) & 63U) < Step::kBytes) ask(codes + ahead);
+        add_step(codes, x, slot, sums);
       }
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < kInputs * kDirectRows; ++i) out[i / kDirectRows][i % kDirectRows] = sums[i];
   }
 
-  [[gnu::always_inline]] void add_step(const std::uint8_t* codes, std::int64_t ahead,
-                                       const std::uint16_t* x, const Group (&groups)[kDirectRows],
-                                       __m512 (&sums)[kInputs * kDirectRows]) const {
-    const bool new_line = (reinterpret_cast<std::uintptr_t>(codes) & 63U) < Step::kBytes;
+  /// As Ahead, the line of each of the next rows.
+  [[gnu::always_inline]] void ask(const std::uint8_t* codes) const {
+#pragma GCC unroll 4
+    for (int r = 0; r < kDirectRows; ++r) __builtin_prefetch(codes + r * w_.code_bytes);
+  }
+
+  template <int kInputs>
+  [[gnu::always_inline]] void add_step(const std::uint8_t* codes, const std::uint16_t* x,
+                                       std::int64_t slot,
+                                       __m512 (&sums)[kInputs][kDirectRows]) const {
 #pragma GCC unroll 4
     for (int r = 0; r < kDirectRows; ++r) {
-      const std::uint8_t* from = codes + r * w_.code_bytes;
-      if (new_line) __builtin_prefetch(from + ahead);  // as Ahead
       __m512i values[Step::kFields];
-      source_.look_up(from, groups[r], values);
+      source_.look_up(codes + r * w_.code_bytes, r, slot, values);
 #pragma GCC unroll 4
       for (int f = 0; f < Step::kFields; ++f) {
 #pragma GCC unroll 4
         for (int m = 0; m < kInputs; ++m) {
-          const __m512bh input = as_bf16(load_512(x + m * job_.ldx + 32 * f));
-          __m512& sum = sums[m * kDirectRows + r];
-          sum = _mm512_dpbf16_ps(sum, as_bf16(values[f]), input);
+          add_products(sums[m][r], values[f], load_512(x + m * job_.ldx + 32 * f));
         }
       }
     }
@@ -336,30 +417,19 @@ class Direct {
 
   const KernelMatrix& w_;
   const Bf16Job& job_;
+  std::int64_t sub_inputs_;
   Source source_;
+  __m512 sums_[kMaxDirectInputs * kDirectRows];
+  float totals_[kMaxDirectInputs][kDirectRows];
 };
 
-template <class Source, int kInputs>
+/// Returns the first row that is left.
+template <class Source>
 std::int64_t direct_rows(const KernelMatrix& w, const Bf16Job& job, std::int64_t row,
                          std::int64_t row_end) {
-  Direct<Source, kInputs> product(w, job);
+  Direct<Source> product(w, job);
   for (; row + kDirectRows <= row_end; row += kDirectRows) product.run(row);
   return row;
-}
-
-template <class Source>
-std::int64_t direct_inputs(const KernelMatrix& w, const Bf16Job& job, std::int64_t row,
-                           std::int64_t row_end) {
-  switch (job.inputs) {
-    case 1:
-      return direct_rows<Source, 1>(w, job, row, row_end);
-    case 2:
-      return direct_rows<Source, 2>(w, job, row, row_end);
-    case 3:
-      return direct_rows<Source, 3>(w, job, row, row_end);
-    default:
-      return direct_rows<Source, 4>(w, job, row, row_end);
-  }
 }
 
 void matmul(const KernelMatrix& w, const Bf16Job& job, std::int64_t row,
@@ -367,10 +437,9 @@ void matmul(const KernelMatrix& w, const Bf16Job& job, std::int64_t row,
   if (job.inputs > kMaxTileInputs) return matmul_panels_avx512bf16(w, job, row, row_end);
   if (job.inputs <= kMaxDirectInputs && step_fields(w) != 0) {
     if (w.bits == 8) {
-      with_numbers(w,
-                   [&]<class S>() { row = direct_inputs<NumberSource<S>>(w, job, row, row_end); });
+      with_numbers(w, [&]<class S>() { row = direct_rows<NumberSource<S>>(w, job, row, row_end); });
     } else {
-      with_lookup(w, [&]<class L>() { row = direct_inputs<TableSource<L>>(w, job, row, row_end); });
+      with_lookup(w, [&]<class L>() { row = direct_rows<TableSource<L>>(w, job, row, row_end); });
     }
   }
   run_tiles(w, job, row, row_end);

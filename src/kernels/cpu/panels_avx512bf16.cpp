@@ -58,32 +58,9 @@ void multiply_inputs(const std::uint32_t* panel, const std::uint16_t* x, std::in
 /// out[j * kPanelRows + r] = 32-bit lane j of row r, for 16 rows of 32 columns.
 void transpose(const std::uint16_t* rows, std::uint32_t* out) {
   __m512i a[16];
-  __m512i b[16];
 #pragma GCC unroll 16
   for (int r = 0; r < 16; ++r) a[r] = load_512(rows + r * kScratchLd);
-#pragma GCC unroll 8
-  for (int r = 0; r < 16; r += 2) {  // lanes of rows r and r + 1 in turn
-    b[r] = _mm512_unpacklo_epi32(a[r], a[r + 1]);
-    b[r + 1] = _mm512_unpackhi_epi32(a[r], a[r + 1]);
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < 16; r += 4) {  // block q of a[r + i]: lane 4 q + i of rows r .. r + 3
-    a[r] = _mm512_unpacklo_epi64(b[r], b[r + 2]);
-    a[r + 1] = _mm512_unpackhi_epi64(b[r], b[r + 2]);
-    a[r + 2] = _mm512_unpacklo_epi64(b[r + 1], b[r + 3]);
-    a[r + 3] = _mm512_unpackhi_epi64(b[r + 1], b[r + 3]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {  // blocks of four rows side by side
-    const __m512i low02 = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
-    const __m512i low13 = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xDD);
-    const __m512i high02 = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
-    const __m512i high13 = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xDD);
-    _mm512_storeu_si512(out + i * kPanelRows, _mm512_shuffle_i32x4(low02, high02, 0x88));
-    _mm512_storeu_si512(out + (4 + i) * kPanelRows, _mm512_shuffle_i32x4(low13, high13, 0x88));
-    _mm512_storeu_si512(out + (8 + i) * kPanelRows, _mm512_shuffle_i32x4(low02, high02, 0xDD));
-    _mm512_storeu_si512(out + (12 + i) * kPanelRows, _mm512_shuffle_i32x4(low13, high13, 0xDD));
-  }
+  transpose_16(a, [=](int i, __m512i lane) { _mm512_storeu_si512(out + i * kPanelRows, lane); });
 }
 
 /// Weight rows [row, row + rows), rows <= kPanelRows, against all inputs.

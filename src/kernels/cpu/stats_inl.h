@@ -17,6 +17,14 @@ constexpr std::int64_t kShortStretch = 256;
 constexpr std::int64_t kStretchSlots = kShortStretch + 1;
 static_assert(kStretch / kLanes < kStretchSlots);
 
+/// A code of kBits is kLow bits and, above them, kHigh bits, which lie in planes of their own.
+template <int kBits>
+struct Planes {
+  static constexpr int kLow = kBits == 3 ? 2 : kBits == 5 || kBits == 6 ? 4 : kBits;
+  static constexpr int kHigh = kBits - kLow;
+  static constexpr int kFields = 8 / kLow;  // codes of a byte of the low plane
+};
+
 constexpr std::int64_t min64(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
 /// float32 statistics of the groups that a stretch touches; offsets are unset without an offset.
@@ -219,7 +227,8 @@ void expand_nested(const KernelMatrix& w, const std::uint8_t* codes, const std::
     __builtin_memcpy(&value, absmax2 + block * 4, sizeof(value));
     const typename T::F outer = T::set1(value);
     for (std::int64_t i = 0; i < n; i += kLanes) {
-      const typename T::F inner = T::gather(w.nested_map, load_codes<T>(w, codes + k + i, n - i));
+      const typename T::F inner =
+          T::lookup256(w.nested_map, load_codes<T>(w, codes + k + i, n - i));
       T::store(to + k + i, T::add(T::mul(inner, outer), shift));
     }
   });

@@ -231,7 +231,7 @@ struct VecAvx2 {
     store8(p, _mm_unpacklo_epi8(low, high));
     store8(p + 8, _mm_unpackhi_epi8(low, high));
   }
-  static F gather(const float* p, U index) {
+  static F lookup256(const float* p, U index) {
     return {_mm256_i32gather_ps(p, index.lo, 4), _mm256_i32gather_ps(p, index.hi, 4)};
   }
 

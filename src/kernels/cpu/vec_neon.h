@@ -267,7 +267,7 @@ struct VecNeon {
     const H out = {{vqtbl1q_u8(table.val[0], at), vqtbl1q_u8(table.val[1], at)}};
     vst2q_u8(reinterpret_cast<std::uint8_t*>(p), out);
   }
-  static F gather(const float* p, U index) {
+  static F lookup256(const float* p, U index) {
     std::uint32_t at[16];
     float lanes[16];
     vst1q_u32(at, index.a);

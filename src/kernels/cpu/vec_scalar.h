@@ -262,7 +262,7 @@ struct VecScalar {
     std::memcpy(p, h.v, sizeof(h.v));
   }
   /// p[index]
-  static F gather(const float* p, U index) {
+  static F lookup256(const float* p, U index) {
     return make<F>([&](int i) { return p[index.v[i]]; });
   }
 
