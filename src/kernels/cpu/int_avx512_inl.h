@@ -2,7 +2,7 @@
 #pragma once
 
 #include "kernels/cpu/int_inl.h"
-#include "kernels/cpu/vec_avx512.h"
+#include "kernels/cpu/transpose_avx512_inl.h"
 
 namespace quantal {
 namespace {  // NOLINT: internal linkage on purpose

@@ -4,6 +4,7 @@
 // Order of a sum: two products at a time, from zero in each kPanelDepth packed columns; these
 // partial sums are added in order; the bias comes last.
 #include "kernels/cpu/bf16_avx512_inl.h"
+#include "kernels/cpu/transpose_avx512_inl.h"
 
 namespace quantal {
 namespace {
