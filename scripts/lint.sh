@@ -13,7 +13,7 @@ $venv/bin/python -m pip install -q --disable-pip-version-check -r scripts/requir
 export PATH="$PWD/$venv/bin:$PATH"
 mode=${1:-}
 
-cpp_files() { git ls-files '*.h' '*.hpp' '*.cpp' | grep -v '^tests/golden/'; }
+cpp_files() { git ls-files '*.h' '*.hpp' '*.cpp' '*.cu' | grep -v '^tests/golden/'; }
 python_dirs=(train.py python examples bench scripts tests conformance)
 
 if [ "$mode" = --fix ]; then

@@ -1,0 +1,53 @@
+// Chooses the kernel of small_matmul for a form; one translation unit per type of activations.
+#pragma once
+
+#include "kernels/cuda/launchers.h"
+#include "kernels/cuda/small_matmul_inl.h"
+
+namespace quantal::cuda {
+
+/// More rows of x share the decoded weights of two row tiles, so that x is read half as often.
+/// Chosen by counting bytes; not measured.
+template <int kBits, Values kValues, FloatKind kKind>
+void small_matmul_of(const SmallArgs& args, Stream stream) {
+  if (args.inputs <= 8) {
+    start("small_matmul (8 inputs)", small_matmul_kernel<kBits, kValues, kKind, 1, 1>,
+          SmallShape<1, 1>::geometry(args.w.rows), args, stream);
+  } else {
+    start("small_matmul (16 inputs)", small_matmul_kernel<kBits, kValues, kKind, 2, 2>,
+          SmallShape<2, 2>::geometry(args.w.rows), args, stream);
+  }
+}
+
+template <FloatKind kKind>
+void small_matmul_any(const SmallArgs& args, Stream stream) {
+  if (args.inputs == 0 || args.w.rows == 0) return;
+  switch (args.w.values) {
+    case Values::kTable:
+      return small_matmul_of<4, Values::kTable, kKind>(args, stream);
+    case Values::kE4M3:
+      return small_matmul_of<8, Values::kE4M3, kKind>(args, stream);
+    case Values::kE5M2:
+      return small_matmul_of<8, Values::kE5M2, kKind>(args, stream);
+    case Values::kNumber:
+      break;
+  }
+  switch (args.w.bits) {
+    case 1:
+      return small_matmul_of<1, Values::kNumber, kKind>(args, stream);
+    case 2:
+      return small_matmul_of<2, Values::kNumber, kKind>(args, stream);
+    case 3:
+      return small_matmul_of<3, Values::kNumber, kKind>(args, stream);
+    case 4:
+      return small_matmul_of<4, Values::kNumber, kKind>(args, stream);
+    case 5:
+      return small_matmul_of<5, Values::kNumber, kKind>(args, stream);
+    case 6:
+      return small_matmul_of<6, Values::kNumber, kKind>(args, stream);
+    default:
+      return small_matmul_of<8, Values::kNumber, kKind>(args, stream);
+  }
+}
+
+}  // namespace quantal::cuda
