@@ -28,7 +28,6 @@ struct VecBf16 : VecAvx512 {
   }
 };
 
-inline __m512bh as_bf16(__m512i a) { return reinterpret_cast<__m512bh>(a); }
 inline __m512i load_512(const void* p) { return _mm512_loadu_si512(p); }
 inline __m512i narrow_two(__m512 low, __m512 high) {
   return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));

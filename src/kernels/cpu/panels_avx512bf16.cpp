@@ -24,15 +24,15 @@ void multiply_panel(const std::uint32_t* panel, const std::uint16_t* x, std::int
 #pragma GCC unroll 24
   for (int i = 0; i < kInputs * 2; ++i) part[i] = _mm512_setzero_ps();
   for (std::int64_t k = 0; k < columns; k += 2, panel += kPanelRows) {
-    const __m512bh first = as_bf16(load_512(panel));
-    const __m512bh second = as_bf16(load_512(panel + kLanes));
+    const __m512i first = load_512(panel);
+    const __m512i second = load_512(panel + kLanes);
 #pragma GCC unroll 12
     for (int m = 0; m < kInputs; ++m) {
       int two = 0;
       __builtin_memcpy(&two, x + m * ldx + k, sizeof(two));
-      const __m512bh input = as_bf16(_mm512_set1_epi32(two));
-      part[2 * m] = _mm512_dpbf16_ps(part[2 * m], first, input);
-      part[2 * m + 1] = _mm512_dpbf16_ps(part[2 * m + 1], second, input);
+      const __m512i input = _mm512_set1_epi32(two);
+      add_products(part[2 * m], first, input);
+      add_products(part[2 * m + 1], second, input);
     }
   }
 #pragma GCC unroll 24

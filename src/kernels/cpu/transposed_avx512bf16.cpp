@@ -27,18 +27,16 @@ void multiply_pairs(const std::uint32_t* pairs, const std::uint16_t* g, std::int
 #pragma GCC unroll 24
   for (int i = 0; i < kInputs * kVectors; ++i) sums[i] = _mm512_setzero_ps();
   for (std::int64_t n = 0; n < rows; n += 2, pairs += kSubColumns) {
-    __m512bh values[kVectors];
+    __m512i values[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) values[v] = as_bf16(load_512(pairs + v * kLanes));
+    for (int v = 0; v < kVectors; ++v) values[v] = load_512(pairs + v * kLanes);
 #pragma GCC unroll 12
     for (int m = 0; m < kInputs; ++m) {
       int two = 0;
       __builtin_memcpy(&two, g + m * ldg + n, sizeof(two));
-      const __m512bh input = as_bf16(_mm512_set1_epi32(two));
+      const __m512i input = _mm512_set1_epi32(two);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        sums[m * kVectors + v] = _mm512_dpbf16_ps(sums[m * kVectors + v], values[v], input);
-      }
+      for (int v = 0; v < kVectors; ++v) add_products(sums[m * kVectors + v], values[v], input);
     }
   }
 #pragma GCC unroll 24
