@@ -293,6 +293,8 @@ class Direct {
       for (std::int64_t r = 0; r < kDirectRows; ++r) totals_[i][r] = 0.0F;
     }
     ask_for_stats(w_, row + kDirectRows, kDirectRows);
+    ahead_ = w_.codes + (row + kDirectRows) * w_.code_bytes;
+    end_ = ahead_ + min64(kDirectRows, w_.rows - row - kDirectRows) * w_.code_bytes;
     for (std::int64_t c = 0; c < w_.cols; c += kSumColumns) {
       const std::int64_t n = min64(kSumColumns, w_.cols - c);
       source_.begin(w_, row, c, n);
@@ -333,7 +335,6 @@ class Direct {
     const std::uint8_t* codes =
         w_.codes + row * w_.code_bytes + col / Step::kColumns * Step::kBytes;
     const std::uint16_t* x = job_.x + m * job_.ldx + col;
-    const std::int64_t ahead = row + 2 * kDirectRows <= w_.rows ? kDirectRows * w_.code_bytes : 0;
     const std::int64_t steps = w_.group_size * Step::kGroupsOfStep / Step::kColumns;
     const std::int64_t left = n / Step::kColumns;
     __m512* const kept = sums_ + m * kDirectRows;
@@ -342,9 +343,9 @@ class Direct {
     for (int i = 0; i < kInputs * kDirectRows; ++i)
       sums[i / kDirectRows][i % kDirectRows] = kept[i];
     if (steps == 1 && 2 * Step::kBytes == 64) {
-      one_step_groups<kInputs>(codes, ahead, x, left, sums);
+      one_step_groups<kInputs>(codes, x, left, sums);
     } else {
-      any_groups<kInputs>(codes, ahead, x, left, steps, steps - phase / Step::kColumns, sums);
+      any_groups<kInputs>(codes, x, left, steps, steps - phase / Step::kColumns, sums);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kInputs * kDirectRows; ++i)
@@ -361,12 +362,12 @@ class Direct {
 
   /// Groups (or pairs of them) of one step, two steps a line.
   template <int kInputs>
-  [[gnu::always_inline]] void one_step_groups(const std::uint8_t* codes, std::int64_t ahead,
-                                              const std::uint16_t* x, std::int64_t left,
-                                              __m512 (&sums)[kInputs][kDirectRows]) const {
+  [[gnu::always_inline]] void one_step_groups(const std::uint8_t* codes, const std::uint16_t* x,
+                                              std::int64_t left,
+                                              __m512 (&sums)[kInputs][kDirectRows]) {
     std::int64_t slot = 0;
     for (; left >= 2; left -= 2, slot += 2 * Step::kGroupsOfStep) {
-      ask(codes + ahead);
+      ask();
       add_step(codes, x, slot, sums);
       add_step(codes + Step::kBytes, x + Step::kColumns, slot + Step::kGroupsOfStep, sums);
       codes += 2 * Step::kBytes;
@@ -377,24 +378,26 @@ class Direct {
 
   /// `here` steps of the first group.
   template <int kInputs>
-  [[gnu::always_inline]] void any_groups(const std::uint8_t* codes, std::int64_t ahead,
-                                         const std::uint16_t* x, std::int64_t left,
-                                         std::int64_t steps, std::int64_t here,
-                                         __m512 (&sums)[kInputs][kDirectRows]) const {
+  [[gnu::always_inline]] void any_groups(const std::uint8_t* codes, const std::uint16_t* x,
+                                         std::int64_t left, std::int64_t steps, std::int64_t here,
+                                         __m512 (&sums)[kInputs][kDirectRows]) {
     for (std::int64_t slot = 0; left > 0; slot += Step::kGroupsOfStep, here = steps) {
       here = min64(here, left);
       left -= here;
       for (; here > 0; --here, codes += Step::kBytes, x += Step::kColumns) {
-        if ((reinterpret_cast<std::uintptr_t>(codes) & 63U) < Step::kBytes) ask(codes + ahead);
+        if ((reinterpret_cast<std::uintptr_t>(codes) & 63U) < Step::kBytes) ask();
         add_step(codes, x, slot, sums);
       }
     }
   }
 
-  /// As Ahead, the line of each of the next rows.
-  [[gnu::always_inline]] void ask(const std::uint8_t* codes) const {
+  /// As Ahead; the next rows are one run of memory and are asked for in its order, as many lines as
+  /// are used.
+  [[gnu::always_inline]] void ask() {
+    if (ahead_ >= end_) return;
 #pragma GCC unroll 4
-    for (int r = 0; r < kDirectRows; ++r) __builtin_prefetch(codes + r * w_.code_bytes);
+    for (int r = 0; r < kDirectRows; ++r) __builtin_prefetch(ahead_ + 64 * r);
+    ahead_ += 64 * kDirectRows;
   }
 
   template <int kInputs>
@@ -419,6 +422,8 @@ class Direct {
   const Bf16Job& job_;
   std::int64_t sub_inputs_;
   Source source_;
+  const std::uint8_t* ahead_ = nullptr;
+  const std::uint8_t* end_ = nullptr;
   __m512 sums_[kMaxDirectInputs * kDirectRows];
   float totals_[kMaxDirectInputs][kDirectRows];
 };
