@@ -89,6 +89,9 @@ _linear = torch.ops.quantal.linear.default
 _linear_int8 = torch.ops.quantal.linear_int8.default
 _linear_int8_activations = torch.ops.quantal.linear_int8_activations.default
 _linear_grad_input = torch.ops.quantal.linear_grad_input.default
+_quantize = torch.ops.quantal.quantize.default
+_sampled_error = torch.ops.quantal.sampled_error.default
+_byte_sums = torch.ops.quantal.byte_sums.default
 
 
 class _EagerLinear(torch.autograd.Function):
@@ -179,14 +182,25 @@ def _typed(
 
 def quantize(weight: torch.Tensor, spec: Spec) -> Buffers:
     """Quantizes [..., cols] into the buffers (codes, stats, shared) of `spec`."""
-    with _typed(weight, None, spec, int(spec[2])):
-        return torch.ops.quantal.quantize(weight.detach(), spec)
+    try:
+        return _quantize(weight.detach(), spec)
+    except RuntimeError:
+        with _typed(weight, None, spec, int(spec[2])):
+            raise
 
 
 def sampled_error(weight: torch.Tensor, buffers: Buffers, spec: Spec) -> float:
     """``||W - deq(W)|| / ||W||`` of evenly spaced rows, about 2^13 values."""
-    with _typed(weight, buffers, spec, int(spec[2])):
-        return torch.ops.quantal.sampled_error(weight.detach(), *buffers, spec)
+    try:
+        return _sampled_error(weight.detach(), *buffers, spec)
+    except RuntimeError:
+        with _typed(weight, buffers, spec, int(spec[2])):
+            raise
+
+
+def byte_sums(codes: torch.Tensor, stats: torch.Tensor) -> tuple[int, int]:
+    """Sums, by words of 64 bits, of the bytes of two tensors of any dtype on the CPU."""
+    return _byte_sums(codes, stats)
 
 
 def dequantize(

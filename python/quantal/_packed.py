@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import functools
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -18,6 +19,8 @@ from ._lazy import LazyWeight
 BUFFERS = ("codes", "stats", "shared", "spec")
 #: Dtypes that packed bytes may be seen as; see quantal.fsdp.convert_storage_.
 STORAGE_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
+#: Types of tensors that are what they look like, whole and here.
+_PLAIN = (torch.Tensor, nn.Parameter)
 _Module = TypeVar("_Module", bound="PackedWeight")
 
 
@@ -43,9 +46,20 @@ def checked_parts(where: str, spec: Any, parts: dict[str, torch.Tensor]) -> dict
 
 
 @functools.lru_cache(maxsize=256)
-def _described(spec: tuple[int, ...]) -> dict[str, Any]:
-    """What a spec says. A model has thousands of layers and a handful of forms."""
-    return _core.describe(list(spec))
+def _described(spec: tuple[int, ...]) -> tuple[tuple[int, int], dict[str, Any]]:
+    """Shape and attributes of layers of a spec. A model has thousands and a handful of forms."""
+    said = _core.describe(list(spec))
+    attributes = {name: said[name] for name in ("bits", "group_size", "dialect")}
+    attributes["value_dtype"] = parse_dtype(said["value_dtype"])
+    return (said["rows"], said["cols"]), attributes
+
+
+def _frozen(data: torch.Tensor) -> nn.Parameter:
+    """A parameter without gradient; one that is a parameter stays the same object, which tied
+    layers share."""
+    if type(data) is torch.Tensor or not isinstance(data, nn.Parameter):
+        return nn.Parameter(data, requires_grad=False)
+    return data
 
 
 def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -68,9 +82,16 @@ def view_bytes(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return padded.view(dtype)
 
 
-def _byte_sums(data: torch.Tensor) -> int | torch.Tensor | None:
-    """A sum that changes with the bytes of `data`; None where they are not all here. On a device
-    other than the CPU it stays there, so that nothing waits for it."""
+def _byte_sums(codes: torch.Tensor, stats: torch.Tensor) -> tuple[Any, Any]:
+    """Sums that change with the bytes of each; None for those that are not all here. On a device
+    other than the CPU they stay there, so that nothing waits for them."""
+    if type(codes) in _PLAIN and type(stats) in _PLAIN and codes.is_cpu and stats.is_cpu:
+        return _ops.byte_sums(codes, stats)
+    return _byte_sum(codes), _byte_sum(stats)
+
+
+def _byte_sum(data: torch.Tensor) -> torch.Tensor | None:
+    """The same sum in torch's operators."""
     if data.is_meta or type(data).__name__ == "DTensor":
         return None
     flat = data.detach().reshape(-1).view(torch.uint8)
@@ -78,8 +99,7 @@ def _byte_sums(data: torch.Tensor) -> int | torch.Tensor | None:
         flat = nn.functional.pad(flat, (0, 8 - flat.numel() % 8))
     elif flat.storage_offset() % 8:
         flat = flat.clone()
-    total = flat.view(torch.int64).sum()  # at the speed of memory; wraps
-    return int(total) if total.is_cpu else total
+    return flat.view(torch.int64).sum()  # at the speed of memory; wraps
 
 
 class PackedWeight(nn.Module):
@@ -117,13 +137,13 @@ class PackedWeight(nn.Module):
         if buffers is not None:
             self._set_facts(spec)
             # Past nn.Module's look at every name and value: nothing can stand there already.
-            for name, data in zip(("codes", "stats"), buffers[:2], strict=True):
-                if not isinstance(data, nn.Parameter):  # tied layers share one
-                    data = nn.Parameter(data, requires_grad=False)
-                self._parameters[name] = data
-            self._buffers["shared"] = buffers[2]
-            self._buffers["spec"] = torch.tensor(self._spec, dtype=torch.int64)
-            self.accept_bytes()
+            own, (codes, stats, shared) = self.__dict__, buffers
+            parameters, held = own["_parameters"], own["_buffers"]
+            codes = parameters["codes"] = _frozen(codes)
+            stats = parameters["stats"] = _frozen(stats)
+            held["shared"] = shared
+            held["spec"] = torch.frombuffer(array.array("q", spec), dtype=torch.int64)
+            own["_sums"] = _byte_sums(codes, stats)
             return
         self._set_spec(spec)
         layout = _core.layout(self._spec)
@@ -139,25 +159,21 @@ class PackedWeight(nn.Module):
 
     def _set_facts(self, spec: list[int]) -> None:
         """What `spec`, a list of integers, says about this layer."""
-        facts = _described(tuple(spec))
-        if (facts["rows"], facts["cols"]) != (self._rows, self._cols):
+        shape, attributes = _described(tuple(spec))
+        if shape != (self._rows, self._cols):
             raise ShapeError(
-                f"{type(self).__name__}: spec is for [{facts['rows']}, {facts['cols']}], expected "
-                f"[{self._rows}, {self._cols}]"
+                f"{type(self).__name__}: spec is for {list(shape)}, expected "
+                f"{[self._rows, self._cols]}"
             )
         own = self.__dict__
         own["_spec"] = list(spec)
-        own["value_dtype"] = parse_dtype(facts["value_dtype"])
-        for name in ("bits", "group_size", "dialect"):
-            own[name] = facts[name]
+        own.update(attributes)
 
     def _set_buffers(self, codes: torch.Tensor, stats: torch.Tensor, shared: torch.Tensor) -> None:
         for name, data in (("codes", codes), ("stats", stats)):
             if data.dtype is not self._storage:
                 data = view_bytes(data, self._storage)
-            if not isinstance(data, nn.Parameter):
-                data = nn.Parameter(data, requires_grad=False)
-            setattr(self, name, data)  # a Parameter stays the same object: tied layers share it
+            setattr(self, name, _frozen(data))
         self.shared = shared
         self.accept_bytes()
 
@@ -297,16 +313,14 @@ class PackedWeight(nn.Module):
 
         Called wherever quantal or a state dict sets them. After writing into ``codes`` or ``stats``
         by other means, call it yourself: a save refuses bytes that changed unnoticed."""
-        self.__dict__["_sums"] = _byte_sums(self.codes), _byte_sums(self.stats)
+        self.__dict__["_sums"] = _byte_sums(self.codes, self.stats)
 
     def bytes_changed(self) -> bool:
         """Whether something wrote into the packed bytes in place since they were set: a tool that
         averages parameters, for one. Bytes on the meta device or sharded ones are not looked at."""
-        for known, data in zip(
-            self.__dict__.get("_sums", ()), (self.codes, self.stats), strict=False
-        ):
-            now = _byte_sums(data)
-            if known is not None and now is not None and int(known) != int(now):
+        known = self.__dict__.get("_sums", (None, None))
+        for before, now in zip(known, _byte_sums(self.codes, self.stats), strict=True):
+            if before is not None and now is not None and int(before) != int(now):
                 return True
         return False
 

@@ -230,8 +230,9 @@ def _layer_rules(
 def _packed_layer(
     linear: nn.Linear, choice: _core.Choice, config: QuantizationConfig
 ) -> QuantizedLinear:
+    _check.instance("quantize_linear", "linear", linear, nn.Linear, "an nn.Linear")
     dtype = parse_dtype(choice.compute_dtype)
-    return PackedLinear.from_linear(linear, choice.options, config=config, compute_dtype=dtype)
+    return PackedLinear._quantized(linear, choice.options, config, dtype)
 
 
 class _DialectAdapter(QuantizationAdapter):

@@ -104,20 +104,14 @@ class QuantizedLinear(nn.Module, ABC):
         compute_dtype: torch.dtype | None = None,
     ) -> PackedLinear:
         """A quantized copy of `linear`, on its device; the bias is kept as it is."""
-        weight = linear.weight.detach()
         if isinstance(options, QuantizationConfig):
             config = options
-            choice = plan_layer(options, "", *weight.shape)
+            choice = plan_layer(options, "", *linear.weight.shape)
             if not choice.quantize:
                 raise ConfigError(f"QuantizedLinear: layer cannot be quantized: {choice.reason}")
             options = choice.options
             compute_dtype = compute_dtype or parse_dtype(choice.compute_dtype)
-        options = follow_weight_dtype(options, weight.dtype)
-        spec = _core.make_spec(weight.shape[0], weight.shape[1], options)
-        buffers = _ops.quantize(weight, spec)
-        layer = PackedLinear._adopt(spec, buffers, config, compute_dtype)
-        layer.bias = linear.bias
-        return layer.train(linear.training)
+        return PackedLinear._quantized(linear, options, config, compute_dtype)
 
     @classmethod
     @_check.arguments(
@@ -206,6 +200,25 @@ class PackedLinear(PackedWeight, QuantizedLinear, nn.Linear):  # type: ignore[ov
         self.register_parameter("bias", nn.Parameter(data) if bias else None)
 
     @classmethod
+    def _quantized(
+        cls,
+        linear: nn.Linear,
+        options: _core.QuantizeOptions,
+        config: QuantizationConfig | None,
+        compute_dtype: torch.dtype | None,
+    ) -> PackedLinear:
+        """`from_linear` of arguments that are known to be right."""
+        weight = linear.weight
+        rows, cols = weight.shape
+        spec = _core.make_spec(rows, cols, follow_weight_dtype(options, weight.dtype))
+        layer = cls._adopt(spec, _ops.quantize(weight, spec), config, compute_dtype)
+        bias = linear.bias
+        if bias is not None:
+            layer.bias = bias
+        layer.__dict__["training"] = linear.training  # of a module without modules in it
+        return layer
+
+    @classmethod
     def _adopt(
         cls,
         spec: list[int],
@@ -219,7 +232,7 @@ class PackedLinear(PackedWeight, QuantizedLinear, nn.Linear):  # type: ignore[ov
         config = config if config is not None else default_config()
         shape = int(spec[1]), int(spec[2])
         layer._init_layer(shape, spec, config, compute_dtype, None, buffers)
-        layer.register_parameter("bias", None)
+        layer._parameters["bias"] = None
         return layer
 
     def _init_layer(

@@ -6,7 +6,7 @@ import ctypes
 import logging
 import weakref
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -23,31 +23,52 @@ logger = logging.getLogger("quantal")
 #: Freed dense weights after which memory is given back. Packed weights take the place of freed ones
 #: meanwhile, so memory does not grow by this.
 TRIM_BYTES = 128 << 20
+_LINEARS = (nn.Linear, PackedLinear)
 
 
-def _dense_users(model: nn.Module) -> dict[int, str]:
-    """Parameters (by id) that a module other than nn.Linear holds: quantizing a linear layer that
-    shares one would add a copy instead of saving one."""
-    users: dict[int, str] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
-            for parameter in module.parameters(recurse=False):
-                users.setdefault(id(parameter), name)
-    return users
+class _Place(NamedTuple):
+    """A plain nn.Linear: its first name, and the attributes that hold it (module, name there); none
+    for a model that is one itself."""
+
+    name: str
+    holders: list[tuple[nn.Module, str]]
 
 
-def _set_module(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
+def _occurrences(
+    module: nn.Module,
+    name: str = "",
+    holder: tuple[nn.Module, str] | None = None,
+    found: list[tuple[str, nn.Module, tuple[nn.Module, str] | None]] | None = None,
+) -> list[tuple[str, nn.Module, tuple[nn.Module, str] | None]]:
+    """(name, module, what holds it) of all modules, in the order of ``named_modules``; one that is
+    used twice stands twice. A list costs less than generators within generators."""
+    found = [] if found is None else found
+    found.append((name, module, holder))
+    prefix = f"{name}." if name else ""
+    for child, inner in module._modules.items():
+        if inner is not None:
+            _occurrences(inner, prefix + child, (module, child), found)
+    return found
 
 
-def _linear_names(model: nn.Module) -> list[list[str]]:
-    """Names of each plain nn.Linear, those of a module that is used twice together."""
-    names: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) is nn.Linear:
-            names.setdefault(id(module), []).append(name)
-    return list(names.values())
+class _Outline:
+    """The plain linear layers of a model, and who else holds their parameters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        places: dict[int, _Place] = {}
+        #: Parameters (by id) that a module other than nn.Linear holds, and its name: quantizing a
+        #: linear layer that shares one would add a copy instead of saving one.
+        self.users: dict[int, str] = {}
+        for name, module, holder in _occurrences(model):
+            if type(module) is nn.Linear:
+                place = places.setdefault(id(module), _Place(name, []))
+                if holder is not None:
+                    place.holders.append(holder)
+            elif not isinstance(module, nn.Linear):
+                for parameter in module._parameters.values():
+                    if parameter is not None:
+                        self.users.setdefault(id(parameter), name)
+        self.places = list(places.values())
 
 
 class _Walk:
@@ -56,43 +77,48 @@ class _Walk:
     def __init__(self, model: nn.Module, adapter: QuantizationAdapter, rules: _core.LayerRules):
         self.model, self.adapter, self.rules = model, adapter, rules
         self.report: Report = adapter.report
-        self.users = _dense_users(model)
+        outline = _Outline(model)
+        self.places, self.users = outline.places, outline.users
+        self.debug = logger.isEnabledFor(logging.DEBUG)
         self.visited = False
         self.covered: set[int] = set()  # ids of parameters that a row counts already
         self.tied: dict[int, tuple[weakref.ref, nn.Module]] = {}
 
-    def visit(self, names: list[str]) -> int:
-        """Quantizes the layer of these names, or records why it stays dense.
+    def visit(self, place: _Place) -> int:
+        """Quantizes the layer at this place, or records why it stays dense.
 
         Returns the bytes of dense weights that this frees."""
         self.visited = True
-        linear = cast(nn.Linear, self.model.get_submodule(names[0]))
-        choice = self.rules.choose(names[0], *linear.weight.shape)
-        reason = self._dense_reason(linear, choice)
+        name, holders = place
+        linear = cast(nn.Linear, getattr(*holders[0]) if holders else self.model)
+        weight = linear.weight
+        choice = self.rules.choose(name, *weight.shape)
+        reason = self._dense_reason(weight, choice)
         if reason:
-            self._keep(names[0], linear, reason)
+            self._keep(name, linear, reason)
             return 0
-        layer = self._quantize(linear, choice)
+        layer = self._quantize(linear, weight, choice)
         packed = isinstance(layer, PackedLinear)
         method = choice.method if packed else f"{type(layer).__name__} {choice.options.bits}-bit"
-        logger.debug("%s %s: %s", names[0] or "the model", list(linear.weight.shape), method)
-        self.report.add(
-            names[0],
+        if self.debug:
+            logger.debug("%s %s: %s", name or "the model", list(weight.shape), method)
+        self.report._add(
+            name,
             method if packed else type(layer).__name__,
+            "",
             parameters=sum(p.numel() for p in linear._parameters.values() if p is not None),
             bytes_before=_module_bytes(linear),
             bytes_after=_module_bytes(layer),
-            relative_error=_relative_error(layer, linear.weight),
+            relative_error=_relative_error(layer, weight),
         )
-        for name in names:
-            if name == "":
-                self.model = layer
-            else:
-                _set_module(self.model, name, layer)
-        return tensor_bytes(linear.weight)
+        if not holders:
+            self.model = layer
+        for module, attribute in holders:
+            module.add_module(attribute, layer)
+        return tensor_bytes(weight)
 
-    def _dense_reason(self, linear: nn.Linear, choice: _core.Choice) -> str:
-        holder = self.users.get(id(linear.weight))
+    def _dense_reason(self, weight: torch.Tensor, choice: _core.Choice) -> str:
+        holder = self.users.get(id(weight))
         shared = "" if holder is None else f"shares its weight with {holder or 'the model'}"
         if choice.quantize:
             return shared
@@ -112,8 +138,7 @@ class _Walk:
             name, "dense", reason, parameters=count, bytes_before=size, bytes_after=size
         )
 
-    def _quantize(self, linear: nn.Linear, choice: _core.Choice) -> nn.Module:
-        weight = linear.weight
+    def _quantize(self, linear: nn.Linear, weight: torch.Tensor, choice: _core.Choice) -> nn.Module:
         known = self.tied.get(id(weight))
         if known is not None and known[0]() is weight:
             return self.adapter.tie_quantized_linear(known[1], linear)
@@ -123,17 +148,24 @@ class _Walk:
 
     def report_others(self) -> None:
         """Rows for everything that is not a linear layer, tied parameters once."""
-        for name, module in self.model.named_modules():
-            if type(module) is nn.Linear or isinstance(module, QuantizedLinear):
+        seen: set[int] = set()
+        for name, module, _ in _occurrences(self.model):
+            if type(module) in _LINEARS or isinstance(module, QuantizedLinear):
                 continue
-            kind = type(module).__name__
-            for field, experts in _fused_experts(module):
-                if id(experts) not in self.covered:
-                    reason = f"{list(experts.shape)} of {kind}, not a linear layer of its own"
-                    self._add_dense(f"{name}.{field}" if name else field, [experts], reason)
-            own = [p for p in module.parameters(recurse=False) if id(p) not in self.covered]
-            if own:
-                self._add_dense(name, own, f"{kind}, not a linear layer")
+            if id(module) not in seen:
+                seen.add(id(module))
+                self._report_other(name, module)
+
+    def _report_other(self, name: str, module: nn.Module) -> None:
+        held = {id(p): (field, p) for field, p in module._parameters.items() if p is not None}
+        kind = type(module).__name__
+        for key, (field, p) in held.items():
+            if p.dim() == 3 and key not in self.covered and _may_hold_experts(module):
+                reason = f"{list(p.shape)} of {kind}, not a linear layer of its own"
+                self._add_dense(f"{name}.{field}" if name else field, [p], reason)
+        own = [p for key, (_, p) in held.items() if key not in self.covered]
+        if own:
+            self._add_dense(name, own, f"{kind}, not a linear layer")
 
     def report_unmatched(self) -> None:
         """Names the patterns that matched nothing: most of them are typing errors."""
@@ -143,11 +175,10 @@ class _Walk:
             _check.warn(f"patterns that match no linear layer: {listed}")
 
 
-def _fused_experts(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Parameters [experts, rows, columns] of a mixture of experts that holds them in one tensor."""
-    if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
-        return []
-    return [(n, p) for n, p in module.named_parameters(recurse=False) if p.dim() == 3]
+def _may_hold_experts(module: nn.Module) -> bool:
+    """Whether a parameter [., ., .] of this module is the [experts, rows, columns] of a mixture of
+    experts that holds them in one tensor."""
+    return not isinstance(module, nn.Conv1d | nn.ConvTranspose1d)
 
 
 def _is_adapter(where: str, name: str, value: Any) -> None:
@@ -167,7 +198,7 @@ def _return_free_memory() -> int:
 
 
 def _relative_error(layer: nn.Module, weight: torch.Tensor) -> float:
-    if not isinstance(layer, PackedLinear) or weight.device.type == "meta":
+    if not isinstance(layer, PackedLinear) or weight.is_meta:
         return 0.0
     return layer._sampled_error(weight)
 
@@ -205,8 +236,8 @@ def replace_linear_with_quantized(
     adapter.report.entries.clear()
     walk = _Walk(model, adapter, adapter.layer_rules(skip_modules))
     freed = 0
-    for names in _progress(_linear_names(model), progress):
-        freed += walk.visit(names)
+    for place in _progress(walk.places, progress):
+        freed += walk.visit(place)
         if freed >= TRIM_BYTES:
             freed = _return_free_memory()
     _return_free_memory()

@@ -58,6 +58,19 @@ class Report:
         relative_error: float = 0.0,
     ) -> None:
         """A row about one layer: what became of it, and its bytes before and after."""
+        self._add(name, method, reason, parameters, bytes_before, bytes_after, relative_error)
+
+    def _add(
+        self,
+        name: str,
+        method: str,
+        reason: str,
+        parameters: int,
+        bytes_before: int,
+        bytes_after: int,
+        relative_error: float,
+    ) -> None:
+        """`add` of values that are known to be right."""
         self.entries.append(
             {
                 "name": name,

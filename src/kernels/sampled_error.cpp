@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "kernels/cpu/dispatch.h"
 #include "quantal/kernels.h"
 
 namespace quantal {
@@ -37,7 +38,7 @@ struct Squares {
 }  // namespace
 
 double sampled_error(const PackedView& w, DType dtype, const void* weights) {
-  check_packed(w);
+  const KernelMatrix matrix = kernel_matrix(w);
   if (!is_weight_dtype(dtype)) {
     fail(Errc::kDtype, "sampled_error: dtype is " + std::string(dtype_name(dtype)) +
                            ", expected f32, f16 or bf16");
@@ -47,11 +48,18 @@ double sampled_error(const PackedView& w, DType dtype, const void* weights) {
   const std::int64_t count = std::clamp<std::int64_t>(kSampledValues / cols, 1, rows);
   std::vector<float> dense(static_cast<std::size_t>(cols)), decoded(dense.size());
   Squares squares;
+  const CpuKernels& kernels = cpu_kernels();
   for (std::int64_t i = 0; i < count; ++i) {
     const std::int64_t row = count == 1 ? 0 : i * (rows - 1) / (count - 1);
     const auto offset = static_cast<std::size_t>(row * cols) * dtype_size(dtype);
     widen_to_f32(dtype, static_cast<const std::uint8_t*>(weights) + offset, cols, dense.data());
-    dequantize(w, {row, row + 1, 0, cols}, DType::kF32, decoded.data(), cols, serial_executor());
+    kernels.dequantize(matrix, {.row_begin = row,
+                                .row_end = row + 1,
+                                .col_begin = 0,
+                                .col_end = cols,
+                                .out_kind = FloatKind::kF32,
+                                .out = decoded.data(),
+                                .ld = cols});
     squares.add(dense, decoded);
   }
   return squares.total > 0 ? std::sqrt(squares.error / squares.total) : 0;

@@ -7,8 +7,14 @@
 //   merge_survival(Tensor codes, Tensor stats, Tensor shared, Tensor new_codes, Tensor new_stats,
 //                  Tensor new_shared, int[] spec, Tensor target) -> Tensor
 //       float64 [4]: codes changed, norm of the wanted change, surviving part, noise (survival.h)
+//   byte_sums(Tensor codes, Tensor stats) -> (int, int)
+//       of their bytes as words of 64 bits, zeros after the last byte; a sum wraps
 
 #include <algorithm>
+#include <array>
+#include <cstring>
+#include <numeric>
+#include <tuple>
 
 #include "torch/ops_link.h"
 #include "torch/stable_executor.h"
@@ -66,6 +72,39 @@ Tensor merge_survival_cpu(Tensor codes, Tensor stats, Tensor shared, Tensor new_
   return out;
 }
 
+std::uint64_t word_at(const std::uint8_t* data) {
+  std::uint64_t word = 0;
+  std::memcpy(&word, data, sizeof(word));
+  return word;
+}
+
+std::uint64_t byte_sum(const std::uint8_t* data, std::size_t bytes) {
+  constexpr std::size_t kWord = 8, kLanes = 8;
+  std::array<std::uint64_t, kLanes> lanes{};
+  std::size_t begin = 0;
+  for (; begin + kLanes * kWord <= bytes; begin += kLanes * kWord) {
+    for (std::size_t l = 0; l < kLanes; ++l) lanes[l] += word_at(data + begin + l * kWord);
+  }
+  std::uint64_t total = std::accumulate(lanes.begin(), lanes.end(), std::uint64_t{0});
+  for (; begin + kWord <= bytes; begin += kWord) total += word_at(data + begin);
+  std::array<std::uint8_t, kWord> last{};
+  std::copy(data + begin, data + bytes, last.begin());
+  return total + word_at(last.data());
+}
+
+std::int64_t byte_sum(const char* what, const Tensor& t) {
+  check_cpu(what, t);
+  const Tensor whole = t.is_contiguous() ? t : stable::contiguous(t);
+  const std::size_t bytes = static_cast<std::size_t>(whole.numel()) * whole.element_size();
+  return static_cast<std::int64_t>(
+      byte_sum(static_cast<const std::uint8_t*>(whole.const_data_ptr()), bytes));
+}
+
+std::tuple<std::int64_t, std::int64_t> byte_sums_cpu(Tensor codes, Tensor stats) {
+  return {byte_sum("quantal::byte_sums: codes", codes),
+          byte_sum("quantal::byte_sums: stats", stats)};
+}
+
 Tensor row_square_sums_meta(Tensor codes, Tensor, Tensor, Ints spec_ints) {
   return empty_like_of(codes, {spec_from_ints(spec_ints).rows}, ScalarType::Double);
 }
@@ -83,12 +122,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(quantal, m) {
   m.def(
       "merge_survival(Tensor codes, Tensor stats, Tensor shared, Tensor new_codes, "
       "Tensor new_stats, Tensor new_shared, int[] spec, Tensor target) -> Tensor");
+  m.def("byte_sums(Tensor codes, Tensor stats) -> (int, int)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(quantal, CPU, m) {
   m.impl("row_square_sums", TORCH_BOX(&row_square_sums_cpu));
   m.impl("sampled_error", TORCH_BOX(&sampled_error_cpu));
   m.impl("merge_survival", TORCH_BOX(&merge_survival_cpu));
+  m.impl("byte_sums", TORCH_BOX(&byte_sums_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(quantal, Meta, m) {

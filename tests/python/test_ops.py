@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from conftest import CONFIGS, hqq
-from quantal import QuantizedLinear
+from quantal import QuantizedLinear, _ops, _packed
 
 
 def layer_of(config, rows=128, cols=72, bias=True, dtype=torch.float32):
@@ -97,3 +97,31 @@ def test_results_do_not_depend_on_the_number_of_threads():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def word_sum(data: torch.Tensor) -> int:
+    """The sum of a tensor's bytes as words of 64 bits, in Python's integers."""
+    raw = data.contiguous().view(torch.uint8).numpy().tobytes()
+    words = (int.from_bytes(raw[i : i + 8], "little") for i in range(0, len(raw), 8))
+    total = sum(words) % (1 << 64)
+    return total - (1 << 64) if total >> 63 else total
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 63, 64, 65, 127, 1000])
+@pytest.mark.parametrize("offset", [0, 3])
+def test_byte_sums_are_sums_of_words(count, offset):
+    generator = torch.Generator().manual_seed(count)
+    whole = torch.randint(0, 256, (count + offset,), dtype=torch.uint8, generator=generator)
+    data = whole[offset:]
+    assert _ops.byte_sums(data, whole) == (word_sum(data), word_sum(whole))
+    on_a_device = _packed._byte_sum(data)  # the same sum in torch's operators
+    assert int(on_a_device) == word_sum(data)
+
+
+def test_byte_sums_see_bytes_of_any_dtype_and_stride():
+    bits = torch.randint(-(1 << 15), 1 << 15, (6, 10), dtype=torch.int16).view(torch.bfloat16)
+    assert _ops.byte_sums(bits.T, bits)[0] == word_sum(bits.T.contiguous())
+    padded = torch.cat([bits.flatten(), torch.zeros(2, dtype=torch.bfloat16)])
+    assert _ops.byte_sums(bits, padded) == (word_sum(bits), word_sum(bits))
+    with pytest.raises(RuntimeError):
+        _ops.byte_sums(bits.to("meta"), bits)
