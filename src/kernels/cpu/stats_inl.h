@@ -305,8 +305,9 @@ void expand_stretch(const KernelMatrix& w, std::int64_t row, std::int64_t col, s
     nested_phase = min64(stats[3], w.nested_slots * w.nested_group_size - w.slots);
     stats += 4;
   }
-  const std::int64_t first = start / w.group_size;
-  const std::int64_t slots = (start + count - 1) / w.group_size - first + 1;
+  const bool whole_row = !w.has_header && count == w.cols;  // short rows: spares two divisions
+  const std::int64_t first = whole_row ? 0 : start / w.group_size;
+  const std::int64_t slots = whole_row ? w.slots : (start + count - 1) / w.group_size - first + 1;
   out.phase = start - first * w.group_size;
   switch (w.scale) {
     case ScaleKind::kNestedU8:
