@@ -1,5 +1,7 @@
 """The operators: gradients, compilation, opcheck."""
 
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -61,6 +63,25 @@ def test_opcheck(name):
     torch.library.opcheck(dequantize, (*packed, layer._spec, torch.float32))
     weight = layer.dequantize_weights()
     torch.library.opcheck(torch.ops.quantal.quantize.default, (weight, layer._spec))
+
+
+def test_large_results_use_released_memory_and_no_other():
+    layer = layer_of(hqq(), 2048, 1024, bias=False)
+    expected = layer.dequantize_weights().clone()
+    first, second = layer.dequantize_weights(), layer.dequantize_weights()
+    assert first.data_ptr() != second.data_ptr()
+    row, address = first[7], first.data_ptr()
+    del first
+    third = layer.dequantize_weights()
+    assert third.data_ptr() != address  # its row is still in use
+    third.zero_()
+    assert torch.equal(row, expected[7]) and torch.equal(second, expected)
+    del row
+    assert layer.dequantize_weights().data_ptr() == address
+    assert torch.equal(pickle.loads(pickle.dumps(second)), expected)
+    parameter = nn.Parameter(layer.dequantize_weights())
+    parameter.sum().backward()
+    assert torch.equal(parameter, expected)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
