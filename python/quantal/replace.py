@@ -206,8 +206,12 @@ def _relative_error(layer: nn.Module, weight: torch.Tensor) -> float:
 def _module_bytes(module: nn.Module) -> int:
     if module._modules:
         return sum(map(tensor_bytes, [*module.parameters(), *module.buffers()]))
-    held = [*module._parameters.values(), *module._buffers.values()]  # torch's walk takes longer
-    return sum(tensor_bytes(t) for t in held if t is not None)
+    size = 0
+    for held in (module._parameters, module._buffers):  # torch's walk takes longer
+        for tensor in held.values():
+            if tensor is not None:
+                size += tensor.nbytes
+    return size
 
 
 @_check.arguments(

@@ -86,4 +86,11 @@ def test_layers_of_one_form_share_nothing():
     model[0].spec[0] = 99
     assert model[1].spec.tolist() == model[1]._spec and model[1]._spec[0] != 99
     assert model[0].spec.device == model[0].codes.device
-    assert model[0]._spec is not model[1]._spec
+    first, second = map(vars, model)
+    assert first["_spec"] is not second["_spec"]
+    for name, value in vars(nn.Module()).items():  # as nn.Module.__init__ would have made them
+        assert type(first[name]) is type(value)
+        assert value is None or isinstance(value, bool) or first[name] is not second[name]
+    hook = model[0].register_forward_hook(lambda *_: None)
+    assert len(model[0]._forward_hooks) == 1 and len(model[1]._forward_hooks) == 0
+    hook.remove()
