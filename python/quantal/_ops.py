@@ -145,7 +145,11 @@ def _kind_of(
                 return DtypeError
             if tuple(buffer.shape) != tuple(layout[name]):
                 return ShapeError
-    if tensor.device.type not in ("cpu", "meta"):
+    on_gpu = tensor.device.type == "cuda"
+    quantizes = buffers is None  # on the CPU, wherever the weight is
+    if tensor.device.type not in ("cpu", "meta") and not (on_gpu and (quantizes or cuda_in_use())):
+        return DeviceError
+    if on_gpu and any(buffer.device != tensor.device for buffer in buffers or ()):
         return DeviceError
     if tensor.dtype not in _WEIGHT_DTYPES:
         return DtypeError
@@ -156,11 +160,21 @@ def _kind_of(
             return DtypeError
         if out[0].shape != (*tensor.shape[:-1], out[1]):
             return ShapeError
-    if tensor.device.type != "meta" and not torch.isfinite(tensor).all():
+    if (tensor.is_cpu or (on_gpu and quantizes)) and not torch.isfinite(tensor).all():
         return UnsupportedError
     if out is not None and not out[0].is_contiguous():
         return ShapeError
-    return QuantalError
+    return DeviceError if on_gpu else QuantalError
+
+
+def cuda_status() -> str:
+    """``on: <file>`` where the CUDA kernels are in use, else why they are not (docs/cuda.md)."""
+    return torch.ops.quantal.cuda_status()
+
+
+def cuda_in_use() -> bool:
+    """Whether the ops take tensors on a GPU."""
+    return cuda_status().startswith("on: ")
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from . import _check, _core
+from . import _check, _core, _ops
 from ._custom import registered_adapters
 from .backend import Backend, machine
 
@@ -374,6 +374,7 @@ def report_import_status(backend: Backend | str | None = None) -> str:
     lines = ["Import Status Report", "=" * 50, f"Backend: {chosen or 'not specified'}", ""]
     lines.append(f"quantal {_core.version} on torch {torch.__version__}; its own engine:")
     lines.append(_core.engine_text(machine()).rstrip("\n"))
+    lines.append(f"  CUDA kernels: {_ops.cuda_status()}")
     custom = list(registered_adapters())
     if custom:
         lines.append(f"  registered here: {', '.join(custom)}")

@@ -10,5 +10,7 @@ void link_torch_ops() noexcept;
 void link_weight_ops() noexcept;
 /// And for ops_activations.cpp.
 void link_activation_ops() noexcept;
+/// And for ops_cuda.cpp.
+void link_cuda_ops() noexcept;
 
 }  // namespace quantal

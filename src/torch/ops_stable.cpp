@@ -30,6 +30,7 @@ namespace quantal {
 void link_torch_ops() noexcept {
   link_weight_ops();
   link_activation_ops();
+  link_cuda_ops();
 }
 }  // namespace quantal
 

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import os
 import subprocess
 import sys
 import types
@@ -244,3 +245,30 @@ def test_suppress_output(capsys):
 def test_top_level_module_has_every_name():
     for name in imports.__all__:
         assert getattr(imports, name) is getattr(quantal.imports, name)
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        (None, "off: QUANTAL_CUDA=1 turns them on, no GPU has run them yet (docs/cuda.md)"),
+        ("0", "off: QUANTAL_CUDA=1 turns them on"),
+        ("yes", "QUANTAL_CUDA is 'yes', expected 0 or 1"),
+    ],
+)
+def test_report_says_why_the_cuda_kernels_are_not_in_use(setting, expected):
+    assert f"CUDA kernels: {expected}" in report_in_a_process(QUANTAL_CUDA=setting)
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA")
+def test_report_names_a_torch_without_cuda():
+    assert "CUDA kernels: torch is a build without CUDA" in report_in_a_process(QUANTAL_CUDA="1")
+
+
+def report_in_a_process(**settings):
+    env = {k: v for k, v in os.environ.items() if not k.startswith("QUANTAL_CUDA")}
+    env |= {k: v for k, v in settings.items() if v is not None}
+    code = "import quantal; print(quantal.report_import_status())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True
+    )
+    return done.stdout
