@@ -86,6 +86,8 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 # Overloads, found once: looking one up costs as much as a small product.
 _linear = torch.ops.quantal.linear.default
+_linear_out = torch.ops.quantal.linear.out
+_linear_int8_activations_out = torch.ops.quantal.linear_int8_activations.out
 _linear_int8 = torch.ops.quantal.linear_int8.default
 _linear_int8_activations = torch.ops.quantal.linear_int8_activations.default
 _linear_grad_input = torch.ops.quantal.linear_grad_input.default
@@ -348,7 +350,9 @@ def matmul(
 
 def _check_out(out: torch.Tensor, operands: Sequence[torch.Tensor | None]) -> None:
     """torch's rule for out=, with torch's words."""
-    if is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
+    if not is_grad_enabled():
+        return
+    if any(t is not None and t.requires_grad for t in operands):
         raise RuntimeError(
             "functions with out=... arguments don't support automatic differentiation, but one of "
             "the arguments requires grad"
@@ -373,8 +377,12 @@ def _linear_into(
     """`product` into `out`; its errors are given their class by `typed`."""
     _check_out(out, (x, bias, out))
     _sized(out, x, int(spec[1]))
-    with typed(x, buffers, spec, int(spec[2]), (out, int(spec[1]))):
-        product(x, *buffers, bias, spec, out=out)
+    try:
+        with _below_autograd():
+            product(x, *buffers, bias, spec, out=out)
+    except RuntimeError:
+        with typed(x, buffers, spec, int(spec[2]), (out, int(spec[1]))):
+            raise
     return out
 
 
@@ -386,7 +394,7 @@ def linear_out(
     spec: Spec,
 ) -> torch.Tensor:
     """`linear` into `out` [..., rows] of x's dtype; an empty one is resized. No gradients."""
-    return _linear_into(torch.ops.quantal.linear.out, _typed, out, x, buffers, bias, spec)
+    return _linear_into(_linear_out, _typed, out, x, buffers, bias, spec)
 
 
 def linear_int8_activations_out(
@@ -397,8 +405,7 @@ def linear_int8_activations_out(
     spec: Spec,
 ) -> torch.Tensor:
     """`linear_int8_activations` into `out`, as `linear_out`."""
-    product = torch.ops.quantal.linear_int8_activations.out
-    return _linear_into(product, _typed_int8, out, x, buffers, bias, spec)
+    return _linear_into(_linear_int8_activations_out, _typed_int8, out, x, buffers, bias, spec)
 
 
 def matmul_out(out: torch.Tensor, x: torch.Tensor, buffers: Buffers, spec: Spec) -> torch.Tensor:
