@@ -206,8 +206,9 @@ def main() -> None:
         page += (
             "\nProcessor time, 210 layers. The ratio is to the codecs over the same weights with "
             "their results kept, the dense weights freed and that memory given back to the system, "
-            "which every replacement has to do: without it memory would hold both models. The rest "
-            "is a module, a row of the report with an error from samples, and a checksum for each "
+            "which every replacement has to do: without it memory would hold both models. Each run "
+            "has a fresh copy of the model and no free memory of the run before. The rest is a "
+            "module, a row of the report with an error from samples, and a checksum for each "
             "layer. Memory during `quantize_model`: [memory.md](memory.md).\n"
         )
     print(page)
