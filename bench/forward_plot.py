@@ -68,7 +68,7 @@ def _bars(rows: list[Any]) -> list[str]:
     for row in rows:
         if len(row.rivals) < 3:
             continue
-        out.append(_text(500, y + 9, f"{row.form}, {row.shape}, {row.m} rows"))
+        out.append(_text(500, y + 9, f"{row.form}, {row.shape}, {row.m} row{'s' * (row.m > 1)}"))
         y += 14
         for i, (name, ratio) in enumerate(row.rivals.items()):
             x = 720 + 60 * max(-1.5, min(3.5, math.log2(ratio)))

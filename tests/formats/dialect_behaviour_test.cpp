@@ -2,6 +2,7 @@
 // and export, and one typed error for bad input.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "formats/bnb/bnb_params.h"
@@ -87,6 +88,42 @@ TEST(DialectBehaviour, SameBytesForEverySplitAndInstructionSet) {
       select_cpu_kernels(available_cpu_kernels().front());
     }
   }
+}
+
+TEST(DialectBehaviour, QuantizingWritesEveryByteOfCodesWithoutPadding) {
+  const Tensor w = random_matrix(24, 512, DType::kBF16, 11);
+  for (const Dialect* dialect : dialects()) {
+    for (int method = 0; method < static_cast<int>(M::NONE); ++method) {
+      for (const int bits : {1, 2, 3, 4, 5, 6, 8}) {
+        for (const char* type : {"", "fp4", "mxfp4", "Q4_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K"}) {
+          QuantizeOptions options;
+          options.method = static_cast<M>(method);
+          options.bits = bits;
+          if (*type != '\0') options.quant_type = type;
+          PackedSpec spec;
+          try {
+            spec = dialect->make_spec(24, 512, options);
+          } catch (const Error&) {
+            continue;  // not an option of this dialect
+          }
+          const PackedLayout layout = layout_of(spec);
+          ASSERT_EQ(layout.code_bytes * 8, spec.cols * spec.bits);
+          for (const std::string_view set : available_cpu_kernels()) {
+            select_cpu_kernels(set);
+            PackedMatrix clean = make_packed(spec), dirty = make_packed(spec);
+            std::ranges::fill(dirty.codes, std::uint8_t{0xA5});
+            for (PackedMatrix* out : {&clean, &dirty}) {
+              dialect->quantize(spec, DType::kBF16, w.bytes.data(), out->codes.data(),
+                                out->stats.data(), out->shared.data(), serial_executor());
+            }
+            expect_same_bytes(dirty, clean, std::string(dialect->name) + " " + type + " " +
+                                                std::to_string(bits) + " " + std::string(set));
+          }
+        }
+      }
+    }
+  }
+  select_cpu_kernels(available_cpu_kernels().front());
 }
 
 TEST(DialectBehaviour, ImportIsTheInverseOfExport) {
