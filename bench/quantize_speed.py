@@ -165,10 +165,10 @@ half-quadratic iterations with the same stopping rule. mlx quantizes on one thre
 library inside llama-cpp-python (ggml_quantize_chunk, dequantize_row_*), which takes rows: it is
 called on as many threads as quantal uses.
 
-Every call returns a result in fresh memory, as its users get it. quantal asks for that memory in
-pages of 2 MiB, which is most of its lead in decoding; the sections with THP_MEM_ALLOC_ENABLE=1,
-where torch does so for every package, show what remains without it: both sides of the 4-bit rows
-then write as fast as this machine's fresh memory can be had.
+Every call returns a new result, as its users get it; the one before is freed by then. quantal keeps
+up to 64 MiB of freed results for the next of their size (core/result_block.h), which 4096 x 4096
+fits in, and asks for larger ones in pages of 2 MiB. The packages get pages of 4 KiB from the system,
+cleared, at every call, which takes longer than decoding. Into kept buffers (`out=`): decode_speed.
 """
 
 
