@@ -211,21 +211,26 @@ void with_table_rule(const KernelMatrix& w, Fn fn) {
   });
 }
 
-/// out[16 k + code]: the tables of `groups` groups, 32 bytes each, two groups at a time: one more
-/// than there are may be written.
+/// out[r * ld + 16 k + code]: the tables of groups first + k of some rows, 32 bytes each, two
+/// groups at a time: one more than there are may be written.
 template <class V>
-void build_bf16_tables(__m512 codes, const float* scale, const float* offset, std::int64_t groups,
-                       std::uint16_t* out) {
-  const auto values = [=](std::int64_t k) {
-    return wide_value<V>(codes, _mm512_set1_ps(scale[k]), _mm512_set1_ps(offset[k]));
-  };
+void build_bf16_tables(__m512 codes, const Stretch* stats, std::int64_t rows, std::int64_t first,
+                       std::int64_t groups, std::uint16_t* out, std::int64_t ld) {
+  for (std::int64_t r = 0; r < rows; ++r, out += ld) {
+    const float* scale = stats[r].scale + first;
+    const float* offset = stats[r].offset + first;
+    const auto values = [=](std::int64_t k) {
+      return wide_value<V>(codes, _mm512_set1_ps(scale[k]), _mm512_set1_ps(offset[k]));
+    };
 #pragma GCC unroll 4
-  for (std::int64_t k = 0; k < groups; k += 2) {
-    _mm512_store_si512(out + k * kLanes, narrow_two(values(k), values(k + 1)));
+    for (std::int64_t k = 0; k < groups; k += 2) {
+      _mm512_store_si512(out + k * kLanes, narrow_two(values(k), values(k + 1)));
+    }
   }
 }
-using BuildBf16Tables = void (*)(__m512 codes, const float* scale, const float* offset,
-                                 std::int64_t groups, std::uint16_t* out);
+using BuildBf16Tables = void (*)(__m512 codes, const Stretch* stats, std::int64_t rows,
+                                 std::int64_t first, std::int64_t groups, std::uint16_t* out,
+                                 std::int64_t ld);
 
 inline BuildBf16Tables bf16_table_builder(const KernelMatrix& w) {
   BuildBf16Tables build = nullptr;

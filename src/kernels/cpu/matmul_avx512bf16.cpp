@@ -232,11 +232,9 @@ class TableSource {
   /// Columns [k, k + n) of these, n <= kPartColumns. Returns the position of k in slot 0.
   std::int64_t part(std::int64_t k, std::int64_t n) {
     const std::int64_t at = stats_[0].phase + k;
-    const std::int64_t first = at / group_size_;
-    const std::int64_t groups = (at + n - 1) / group_size_ - first + 1;
-    for (int r = 0; r < kDirectRows; ++r) {
-      build_(codes_, stats_[r].scale + first, stats_[r].offset + first, groups, tables_[r]);
-    }
+    const std::int64_t first = group_of(at);
+    const std::int64_t groups = group_of(at + n - 1) - first + 1;
+    build_(codes_, stats_, kDirectRows, first, groups, tables_[0], kMaxGroups * kLanes);
     return at - first * group_size_;
   }
   [[gnu::always_inline]] void look_up(const std::uint8_t* codes, int r, std::int64_t slot,
@@ -245,6 +243,11 @@ class TableSource {
   }
 
  private:
+  /// Divisions of 32 bits are faster; columns of a stretch have few.
+  std::int64_t group_of(std::int64_t column) const {
+    return static_cast<std::uint32_t>(column) / static_cast<std::uint32_t>(group_size_);
+  }
+
   const __m512 codes_;
   const std::int64_t group_size_;
   const BuildBf16Tables build_;
@@ -298,7 +301,7 @@ class Direct {
     for (std::int64_t c = 0; c < w_.cols; c += kSumColumns) {
       const std::int64_t n = min64(kSumColumns, w_.cols - c);
       source_.begin(w_, row, c, n);
-      for (__m512& sum : sums_) sum = _mm512_setzero_ps();
+      for (std::int64_t i = 0; i < job_.inputs * kDirectRows; ++i) sums_[i] = _mm512_setzero_ps();
       for (std::int64_t k = 0; k < n; k += kPartColumns) {
         const std::int64_t count = min64(kPartColumns, n - k);
         add_inputs(row, c + k, count, source_.part(k, count));
