@@ -14,11 +14,42 @@
 namespace quantal {
 namespace {
 
-/// x cos + rotate_half(x) sin, where rotate_half puts minus the second half before the first.
+/// Rows of `dim` values, `length` of them to a head: y = x cos + (halves of x exchanged) sin, each
+/// operation rounded to T.
+template <class T>
+void rotate_rows(const T* x, const T* cos, const T* sin, std::int64_t rows, std::int64_t length,
+                 std::int64_t dim, T* y) {
+  const auto product = [](T a, T b) {
+    return static_cast<float>(static_cast<T>(static_cast<float>(a) * static_cast<float>(b)));
+  };
+  const std::int64_t half = dim / 2;
+  for (std::int64_t r = 0; r < rows; ++r, x += dim, y += dim) {
+    const T* c = cos + r % length * dim;
+    const T* s = sin + r % length * dim;
+    for (std::int64_t i = 0; i < half; ++i) {
+      y[i] = static_cast<T>(product(x[i], c[i]) + product(x[half + i], s[i]));
+      y[half + i] = static_cast<T>(product(x[half + i], c[half + i]) + product(x[i], s[half + i]));
+    }
+  }
+}
+
+/// x cos + rotate_half(x) sin, where rotate_half puts minus the second half before the first; that
+/// minus is in Rotary::sin. Without gradients and for few positions one pass instead of four
+/// operators, which cost more than they compute; the same bits.
 torch::Tensor rotate(const torch::Tensor& x, const Rotary& rotary) {
+  constexpr std::int64_t kFewPositions = 4;
   const auto type = x.scalar_type();
-  const auto halves_exchanged = x.roll(x.size(-1) / 2, -1);
-  return (x * rotary.cos.to(type)).add_(halves_exchanged * rotary.sin.to(type));
+  const auto cos = rotary.cos.to(type), sin = rotary.sin.to(type);
+  const bool few = x.size(2) <= kFewPositions && x.device().is_cpu();
+  if (torch::GradMode::is_enabled() || !few || type != torch::kBFloat16) {
+    return (x * cos).add_(x.roll(x.size(-1) / 2, -1) * sin);
+  }
+  const auto in = x.contiguous();
+  torch::Tensor out = torch::empty_like(in);
+  rotate_rows(in.const_data_ptr<at::BFloat16>(), cos.const_data_ptr<at::BFloat16>(),
+              sin.const_data_ptr<at::BFloat16>(), in.numel() / in.size(3), in.size(2), in.size(3),
+              out.mutable_data_ptr<at::BFloat16>());
+  return out;
 }
 
 /// Appends new keys (or values) of one layer and returns all of them.

@@ -61,6 +61,25 @@ TEST(Llama, LogitsAreTheSameWithAndWithoutGradients) {
   }
 }
 
+TEST(Llama, StepsOfFewTokensHaveTheBitsOfOnesThatRecord) {
+  // Few positions without gradients are rotated in one pass.
+  auto model = tiny_llama(7);
+  model->to(torch::kBFloat16);
+  const auto ids = torch::randint(0, 96, {2, 12}, torch::kLong);
+  const auto last = [&] {
+    KvCache cache = model->make_cache(2, 12);
+    model->step(ids.narrow(1, 0, 8), cache);
+    model->step(ids.narrow(1, 8, 3), cache);
+    return model->step(ids.narrow(1, 11, 1), cache);
+  };
+  const torch::NoGradGuard no_grad;
+  const auto expected = [&] {
+    const torch::AutoGradMode record(true);
+    return last().detach();
+  }();
+  EXPECT_TRUE(torch::equal(last(), expected));
+}
+
 TEST(Llama, NormHasTheGradientsOfItsFormula) {
   torch::manual_seed(3);
   for (const auto& [dtype, bound] : {std::pair(torch::kFloat, 1e-6), {torch::kBFloat16, 1e-2}}) {
