@@ -377,6 +377,9 @@ def _linear_into(
     """`product` into `out`; its errors are given their class by `typed`."""
     _check_out(out, (x, bias, out))
     _sized(out, x, int(spec[1]))
+    if is_compiling():
+        product(x, *buffers, bias, spec, out=out)
+        return out
     try:
         with _below_autograd():
             product(x, *buffers, bias, spec, out=out)
