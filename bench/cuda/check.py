@@ -2,10 +2,10 @@
 
     python bench/cuda/check.py [--output FOLDER] [--quick] [--library PATH] [--checks-only]
 
-Needs a GPU of compute capability 8.0 or above, torch with CUDA and nvcc; nothing of quantal has to
-be installed. Writes FOLDER/cuda_check.md: the device, the checks, and a table of times with least
-bytes, FLOPs and their shares of the copy bandwidth and of the bfloat16 rate of the same run. Exits
-with 1 if a check fails; times are measured only where all pass.
+Needs a GPU of compute capability 8.0 or above, torch with CUDA, nvcc and g++; nothing of quantal
+has to be installed. Writes FOLDER/cuda_check.md: the device, the checks, and a table of times with
+least bytes, FLOPs and their shares of the copy bandwidth and of the bfloat16 rate of the same run.
+Exits with 1 if a check fails; times are measured only where all pass.
 
 --device cpu runs the checks with a library that executes kernels on the CPU (the tests build one).
 """
@@ -20,12 +20,14 @@ import time
 
 import checks
 import torch
-from library import ROOT, Library, build
+from library import ROOT, Library, build, build_emulated
 
 
-def check_all(library: Library, device: torch.device, quick: bool) -> list[checks.Outcome]:
+def check_all(
+    library: Library, reference: Library, device: torch.device, quick: bool
+) -> list[checks.Outcome]:
     """Runs the checks and prints those that fail."""
-    outcomes = list(checks.all_checks(library, device, quick))
+    outcomes = list(checks.all_checks(library, reference, device, quick))
     for outcome in outcomes:
         if not outcome.passed:
             print(f"FAILED {outcome.name}: {outcome.ratio:.3g} times what is allowed")
@@ -57,7 +59,8 @@ def speed_table(library: Library, quick: bool) -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     dense: dict[str, float] = {}
-    for row in speed.measure(library, quick):
+    measured = speed.measure(library, quick)
+    for row in measured:
         if row.path == "torch bf16":
             dense[row.what] = row.seconds
         ratio = f"{dense[row.what] / row.seconds:.2f}" if row.what in dense else ""
@@ -66,6 +69,10 @@ def speed_table(library: Library, quick: bool) -> list[str]:
             f"{row.flop / 1e9:.1f} | {row.moved / row.seconds / found.copy:.0%} | "
             f"{row.flop / row.seconds / found.gemm:.0%} | {ratio} |"
         )
+    hqq = [row for row in measured if row.what.startswith("quantize, HQQ 4 bits")][-1]
+    rows, cols = (int(n) for n in hqq.what.rsplit(", ", 1)[1].split(" x "))
+    seconds = hqq.seconds * 70e9 / (rows * cols)
+    lines += ["", f"HQQ, 70 billion weights at the rate of the last such row: {seconds:.0f} s."]
     return lines
 
 
@@ -92,9 +99,11 @@ def main() -> None:
             print(f"built {path} in {time.monotonic() - begin:.0f} s")
     if path is None:
         sys.exit("check: --device cpu needs --library")
-    library = Library(path.resolve())
+    library = reference = Library(path.resolve())
     library.probe(0)
-    outcomes = check_all(library, device, quick=args.device == "cpu")
+    if args.device == "cuda":
+        reference = Library(build_emulated(args.output / "emulated"))
+    outcomes = check_all(library, reference, device, quick=args.device == "cpu")
     good = all(outcome.passed for outcome in outcomes)
     lines = [f"# CUDA kernels on {name}", "", f"torch {torch.__version__}.", ""]
     lines += checks_table(outcomes)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import forms
 import torch
-from library import Library, Weight
+from library import Library, Quantized, Weight
 
 HALVES = (torch.bfloat16, torch.float16)
 INT8_UNIT = 6.200124e-05
@@ -141,6 +141,30 @@ def norms(library: Library, device: torch.device, rows: int, cols: int) -> Itera
         yield Outcome(f"row_square_sums {form.name}", float(error))
 
 
+def quantize(
+    library: Library, reference: Library, device: torch.device, rows: int, cols: int
+) -> Iterator[Outcome]:
+    """Bytes of every encoder as those of the library that runs kernels on the CPU."""
+    for number, name in enumerate(forms.ENCODED):
+        dtype = (torch.float32, *HALVES)[number % 3]
+        weight = torch.randn(rows, cols).to(dtype)
+        weight[1, :96] = 0
+        weight[2, 64:128] *= 100
+        made = Quantized(library, name, weight.to(device))
+        expected = Quantized(reference, name, weight)
+        for quantized in (made, expected):
+            quantized.run()
+        ratio = max(
+            _bits(getattr(made.w, part), getattr(expected.w, part))
+            for part in ("codes", "stats", "shared")
+        )
+        yield Outcome(f"quantize {name} {dtype}", ratio + float(made.refused.item()))
+        weight[3, 5] = math.inf
+        bad = Quantized(library, name, weight.to(device))
+        bad.run()
+        yield Outcome(f"quantize refuses {name}", 1.0 - float(bad.refused.item()))
+
+
 def streams(library: Library, device: torch.device) -> Iterator[Outcome]:
     """A captured graph and a stream of its own give the bits of the default stream."""
     w = forms.make(forms.FORMS[0], 256, 512, seed=15)
@@ -165,12 +189,15 @@ def streams(library: Library, device: torch.device) -> Iterator[Outcome]:
     yield Outcome("a stream of its own", _bits(again, y))
 
 
-def all_checks(library: Library, device: torch.device, quick: bool) -> Iterator[Outcome]:
-    """Every check; `quick` for the CPU, where kernels are emulated."""
+def all_checks(
+    library: Library, reference: Library, device: torch.device, quick: bool
+) -> Iterator[Outcome]:
+    """Every check; `quick` for the CPU, where kernels are emulated; `reference` always is."""
     rows, cols = (24, 256) if quick else (1000, 1280)
     yield from dequantize(library, device, rows, cols)
     yield from products(library, device, rows, cols)
     yield from int8(library, device, rows, cols)
     yield from norms(library, device, rows, cols)
+    yield from quantize(library, reference, device, 24, 512)
     if device.type == "cuda":
         yield from streams(library, device)

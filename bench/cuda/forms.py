@@ -57,6 +57,31 @@ FORMS = [
     Form("MXFP4", code_map=E2M1, scale=E8M0, value=BF16, group=32),
     Form("Q4_K", offset=SHIFT, scale=SUPER_U8, value=F32, group=32, nested=8),
 ]
+#: What the encoders of kernels/cuda/quantizer.h make, by their number, with settings of theirs.
+ENCODED = {
+    "NF4": (0, Form("NF4", code_map=NF4, value=BF16), {"least": 1e-38}),
+    "NF4 nested": (0, Form("NF4", code_map=NF4, scale=NESTED, value=BF16), {"least": 1e-38}),
+    "LLM.int8": (1, Form("int8", bits=8, centre=128, offset=OVER_127, group=0), {}),
+    "MLX 4 bits": (2, Form("MLX", offset=BIAS, scale=BF16, value=BF16), {}),
+    "MLX 5 bits": (2, Form("MLX", bits=5, offset=BIAS, scale=F16, value=F16), {}),
+    "Quanto 4 bits": (3, Form("Quanto", offset=SHIFT, scale=BF16, value=BF16), {}),
+    "Quanto zero points": (
+        4,
+        Form("Quanto", offset=ZERO_POINT, scale=BF16, value=BF16),
+        {"not_a_number": -3.4028234663852886e38},
+    ),
+    "Quanto 8 bits": (5, Form("Quanto", bits=8, centre=128, scale=F16, value=F16, group=0), {}),
+    "HQQ 4 bits": (
+        6,
+        Form("HQQ", offset=ZERO_POINT, scale=BF16, value=BF16),
+        {"tiny_range": 1e-4, "largest_scale": 2e4, "round_zero": 1, "rounds": 20},
+    ),
+    "HQQ 3 bits, no solver": (
+        6,
+        Form("HQQ", bits=3, offset=ZERO_POINT, scale=BF16, value=BF16),
+        {"tiny_range": 1e-4, "largest_scale": 2e4},
+    ),
+}
 INT8 = Form("LLM.int8", bits=8, centre=128, offset=OVER_127, group=0)
 
 

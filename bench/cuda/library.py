@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import forms
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-VERSION = 1
+VERSION = 2
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -75,6 +76,33 @@ class Norms(ctypes.Structure):
     _fields_ = [("w", Matrix), ("out", ctypes.c_void_p)]
 
 
+class Quantizer(ctypes.Structure):
+    _fields_ = [
+        ("encoder", ctypes.c_int32),
+        ("thresholds", ctypes.c_float * 16),
+        ("codes", ctypes.c_uint8 * 16),
+        ("least", ctypes.c_float),
+        ("not_a_number", ctypes.c_float),
+        ("tiny_range", ctypes.c_float),
+        ("largest_scale", ctypes.c_float),
+        ("round_zero", ctypes.c_int32),
+        ("rounds", ctypes.c_int32),
+        ("nested_map", ctypes.c_float * 256),
+    ]
+
+
+class Quantization(ctypes.Structure):
+    _fields_ = [
+        ("w", Matrix),
+        ("dtype", ctypes.c_int32),
+        ("weight", ctypes.c_void_p),
+        ("how", ctypes.POINTER(Quantizer)),
+        ("refused", ctypes.c_void_p),
+        ("workspace", ctypes.c_void_p),
+        ("workspace_bytes", ctypes.c_int64),
+    ]
+
+
 def _supports(args: Any) -> Any:
     return ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(args), ctypes.POINTER(Status))
 
@@ -100,6 +128,9 @@ class Interface(ctypes.Structure):
         ("int8_matmul", _launch(Int8Product)),
         ("supports_row_square_sums", _supports(Norms)),
         ("row_square_sums", _launch(Norms)),
+        ("quantize_workspace", ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.POINTER(ctypes.c_int64))),
+        ("supports_quantize", _supports(Quantization)),
+        ("quantize", _launch(Quantization)),
     ]
 
 
@@ -110,7 +141,7 @@ class Weight:
         self, spec: Sequence[int], codes: torch.Tensor, stats: torch.Tensor, shared: torch.Tensor
     ) -> None:
         self.spec, self.codes, self.stats, self.shared = list(spec), codes, stats, shared
-        self._ints = (ctypes.c_int64 * 16)(*self.spec)
+        self.ints = (ctypes.c_int64 * 16)(*self.spec)
 
     @property
     def rows(self) -> int:
@@ -127,7 +158,7 @@ class Weight:
         def part(t: torch.Tensor) -> tuple[int, int]:
             return t.data_ptr(), t.numel()
 
-        return Matrix(self._ints, *part(self.codes), *part(self.stats), *part(self.shared))
+        return Matrix(self.ints, *part(self.codes), *part(self.stats), *part(self.shared))
 
 
 class Library:
@@ -197,8 +228,64 @@ class Library:
         )
         self._run("int8_matmul", args, x)
 
+    def quantize_workspace(self, w: Weight) -> int:
+        return self._functions.quantize_workspace(w.ints)
+
+    def quantize(
+        self,
+        w: Weight,
+        weight: torch.Tensor,
+        how: Quantizer,
+        refused: torch.Tensor,
+        workspace: torch.Tensor,
+    ) -> None:
+        """Fills the buffers of `w`; `refused` is int32 [1]."""
+        args = Quantization(
+            w.view(),
+            DTYPES[weight.dtype],
+            weight.data_ptr(),
+            ctypes.pointer(how),
+            refused.data_ptr(),
+            workspace.data_ptr(),
+            workspace.numel(),
+        )
+        self._run("quantize", args, weight)
+
     def row_square_sums(self, w: Weight, out: torch.Tensor) -> None:
         self._run("row_square_sums", Norms(w.view(), out.data_ptr()), out)
+
+
+class Quantized:
+    """Buffers that an encoder of `forms.ENCODED` fills from a weight on its device."""
+
+    def __init__(self, library: Library, name: str, weight: torch.Tensor) -> None:
+        encoder, form, settings = forms.ENCODED[name]
+        rows, cols = weight.shape
+        codes, stats, shared = forms.random_bytes(form, rows, cols)
+        self._library, self._weight = library, weight
+        self.w = Weight(
+            form.spec(rows, cols), *(torch.empty_like(t, device=weight.device).fill_(0xA5)
+                                     for t in (codes, stats, shared))
+        )  # fmt: skip
+        middles = [(a + b) / 2 for a, b in zip(forms.NF4_TABLE, forms.NF4_TABLE[1:], strict=False)]
+        self._how = Quantizer(
+            encoder=encoder,
+            thresholds=(ctypes.c_float * 16)(*middles),
+            codes=(ctypes.c_uint8 * 16)(*range(16)),
+            nested_map=(ctypes.c_float * 256)(*((i - 127) / 128 for i in range(256))),
+            **settings,
+        )
+        self.refused = torch.full((1,), 7, dtype=torch.int32, device=weight.device)
+        self._workspace = torch.empty(
+            library.quantize_workspace(self.w), dtype=torch.uint8, device=weight.device
+        )
+
+    def run(self) -> None:
+        self._library.quantize(self.w, self._weight, self._how, self.refused, self._workspace)
+
+    def moved(self) -> int:
+        """Bytes of the weight and the buffers."""
+        return self._weight.numel() * self._weight.element_size() + self.w.bytes()
 
 
 # ------------------------------------------------------------------ building
@@ -229,4 +316,28 @@ def build(folder: pathlib.Path, architecture: str, jobs: int = 16) -> pathlib.Pa
         objects = [str(path) for path in pool.map(compile_one, sources)]
     library = folder / "libquantal_cuda.so"
     subprocess.run([nvcc, "-shared", "-cudart", "static", *objects, "-o", str(library)], check=True)
+    return library
+
+
+def build_emulated(folder: pathlib.Path, jobs: int = 16) -> pathlib.Path:
+    """The same library for the CPU, with the kernels run by tests/kernels/cuda_machine.cpp: what
+    quantized bytes are compared with. Needs a C++20 compiler."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = [ROOT / name for name in HOST_SOURCES]
+    sources += [s for s in (ROOT / "src/kernels/cuda").glob("*.cu") if s.stem != "start"]
+    sources.append(ROOT / "tests/kernels/cuda_machine.cpp")
+    flags = ["-std=c++20", "-O2", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden"]
+    flags += [f"-I{ROOT / name}" for name in ("src", "include", "tests")]
+
+    def compile_one(source: pathlib.Path) -> pathlib.Path:
+        target = folder / f"{source.parent.name}_{source.stem}.o"
+        subprocess.run(
+            ["g++", *flags, "-x", "c++", "-c", str(source), "-o", str(target)], check=True
+        )
+        return target
+
+    with ThreadPoolExecutor(jobs) as pool:
+        objects = [str(path) for path in pool.map(compile_one, sources)]
+    library = folder / "libquantal_cuda_emulated.so"
+    subprocess.run(["g++", "-shared", *objects, "-o", str(library)], check=True)
     return library

@@ -81,14 +81,15 @@ def measure(nvcc: str, jobs: int) -> list[Kernel]:
 
 def table(kernels: list[Kernel], compiler: str) -> str:
     """The report."""
+    columns = " | ".join(f"registers {target}" for target in TARGETS)
     lines = [
         "# Resources of the CUDA kernels",
         "",
         f"`python bench/cuda/resources.py`, {compiler}, `{' '.join(FLAGS)}`.",
-        "Registers as ptxas gives them, largest stack frame and spilled bytes of both targets. This",
-        "is what the compiler says; nothing here was run on a GPU.",
+        "Registers as ptxas gives them, largest stack frame and spilled bytes of both targets.",
+        "This is what the compiler says; nothing here was run on a GPU.",
         "",
-        f"| kernel | {' | '.join(f'registers {name}' for name in TARGETS)} | stack | spilled |",
+        f"| kernel | {columns} | stack | spilled |",
         f"|---|{'---|' * len(TARGETS)}---|---|",
     ]
     for kernel in kernels:

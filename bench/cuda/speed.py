@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import forms
 import torch
-from library import Library, Weight
+from library import Library, Quantized, Weight
 
 ROUNDS = 7
 FORMS = {form.name: form for form in forms.FORMS}
@@ -175,6 +175,18 @@ def decode(library: Library, name: str, rows: int, cols: int) -> list[Row]:
     return [Row(f"dequantize, {name}, {rows} x {cols}", p, t, moved, 0) for p, t in times.items()]
 
 
+def quantize(library: Library, name: str, rows: int, cols: int) -> list[Row]:
+    """A bfloat16 weight into its buffers; `moved` counts it once, the solver reads it again."""
+    weights = [
+        torch.randn(rows, cols, device="cuda").mul_(0.02).bfloat16()
+        for _ in range(_copies(rows * cols * 2))
+    ]
+    made = [Quantized(library, name, weight) for weight in weights]
+    times = interleaved({"quantize": [q.run for q in made]})
+    what = f"quantize, {name}, {rows} x {cols}"
+    return [Row(what, path, t, made[0].moved(), 0) for path, t in times.items()]
+
+
 def measure(library: Library, quick: bool) -> list[Row]:
     """The table of docs/cuda.md's targets."""
     shapes = [(4096, 4096)] if quick else [(4096, 4096), (14336, 4096), (28672, 8192)]
@@ -189,5 +201,7 @@ def measure(library: Library, quick: bool) -> list[Row]:
             rows += backward(library, "HQQ 4 bits", *shape, m)
         for name in ("NF4 nested", "HQQ 4 bits", "HQQ 3 bits", "8 bits"):
             rows += decode(library, name, *shape)
+        for name in forms.ENCODED:
+            rows += quantize(library, name, *shape)
         torch.cuda.empty_cache()
     return rows

@@ -89,17 +89,14 @@ void grad_by_panels(const DevicePacked& w, const Tensor& g, Tensor& dx) {
   }
 }
 
-using Supports = int (*)(const quantal_cuda_product*, quantal_cuda_status*);
 using Launch = int (*)(const quantal_cuda_product*, quantal_cuda_stream, quantal_cuda_status*);
 
 /// Launches a product if the kernel takes it; false if not.
-bool launched(const DevicePacked& w, const quantal_cuda_product& product, Supports supports,
-              Launch launch) {
+bool launched(const DevicePacked& w, const quantal_cuda_product& product, Launch launch) {
   quantal_cuda_status status{};
-  const int code = supports(&product, &status);
+  const int code = launch(&product, w.stream(), &status);
   if (code == QUANTAL_CUDA_UNSUPPORTED) return false;
   check_cuda(code, status);
-  check_cuda(launch(&product, w.stream(), &status), status);
   return true;
 }
 
@@ -120,10 +117,10 @@ void linear_into(const DevicePacked& w, const Tensor& x, const std::optional<Ten
   const quantal_cuda_interface& k = w.kernels();
   const quantal_cuda_product p = product_of(w, x, w.spec().cols, bias, y);
   if (p.inputs == 0 || w.spec().rows == 0) return;
-  if (p.inputs <= kMaxSmallInputs && launched(w, p, k.supports_small_matmul, k.small_matmul)) {
+  if (p.inputs <= kMaxSmallInputs && launched(w, p, k.small_matmul)) {
     return;
   }
-  if (p.inputs <= kMaxTileInputs && launched(w, p, k.supports_tile_matmul, k.tile_matmul)) return;
+  if (p.inputs <= kMaxTileInputs && launched(w, p, k.tile_matmul)) return;
   linear_by_panels(w, x, bias, y);
 }
 
@@ -135,8 +132,7 @@ void grad_into(const DevicePacked& w, const Tensor& g, Tensor& dx) {
   }
   const quantal_cuda_product p = product_of(w, g, w.spec().rows, std::nullopt, dx);
   if (p.inputs == 0) return;
-  if (p.inputs <= kMaxTileInputs &&
-      launched(w, p, k.supports_tile_matmul_transposed, k.tile_matmul_transposed)) {
+  if (p.inputs <= kMaxTileInputs && launched(w, p, k.tile_matmul_transposed)) {
     return;
   }
   grad_by_panels(w, g, dx);
@@ -254,20 +250,6 @@ void linear_grad_input_out_cuda(Tensor grad, Tensor codes, Tensor stats, Tensor 
        [&](Tensor& dx) { grad_into(w, rows, dx); });
 }
 
-/// The bytes are those of the CPU's quantizers, and no kernel gives them yet: the weight goes to
-/// the CPU and the buffers come back. This waits for the device.
-std::tuple<Tensor, Tensor, Tensor> quantize_cuda(Tensor weight, Ints spec) {
-  const stable::Device cpu(torch::headeronly::DeviceType::CPU);
-  const Tensor host = stable::to(detached(weight), cpu);
-  std::array<StableIValue, 3> stack{stable::detail::from(host), stable::detail::from(spec)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("quantal::quantize", "", stack.data(), TORCH_ABI_VERSION));
-  const auto back = [&](StableIValue value) {
-    return stable::to(stable::detail::to<Tensor>(value), weight.device());
-  };
-  return {back(stack[0]), back(stack[1]), back(stack[2])};
-}
-
 Tensor row_square_sums_cuda(Tensor codes, Tensor stats, Tensor shared, Ints spec) {
   const DevicePacked w("quantal::row_square_sums", codes, stats, shared, spec);
   Tensor out = empty_like_of(codes, {w.spec().rows}, ScalarType::Double);
@@ -294,7 +276,6 @@ STABLE_TORCH_LIBRARY_IMPL(quantal, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(quantal, CUDA, m) {
-  m.impl("quantize", TORCH_BOX(&quantize_cuda));
   m.impl("dequantize", TORCH_BOX(&dequantize_cuda));
   m.impl("dequantize.out", TORCH_BOX(&dequantize_out_cuda));
   m.impl("linear", TORCH_BOX(&linear_cuda));

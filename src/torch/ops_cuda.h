@@ -21,6 +21,9 @@ Tensor linear_int8_cuda(Tensor x, Tensor codes, Tensor stats, Tensor shared,
 Tensor linear_grad_input_cuda(Tensor grad, Tensor codes, Tensor stats, Tensor shared, Ints spec);
 void linear_grad_input_out_cuda(Tensor grad, Tensor codes, Tensor stats, Tensor shared, Ints spec,
                                 Tensor out);
+double sampled_error_cuda(Tensor weight, Tensor codes, Tensor stats, Tensor shared, Ints spec);
+Tensor merge_survival_cuda(Tensor codes, Tensor stats, Tensor shared, Tensor new_codes,
+                           Tensor new_stats, Tensor new_shared, Ints spec, Tensor target);
 Tensor row_square_sums_cuda(Tensor codes, Tensor stats, Tensor shared, Ints spec);
 
 }  // namespace quantal::stable_ops

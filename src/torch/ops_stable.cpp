@@ -22,6 +22,7 @@
 #include <tuple>
 
 #include "kernels/panels.h"
+#include "torch/ops_cpu.h"
 #include "torch/ops_link.h"
 #include "torch/stable_executor.h"
 #include "torch/stable_products.h"
@@ -31,6 +32,7 @@ void link_torch_ops() noexcept {
   link_weight_ops();
   link_activation_ops();
   link_cuda_ops();
+  link_cuda_weight_ops();
 }
 }  // namespace quantal
 
@@ -115,16 +117,12 @@ std::tuple<Tensor, Tensor, Tensor> packed_buffers(const Tensor& like, const Pack
           empty_like_of(like, {layout.shared_bytes}, ScalarType::Byte)};
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> quantize_cpu(Tensor weight, Ints spec_ints) {
   const PackedSpec spec = spec_from_ints(spec_ints);
   check_cpu("quantal::quantize: weight", weight);
-  const DType dtype = weight_dtype("quantal::quantize: weight", weight.scalar_type());
-  if (weight.dim() < 2 || weight.size(weight.dim() - 1) != spec.cols ||
-      weight.numel() != checked_mul(spec.rows, spec.cols, "weight elements")) {
-    fail(Errc::kShape, "quantal::quantize: weight has shape " + sizes_string(weight) +
-                           ", expected [" + std::to_string(spec.rows) + ", " +
-                           std::to_string(spec.cols) + "] of the spec");
-  }
+  const DType dtype = checked_weight(weight, spec);
   const Tensor source = stable::contiguous(weight);
   auto [codes, stats, shared] = packed_buffers(weight, spec);
   const bool padded = codes.numel() * 8 != spec.rows * spec.cols * spec.bits;
@@ -137,6 +135,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize_cpu(Tensor weight, Ints spec_ints) {
                 stable_executor());
   return {codes, stats, shared};
 }
+
+namespace {
 
 Tensor dequantize_cpu(Tensor codes, Tensor stats, Tensor shared, Ints spec_ints, ScalarType type) {
   const Packed w = packed_of(codes, stats, shared, spec_ints);

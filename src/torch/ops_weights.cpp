@@ -16,6 +16,7 @@
 #include <numeric>
 #include <tuple>
 
+#include "torch/ops_cpu.h"
 #include "torch/ops_link.h"
 #include "torch/stable_executor.h"
 #include "torch/stable_tensor.h"
@@ -35,6 +36,8 @@ Tensor row_square_sums_cpu(Tensor codes, Tensor stats, Tensor shared, Ints spec_
   std::ranges::copy(sums, static_cast<double*>(out.mutable_data_ptr()));
   return out;
 }
+
+}  // namespace
 
 double sampled_error_cpu(Tensor weight, Tensor codes, Tensor stats, Tensor shared, Ints spec_ints) {
   const Packed w = packed_of(codes, stats, shared, spec_ints);
@@ -71,6 +74,8 @@ Tensor merge_survival_cpu(Tensor codes, Tensor stats, Tensor shared, Tensor new_
   values[3] = s.noise;
   return out;
 }
+
+namespace {
 
 std::uint64_t word_at(const std::uint8_t* data) {
   std::uint64_t word = 0;

@@ -29,6 +29,17 @@ const float* bias_values(const std::optional<Tensor>& bias, std::int64_t rows,
   return wide.data();
 }
 
+DType checked_weight(const Tensor& weight, const PackedSpec& spec) {
+  const DType dtype = weight_dtype("quantal::quantize: weight", weight.scalar_type());
+  if (weight.dim() < 2 || weight.size(weight.dim() - 1) != spec.cols ||
+      weight.numel() != checked_mul(spec.rows, spec.cols, "weight elements")) {
+    fail(Errc::kShape, "quantal::quantize: weight has shape " + sizes_string(weight) +
+                           ", expected [" + std::to_string(spec.rows) + ", " +
+                           std::to_string(spec.cols) + "] of the spec");
+  }
+  return dtype;
+}
+
 bool share_memory(const Tensor& a, const Tensor& b) {
   const auto range = [](const Tensor& t) {
     const auto* begin = static_cast<const std::uint8_t*>(t.const_data_ptr());

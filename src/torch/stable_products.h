@@ -18,6 +18,9 @@ void check_bias(const Tensor& bias, std::int64_t rows);
 const float* bias_values(const std::optional<Tensor>& bias, std::int64_t rows,
                          std::vector<float>& wide);
 
+/// The dtype of a weight that `spec` can hold. Throws Error{kDtype} or Error{kShape}.
+DType checked_weight(const Tensor& weight, const PackedSpec& spec);
+
 /// True if the memory that two tensors span overlaps.
 bool share_memory(const Tensor& a, const Tensor& b);
 

@@ -30,7 +30,7 @@ std::vector<float> decode_row(const Matrix& m, std::int64_t row) {
   const RowStart start = row_start(m, row);
   const std::uint8_t* codes = m.codes + row * m.code_bytes;
   for (std::uint32_t chunk = 0; chunk * kChunk < m.cols; ++chunk) {
-    const RawPair raw = load_pair<kBits>(codes, chunk / 2);
+    const RawPair raw = load_pair<kBits>(codes, m.code_bytes, chunk / 2);
     float* v = out.data() + chunk * kChunk;
     const auto decode = [&]<Values kValues>(std::integral_constant<Values, kValues>) {
       decode_chunk<kBits, kValues>(m, table_of(m), start, raw, chunk / 2, chunk % 2, v);

@@ -1,10 +1,12 @@
 // The CUDA kernels, launched through their C interface and run on the CPU (cuda_machine.h), against
 // the scalar reference and the CPU's kernels.
 #include <gtest/gtest.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <memory>
+#include <new>
 
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/matrix.h"
@@ -19,42 +21,49 @@ namespace {
 const quantal_cuda_interface& library() { return *quantal_cuda(QUANTAL_CUDA_VERSION); }
 constexpr quantal_cuda_stream kStream{0, nullptr};
 
-/// Memory as a device allocates it, filled with a pattern; bytes behind its end are watched.
+/// Memory that begins at 16 bytes and ends at a page that nobody may touch (but for up to 15 bytes
+/// of a pattern), filled with a pattern.
 class Buffer {
  public:
-  explicit Buffer(std::size_t bytes, int fill = 0xA5)
-      : bytes_(bytes), memory_(std::aligned_alloc(64, (bytes + kGuard + 63) / 64 * 64), std::free) {
-    std::memset(memory_.get(), fill, bytes_ + kGuard);
-    std::memset(data() + bytes_, 0x5A, kGuard);
+  explicit Buffer(std::size_t bytes, int fill = 0xA5) : bytes_(bytes) {
+    const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+    const std::size_t rounded = (bytes + 15) / 16 * 16;
+    mapped_ = (rounded + page - 1) / page * page + page;
+    void* memory =
+        mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    memory_ = static_cast<std::uint8_t*>(memory);
+    mprotect(memory_ + mapped_ - page, page, PROT_NONE);
+    data_ = memory_ + mapped_ - page - rounded;
+    std::memset(data_, fill, bytes);
+    std::memset(data_ + bytes, kBehind, rounded - bytes);
   }
-  std::uint8_t* data() { return static_cast<std::uint8_t*>(memory_.get()); }
+  explicit Buffer(std::span<const std::uint8_t> bytes) : Buffer(bytes.size()) {
+    if (!bytes.empty()) std::memcpy(data_, bytes.data(), bytes.size());
+  }
+  ~Buffer() { munmap(memory_, mapped_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  std::uint8_t* data() { return data_; }
   std::size_t size() const { return bytes_; }
-  bool whole() {
-    for (std::size_t i = 0; i < kGuard; ++i) {
-      if (data()[bytes_ + i] != 0x5A) return false;
-    }
-    return true;
+  bool whole() const {
+    return std::all_of(data_ + bytes_, data_ + (bytes_ + 15) / 16 * 16,
+                       [](std::uint8_t b) { return b == kBehind; });
   }
 
  private:
-  static constexpr std::size_t kGuard = 64;
-  std::size_t bytes_;
-  std::unique_ptr<void, void (*)(void*)> memory_;
+  static constexpr std::uint8_t kBehind = 0x5A;
+  std::size_t bytes_, mapped_ = 0;
+  std::uint8_t *memory_ = nullptr, *data_ = nullptr;
 };
-
-Buffer copy_of(std::span<const std::uint8_t> bytes) {
-  Buffer b(bytes.size());
-  if (!bytes.empty()) std::memcpy(b.data(), bytes.data(), bytes.size());
-  return b;
-}
 
 /// A packed matrix as the interface takes it.
 struct DeviceMatrix {
   explicit DeviceMatrix(const PackedMatrix& w)
       : ints(spec_to_ints(w.spec)),
-        codes(copy_of(w.codes)),
-        stats(copy_of(w.stats)),
-        shared(copy_of(w.shared)) {}
+        codes(std::span(w.codes)),
+        stats(std::span(w.stats)),
+        shared(std::span(w.shared)) {}
   quantal_cuda_matrix view() {
     const auto size = [](const Buffer& b) { return static_cast<std::int64_t>(b.size()); };
     return {ints.data(), codes.data(),  size(codes), stats.data(),
@@ -153,8 +162,7 @@ void check_product(Product product, const PackedSpec& spec, DType dtype, std::in
   DeviceMatrix device(w);
   const Operands x = random_operands(dtype, inputs * depth, seed + 1);
   const std::vector<float> weights = rounded_weights(w, dtype), bias = random_floats(width, seed);
-  Buffer xs =
-      copy_of({reinterpret_cast<const std::uint8_t*>(x.narrow.data()), x.narrow.size() * 2});
+  Buffer xs(std::span(reinterpret_cast<const std::uint8_t*>(x.narrow.data()), x.narrow.size() * 2));
   const auto y_bytes = static_cast<std::size_t>(inputs * width) * 2;
   Buffer y(y_bytes), again(y_bytes, 0x11);
   quantal_cuda_product p{device.view(),

@@ -155,13 +155,53 @@ TEST_F(CudaOps, Int8HasTheCpusBits) {
   }
 }
 
-TEST_F(CudaOps, QuantizeDequantizeAndNorms) {
+TEST_F(CudaOps, QuantizeByKernelsOrTheCpu) {
+  const auto weight = torch::randn({24, 128});
+  const auto quantized = [](const at::Tensor& values, const PackedTensors& w) {
+    return call<std::tuple<at::Tensor, at::Tensor, at::Tensor>, const at::Tensor&, at::IntArrayRef>(
+        "quantize", "", values, ints(w));
+  };
+  QuantizeOptions odd = hqq_options(4, 64);
+  odd.quant_zero = true;
+  for (const auto& [options, kernels] : {std::pair{hqq_options(3, 64), true},
+                                         {nf4_options(64, true), true},
+                                         {hqq_options(4, 64, 0), false},
+                                         {odd, false}}) {
+    const PackedTensors w = quantize(weight, options);
+    kernels_started();
+    const auto [codes, stats, shared] = quantized(weight, w);
+    EXPECT_EQ(kernels_started() > 0, kernels);
+    EXPECT_TRUE(codes.equal(w.codes) && stats.equal(w.stats) && shared.equal(w.shared));
+  }
+  auto bad = weight.clone();
+  bad[3][5] = NAN;
+  try {
+    quantized(bad, quantize(weight, nf4_options(64, true)));
+    FAIL() << "a weight that is not a number was taken";
+  } catch (const std::exception& error) {
+    EXPECT_NE(std::string(error.what()).find("row 3, column 5"), std::string::npos) << error.what();
+  }
+}
+
+TEST_F(CudaOps, ComparisonsWithDenseWeightsGoToTheCpu) {
   const auto weight = torch::randn({24, 128});
   const PackedTensors w = quantize(weight, hqq_options(3, 64));
-  const auto [codes, stats, shared] =
-      call<std::tuple<at::Tensor, at::Tensor, at::Tensor>, const at::Tensor&, at::IntArrayRef>(
-          "quantize", "", weight, ints(w));
-  EXPECT_TRUE(codes.equal(w.codes) && stats.equal(w.stats) && shared.equal(w.shared));
+  const PackedTensors other = quantize(weight + 0.05, w.spec);
+  const auto error =
+      call<double, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+           at::IntArrayRef>("sampled_error", "", weight, w.codes, w.stats, w.shared, ints(w));
+  EXPECT_NEAR(error, relative_error(weight, w), 1e-6);
+  const auto survived =
+      call<at::Tensor, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+           const at::Tensor&, const at::Tensor&, at::IntArrayRef, const at::Tensor&>(
+          "merge_survival", "", w.codes, w.stats, w.shared, other.codes, other.stats, other.shared,
+          ints(w), weight + 0.05);
+  EXPECT_EQ(survived.sizes(), (torch::IntArrayRef{4}));
+  EXPECT_GT(survived[1].item<double>(), 0);
+}
+
+TEST_F(CudaOps, DequantizeAndNorms) {
+  const PackedTensors w = quantize(torch::randn({24, 128}), hqq_options(3, 64));
   const auto dense =
       call<at::Tensor, const at::Tensor&, const at::Tensor&, const at::Tensor&, at::IntArrayRef,
            at::ScalarType>("dequantize", "", w.codes, w.stats, w.shared, ints(w), torch::kFloat);

@@ -53,14 +53,17 @@ struct RawPair {
   Words4 a, b;
 };
 
-/// Pair number `pair` of the row whose codes begin at `row`.
+/// Pair number `pair` of the row whose codes begin at `row`. Nothing is read behind its
+/// `row_bytes`: at 8 bits the second chunk of the last pair may not exist, and is the first one
+/// then.
 template <int kBits>
-QUANTAL_HD RawPair load_pair(const std::uint8_t* row, std::uint32_t pair) {
+QUANTAL_HD RawPair load_pair(const std::uint8_t* row, std::int64_t row_bytes, std::uint32_t pair) {
   using W = Width<kBits>;
   RawPair raw{};
   if constexpr (kBits == 8) {
-    raw.a = load_words(row + static_cast<std::int64_t>(pair) * 32);
-    raw.b = load_words(row + static_cast<std::int64_t>(pair) * 32 + 16);
+    const std::int64_t at = static_cast<std::int64_t>(pair) * 32;
+    raw.a = load_words(row + at);
+    raw.b = load_words(row + (at + 16 < row_bytes ? at + 16 : at));
   } else {
     const std::uint32_t unit = 2 * pair / W::kChunks, inside = 2 * pair % W::kChunks;
     const std::uint8_t* at = row + static_cast<std::int64_t>(unit) * W::kUnitBytes;

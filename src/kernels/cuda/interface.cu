@@ -1,4 +1,5 @@
 // The C interface: arguments are checked here, and exceptions become codes.
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <exception>
@@ -200,6 +201,73 @@ NormArgs checked(const quantal_cuda_norms& p) {
   return a;
 }
 
+Quantizer quantizer_of(const quantal_cuda_quantizer& q) {
+  Quantizer how;
+  how.encoder = static_cast<Encoder>(q.encoder);
+  std::copy(std::begin(q.thresholds), std::end(q.thresholds), how.thresholds);
+  std::copy(std::begin(q.codes), std::end(q.codes), how.codes);
+  how.least = q.least;
+  how.not_a_number = q.not_a_number;
+  how.tiny_range = q.tiny_range;
+  how.largest_scale = q.largest_scale;
+  how.round_zero = q.round_zero != 0;
+  how.rounds = q.rounds;
+  std::copy(std::begin(q.nested_map), std::end(q.nested_map), how.nested_map);
+  return how;
+}
+
+/// The members of QuantizeArgs that follow from the spec.
+QuantizeArgs quantize_form(const PackedSpec& spec) {
+  const PackedLayout layout = layout_of(spec);
+  QuantizeArgs a{};
+  a.rows = spec.rows;
+  a.cols = spec.cols;
+  a.group_size = spec.group_size;
+  a.groups = ceil_div(spec.rows * spec.cols, spec.group_size);
+  a.code_bytes = layout.code_bytes;
+  a.stat_bytes = layout.stat_bytes;
+  a.slots = layout.slots;
+  a.nested_slots = layout.nested_slots;
+  a.nested_group_size = spec.nested_group_size;
+  a.bits = spec.bits;
+  a.scale_kind = static_cast<ScaleKind>(spec.scale);
+  a.value_kind = static_cast<FloatKind>(spec.value_dtype);
+  a.has_header = layout.has_header;
+  a.has_offsets = stores_offsets(spec.offset);
+  return a;
+}
+
+QuantizeArgs checked(const quantal_cuda_quantization& p) {
+  const char* where = "quantize";
+  const PackedView view = view_of(p.w);
+  const Matrix m = matrix_of(view);  // sizes and alignment
+  if (p.how == nullptr) fail(Errc::kConfig, "cuda quantize: how is null, expected a quantizer");
+  QuantizeArgs a = quantize_form(view.spec);
+  a.how = quantizer_of(*p.how);
+  if (const auto why = quantize_refusal(view.spec, a.how.encoder); !why.empty()) {
+    refuse(where, why);
+  }
+  a.kind = kind_of(where, "dtype", p.dtype);
+  a.converts = a.kind != a.value_kind && a.value_kind != FloatKind::kF32;
+  const bool converting = a.how.encoder != Encoder::kTable && a.how.encoder != Encoder::kAffine;
+  a.converts = a.converts && converting;
+  a.weight = p.weight;
+  a.codes = const_cast<std::uint8_t*>(m.codes);
+  a.stats = const_cast<std::uint8_t*>(m.stats);
+  a.shared = static_cast<std::uint8_t*>(const_cast<void*>(p.w.shared));
+  a.refused = p.refused;
+  const std::int64_t bytes = quantize_workspace(view.spec);
+  if (p.workspace_bytes < bytes) {
+    fail(Errc::kShape, "cuda quantize: workspace has " + std::to_string(p.workspace_bytes) +
+                           " bytes, expected at least " + std::to_string(bytes));
+  }
+  check_pointer(where, "refused", p.refused, 4);
+  check_pointer(where, "workspace", p.workspace, kAlignment);
+  if (a.rows > 0) check_pointer(where, "weight", p.weight, element_bytes(a.kind));
+  a.scratch = quantize_scratch(p.workspace, view.spec);
+  return a;
+}
+
 // ------------------------------------------------------------------ entries
 
 int probe(std::int32_t device, quantal_cuda_status* status) {
@@ -293,6 +361,22 @@ int norms_entry(const quantal_cuda_norms* p, quantal_cuda_stream stream,
   });
 }
 
+int64_t quantize_workspace_entry(const int64_t* spec) {
+  std::int64_t bytes = -1;
+  guarded(nullptr, [&] { bytes = quantize_workspace(spec_from_ints({spec, kSpecInts})); });
+  return bytes;
+}
+int supports_quantization(const quantal_cuda_quantization* p, quantal_cuda_status* status) {
+  return guarded(status, [&] { checked(*p); });
+}
+int quantize_entry(const quantal_cuda_quantization* p, quantal_cuda_stream stream,
+                   quantal_cuda_status* status) {
+  return launch("quantize", stream, status, [&](Stream on, auto enqueue) {
+    const QuantizeArgs args = checked(*p);
+    enqueue([&] { quantize(args, on); });
+  });
+}
+
 constexpr quantal_cuda_interface kInterface = {
     .version = QUANTAL_CUDA_VERSION,
     .probe = probe,
@@ -308,7 +392,10 @@ constexpr quantal_cuda_interface kInterface = {
     .supports_int8_matmul = supports_int8,
     .int8_matmul = int8_entry,
     .supports_row_square_sums = supports_norms,
-    .row_square_sums = norms_entry};
+    .row_square_sums = norms_entry,
+    .quantize_workspace = quantize_workspace_entry,
+    .supports_quantize = supports_quantization,
+    .quantize = quantize_entry};
 
 }  // namespace
 }  // namespace quantal::cuda

@@ -26,7 +26,7 @@ extern "C" {
 #endif
 
 /** Changes with any change of this file. */
-#define QUANTAL_CUDA_VERSION 1
+#define QUANTAL_CUDA_VERSION 2
 
 enum quantal_cuda_code {
   QUANTAL_CUDA_OK = 0,
@@ -102,6 +102,33 @@ typedef struct {
   double* out;
 } quantal_cuda_norms;
 
+/** How weights become codes; the members are those of quantal::cuda::Quantizer (quantizer.h). */
+typedef struct {
+  int32_t encoder;
+  float thresholds[16];
+  uint8_t codes[16];
+  float least;
+  float not_a_number;
+  float tiny_range;
+  float largest_scale;
+  int32_t round_zero;
+  int32_t rounds;
+  float nested_map[256];
+} quantal_cuda_quantizer;
+
+/** Fills the buffers of `w` (which are written here) from weight [rows, cols], bit for bit as on
+ * the CPU. `refused`, in device memory, becomes 1 if a weight is not finite and the buffers mean
+ * nothing, else 0. */
+typedef struct {
+  quantal_cuda_matrix w;
+  quantal_cuda_dtype dtype;
+  const void* weight;
+  const quantal_cuda_quantizer* how; /**< host memory */
+  int32_t* refused;
+  void* workspace; /**< quantize_workspace bytes, at a multiple of 16 */
+  int64_t workspace_bytes;
+} quantal_cuda_quantization;
+
 /** The functions of the library. */
 typedef struct {
   int32_t version; /**< QUANTAL_CUDA_VERSION */
@@ -136,6 +163,12 @@ typedef struct {
   int (*supports_row_square_sums)(const quantal_cuda_norms* p, quantal_cuda_status* status);
   int (*row_square_sums)(const quantal_cuda_norms* p, quantal_cuda_stream stream,
                          quantal_cuda_status* status);
+
+  /** Bytes; -1 for a spec that is refused. */
+  int64_t (*quantize_workspace)(const int64_t* spec);
+  int (*supports_quantize)(const quantal_cuda_quantization* p, quantal_cuda_status* status);
+  int (*quantize)(const quantal_cuda_quantization* p, quantal_cuda_stream stream,
+                  quantal_cuda_status* status);
 } quantal_cuda_interface;
 
 /** The functions, or null if the library has another version than the caller. */

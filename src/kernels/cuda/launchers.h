@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/cuda/args.h"
+#include "kernels/cuda/quantizer.h"
 #include "kernels/cuda/start.h"
 
 namespace quantal::cuda {
@@ -19,5 +20,10 @@ void tile_matmul(const TileArgs& args, FloatKind kind, bool transposed, Stream s
 std::int64_t int8_workspace(std::int64_t inputs, std::int64_t cols);
 Int8Scratch int8_scratch(void* workspace, std::int64_t inputs, std::int64_t cols);
 void int8_matmul(const Int8Args& args, Stream stream);
+
+/// Bytes of QuantizeScratch for a spec, and its parts in a workspace of that size.
+std::int64_t quantize_workspace(const PackedSpec& spec);
+QuantizeScratch quantize_scratch(void* workspace, const PackedSpec& spec);
+void quantize(const QuantizeArgs& args, Stream stream);
 
 }  // namespace quantal::cuda

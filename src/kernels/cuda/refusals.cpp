@@ -59,4 +59,35 @@ std::string int8_refusal(const PackedSpec& spec, float threshold) {
   return {};
 }
 
+std::string quantize_refusal(const PackedSpec& spec, Encoder encoder) {
+  const bool floats = spec.scale == ScaleSource::kF32 || spec.scale == ScaleSource::kF16 ||
+                      spec.scale == ScaleSource::kBF16;
+  const bool offsets = stores_offsets(spec.offset);
+  bool legal = spec.group_map == GroupMap::kRowRuns;
+  switch (encoder) {
+    case Encoder::kTable:
+      legal = legal && spec.bits == 4 && !offsets &&
+              (spec.scale == ScaleSource::kF32 || spec.scale == ScaleSource::kNestedU8);
+      break;
+    case Encoder::kRowInt8:
+    case Encoder::kSymmetric:
+      legal = legal && spec.bits == 8 && floats && !offsets && spec.cols % spec.group_size == 0;
+      break;
+    case Encoder::kAnchored:
+    case Encoder::kShifted:
+    case Encoder::kRoundedZero:
+      legal = legal && floats && offsets && spec.cols % spec.group_size == 0;
+      break;
+    case Encoder::kAffine:
+      legal = legal && floats && offsets && spec.rows * spec.cols % spec.group_size == 0;
+      break;
+    default:
+      return "encoder is number " + std::to_string(static_cast<int>(encoder)) + ", expected 0 .. 6";
+  }
+  if (legal) return {};
+  return "a form of " + std::to_string(spec.bits) + " bits in groups of " +
+         std::to_string(spec.group_size) + " is given, expected one that encoder " +
+         std::to_string(static_cast<int>(encoder)) + " makes";
+}
+
 }  // namespace quantal::cuda

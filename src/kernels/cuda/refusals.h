@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <string>
 
+#include "kernels/cuda/quantizer.h"
 #include "quantal/packed.h"
 
 namespace quantal::cuda {
@@ -15,5 +16,7 @@ std::string small_refusal(const PackedSpec& spec, DType dtype, std::int64_t inpu
 std::string tile_refusal(const PackedSpec& spec, DType dtype, bool transposed);
 /// LLM.int8.
 std::string int8_refusal(const PackedSpec& spec, float threshold);
+/// Quantizing with an encoder.
+std::string quantize_refusal(const PackedSpec& spec, Encoder encoder);
 
 }  // namespace quantal::cuda

@@ -62,14 +62,14 @@ struct SmallRaw {
   RawPair rows[kRowTiles][2];
 };
 template <int kBits, int kRowTiles>
-QUANTAL_DEVICE SmallRaw<kRowTiles> load_step(const SmallRow rows[kRowTiles][2], std::uint32_t pair,
-                                             bool inside) {
+QUANTAL_DEVICE SmallRaw<kRowTiles> load_step(const Matrix& w, const SmallRow rows[kRowTiles][2],
+                                             std::uint32_t pair, bool inside) {
   SmallRaw<kRowTiles> raw{};
   QUANTAL_UNROLL
   for (int i = 0; i < kRowTiles; ++i) {
     QUANTAL_UNROLL
     for (int h = 0; h < 2; ++h) {
-      if (inside) raw.rows[i][h] = load_pair<kBits>(rows[i][h].codes, pair);
+      if (inside) raw.rows[i][h] = load_pair<kBits>(rows[i][h].codes, w.code_bytes, pair);
     }
   }
   return raw;
@@ -161,12 +161,12 @@ QUANTAL_KERNEL void QUANTAL_KERNEL_THREADS(kSmallThreads, kRowTiles == 1 ? 2 : 1
   float sums[kRowTiles][kInputTiles][4] = {};
   const auto pairs = static_cast<std::uint32_t>((a.w.cols + 31) / 32);
   std::uint32_t pair = static_cast<std::uint32_t>(warp * 4 + lane % 4);
-  SmallRaw<kRowTiles> raw = load_step<kBits, kRowTiles>(rows, pair, pair < pairs);
+  SmallRaw<kRowTiles> raw = load_step<kBits, kRowTiles>(a.w, rows, pair, pair < pairs);
   // All lanes of a warp make the same number of steps: products need every lane.
   for (std::uint32_t first = static_cast<std::uint32_t>(warp) * 4; first < pairs;
        first += 4 * kSmallWarps, pair += 4 * kSmallWarps) {
     const std::uint32_t next = pair + 4 * kSmallWarps;
-    const SmallRaw<kRowTiles> ahead = load_step<kBits, kRowTiles>(rows, next, next < pairs);
+    const SmallRaw<kRowTiles> ahead = load_step<kBits, kRowTiles>(a.w, rows, next, next < pairs);
     QUANTAL_UNROLL
     for (std::uint32_t second = 0; second < 2; ++second) {
       multiply_chunk<kBits, kValues, kKind, kRowTiles, kInputTiles>(a, table, rows, raw, pair,

@@ -22,7 +22,8 @@ QUANTAL_DEVICE Table own_table(const float* shared) {
 /// Loads a pair of any width.
 QUANTAL_DEVICE RawPair load_pair(const Matrix& w, const std::uint8_t* row, std::uint32_t pair) {
   RawPair raw{};
-  with_width(w.bits, [&](auto bits) { raw = load_pair<decltype(bits)::value>(row, pair); });
+  with_width(w.bits,
+             [&](auto bits) { raw = load_pair<decltype(bits)::value>(row, w.code_bytes, pair); });
   return raw;
 }
 

@@ -1,0 +1,83 @@
+#include "formats/device_quantizer.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "formats/bnb/bnb_params.h"
+#include "formats/hqq/hqq_params.h"
+#include "formats/mlx/mlx_params.h"
+#include "formats/quanto/quanto_params.h"
+
+namespace quantal {
+namespace {
+
+using cuda::Encoder;
+using cuda::Quantizer;
+
+std::optional<Quantizer> bnb_quantizer(const PackedSpec& spec) {
+  Quantizer how;
+  if (bnb::is_int8(spec)) {
+    how.encoder = Encoder::kRowInt8;
+    return how;
+  }
+  const TableQuantizer& table = bnb::table_quantizer(spec.code_map == CodeMap::kFp4);
+  how.encoder = Encoder::kTable;
+  std::ranges::copy(table.thresholds, how.thresholds);
+  std::ranges::copy(table.codes, how.codes);
+  std::ranges::copy(bnb::dynamic_map(), how.nested_map);
+  how.least = bnb::kTinyAbsmax;
+  return how;
+}
+
+std::optional<Quantizer> hqq_quantizer(const PackedSpec& spec) {
+  const hqq::Flags flags = hqq::Flags::from_int(spec.dialect_flags);
+  const bool plain = !flags.quant_zero && !flags.quant_scale && !flags.ternary;
+  if (!plain || spec.group_map != GroupMap::kRowRuns) return std::nullopt;
+  Quantizer how;
+  how.encoder = Encoder::kAffine;
+  how.tiny_range = hqq::kTinyRange;
+  how.largest_scale = hqq::kMaxInverseScale;
+  how.round_zero = flags.round_zero;
+  how.rounds = flags.optimize ? hqq::kSolverRounds : 0;
+  return how;
+}
+
+std::optional<Quantizer> mlx_quantizer(const PackedSpec& spec) {
+  if (spec.code_map != CodeMap::kInteger) return std::nullopt;
+  Quantizer how;
+  how.encoder = Encoder::kAnchored;
+  return how;
+}
+
+std::optional<Quantizer> quanto_quantizer(const PackedSpec& spec) {
+  const quanto::Flags flags = quanto::Flags::from_int(spec.dialect_flags);
+  if (flags.optimize || flags.per_tensor || spec.group_map != GroupMap::kRowRuns ||
+      spec.code_map != CodeMap::kInteger) {
+    return std::nullopt;
+  }
+  Quantizer how;
+  how.encoder = spec.offset == Offset::kNone ? Encoder::kSymmetric
+                : flags.zero_point           ? Encoder::kRoundedZero
+                                             : Encoder::kShifted;
+  how.not_a_number = flags.zero_point ? std::numeric_limits<float>::lowest() : 0.0F;
+  return how;
+}
+
+}  // namespace
+
+std::optional<Quantizer> device_quantizer(const PackedSpec& spec) {
+  switch (spec.dialect) {
+    case bnb::kDialectId:
+      return bnb_quantizer(spec);
+    case hqq::kDialectId:
+      return hqq_quantizer(spec);
+    case mlx::kDialectId:
+      return mlx_quantizer(spec);
+    case quanto::kDialectId:
+      return quanto_quantizer(spec);
+    default:
+      return std::nullopt;
+  }
+}
+
+}  // namespace quantal

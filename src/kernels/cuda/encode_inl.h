@@ -1,0 +1,224 @@
+// From weights to statistics and codes, for host and device: the operations of the scalar
+// primitives in kernels/ref and kernels/cpu/row_int8_scalar.cpp in their order, so that the bytes
+// are those of the CPU.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/cuda/floats_inl.h"
+#include "kernels/cuda/quantizer.h"
+#include "kernels/quantize_power.h"
+
+namespace quantal::cuda {
+
+/// Smallest and largest of a run; of equal ones the first, so that -0 and +0 are told apart.
+struct Extent {
+  float low, high;
+  std::int32_t low_at, high_at;
+  bool finite;
+};
+QUANTAL_HD Extent no_extent() {
+  const float infinity = float_of_bits(0x7F800000U);
+  return {infinity, -infinity, 0x7FFFFFFF, 0x7FFFFFFF, true};
+}
+/// Of two parts of a run, in any order.
+QUANTAL_HD Extent joined(const Extent& a, const Extent& b) {
+  Extent out = a;
+  if (b.low < a.low || (b.low == a.low && b.low_at < a.low_at)) {
+    out.low = b.low;
+    out.low_at = b.low_at;
+  }
+  if (b.high > a.high || (b.high == a.high && b.high_at < a.high_at)) {
+    out.high = b.high;
+    out.high_at = b.high_at;
+  }
+  out.finite = a.finite && b.finite;
+  return out;
+}
+
+/// Weight number i of the flattened matrix.
+QUANTAL_HD float weight_at(const QuantizeArgs& a, std::int64_t i) {
+  const float w = load_float(a.kind, a.weight, i);
+  if (a.how.encoder == Encoder::kRowInt8) return round_to<FloatKind::kF16>(w);
+  return a.converts ? round_to(a.value_kind, w) : w;
+}
+
+/// What codes of a group are made with. `scale` and `offset` are stored too, kAffine's scale as its
+/// inverse; kTable's offset is 1 where codes are made by division.
+struct GroupCode {
+  float scale, offset;
+};
+
+QUANTAL_HD float larger(float a, float b) { return a > b ? a : b; }
+QUANTAL_HD float smaller(float a, float b) { return a < b ? a : b; }
+
+// ------------------------------------------------------------------ statistics
+
+QUANTAL_HD GroupCode anchored_code(const Extent& e, int bits) {
+  constexpr float kTiny = 1e-7F;  // kTinyScale of kernels/small_float.h
+  const float range = e.high - e.low;
+  if (bits == 1) return {larger(range, kTiny), e.low};
+  const bool at_low = magnitude(e.low) > magnitude(e.high);
+  const float s = larger(range / static_cast<float>((1 << bits) - 1), kTiny);
+  const float signed_scale = at_low ? s : -s;
+  const float edge = at_low ? e.low : e.high;
+  const float q0 = rounded(edge / signed_scale);
+  if (q0 == 0) return {signed_scale, 0.0F};
+  return {edge / q0, edge};
+}
+
+QUANTAL_HD GroupCode shifted_code(const QuantizeArgs& a, const Extent& e) {
+  const auto top = static_cast<float>((1 << a.bits) - 1);
+  const float scale = round_to(a.value_kind, round_to(a.value_kind, e.high - e.low) / top);
+  const float shift = -e.low;
+  if (a.how.encoder == Encoder::kShifted) return {scale, shift};
+  const float x = round_to(a.value_kind, shift / scale);
+  const float inside = x < 0.0F ? 0.0F : top < x ? top : x;  // -0 stays -0
+  return {scale, x != x ? 0.0F : rounded(inside)};
+}
+
+QUANTAL_HD GroupCode affine_code(const QuantizeArgs& a, const Extent& e) {
+  const float range = e.high - e.low;
+  float scale = (1.0F / range) * static_cast<float>((1 << a.bits) - 1);
+  if (magnitude(range) <= a.how.tiny_range) scale = 1.0F;
+  scale = smaller(scale, a.how.largest_scale);
+  const float zero = -e.low * scale;
+  return {scale, a.how.round_zero ? rounded(zero) : zero};
+}
+
+/// Of a group of `size` weights.
+QUANTAL_HD GroupCode group_code(const QuantizeArgs& a, const Extent& e, std::int64_t size) {
+  const float most = larger(magnitude(e.low), magnitude(e.high));
+  switch (a.how.encoder) {
+    case Encoder::kTable: {
+      const bool last_short = size < a.group_size;
+      return {last_short ? larger(most, a.how.least) : most, last_short ? 1.0F : 0.0F};
+    }
+    case Encoder::kRowInt8:
+      return {most, 0.0F};
+    case Encoder::kAnchored:
+      return anchored_code(e, a.bits);
+    case Encoder::kSymmetric:
+      return {round_to(a.value_kind, most / 127.0F), 0.0F};
+    case Encoder::kAffine:
+      return affine_code(a, e);
+    default:
+      return shifted_code(a, e);
+  }
+}
+
+// ------------------------------------------------------------------ codes
+
+QUANTAL_HD std::uint32_t table_code(const Quantizer& how, float s) {
+  std::uint32_t below = 0;
+  QUANTAL_UNROLL
+  for (int k = 0; k < 15; ++k) below += how.thresholds[k] < s ? 1 : 0;
+  return how.codes[below];
+}
+
+/// clamp(rint(r(r(w + shift) / scale)) + zero, 0, top).
+QUANTAL_HD std::uint32_t rounded_code(const QuantizeArgs& a, float w, float scale, float shift,
+                                      float zero, float top) {
+  float x = round_to(a.value_kind, round_to(a.value_kind, w + shift) / scale);
+  if (x != x) x = a.how.not_a_number;
+  const float q = rounded(smaller(larger(x, -zero), top - zero));
+  return static_cast<std::uint32_t>(static_cast<std::int32_t>(q + zero));
+}
+
+template <Encoder kEncoder>
+QUANTAL_HD std::uint32_t code_of(const QuantizeArgs& a, float w, GroupCode g) {
+  const auto top = static_cast<float>((1 << a.bits) - 1);
+  if constexpr (kEncoder == Encoder::kTable) {
+    const float divisor = larger(g.scale, a.how.least);
+    const float s = g.offset != 0.0F ? w / divisor : w * (1.0F / divisor);
+    return table_code(a.how, smaller(larger(s, -1.0F), 1.0F));
+  } else if constexpr (kEncoder == Encoder::kRowInt8) {
+    const float factor = g.scale == 0.0F ? 0.0F : (1.0F / g.scale) * 127.0F;
+    return static_cast<std::uint32_t>(static_cast<std::int32_t>(rounded(w * factor)) + 128);
+  } else if constexpr (kEncoder == Encoder::kAnchored) {
+    const float q = rounded((w - g.offset) / g.scale);
+    return static_cast<std::uint32_t>(q > 0 ? smaller(q, top) : 0.0F);
+  } else if constexpr (kEncoder == Encoder::kAffine) {
+    const float x = w * g.scale + g.offset;
+    return static_cast<std::uint32_t>(rounded(smaller(x > 0.0F ? x : 0.0F, top)));
+  } else if constexpr (kEncoder == Encoder::kSymmetric) {
+    return rounded_code(a, w, g.scale, 0.0F, 128.0F, 255.0F);
+  } else if constexpr (kEncoder == Encoder::kShifted) {
+    return rounded_code(a, w, g.scale, g.offset, 0.0F, top);
+  } else {
+    return rounded_code(a, w, g.scale, 0.0F, g.offset, top);
+  }
+}
+
+// ------------------------------------------------------------------ the half-quadratic solver
+
+template <std::size_t kIndex>
+QUANTAL_HD double log2_polynomial(double t) {
+  constexpr double kTerm = kLog2Poly[kIndex];
+  if constexpr (kIndex + 1 == kLog2Poly.size()) {
+    return kTerm;
+  } else {
+    return log2_polynomial<kIndex + 1>(t) * t + kTerm;
+  }
+}
+template <std::size_t kIndex>
+QUANTAL_HD double exp2_polynomial(double f) {
+  constexpr double kTerm = kExp2Poly[kIndex];
+  if constexpr (kIndex + 1 == kExp2Poly.size()) {
+    return kTerm;
+  } else {
+    return exp2_polynomial<kIndex + 1>(f) * f + kTerm;
+  }
+}
+QUANTAL_HD std::int64_t bits_of_double(double v) {
+#if defined(__CUDA_ARCH__)
+  return __double_as_longlong(v);
+#else
+  return std::bit_cast<std::int64_t>(v);
+#endif
+}
+QUANTAL_HD double double_of_bits(std::int64_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __longlong_as_double(bits);
+#else
+  return std::bit_cast<double>(bits);
+#endif
+}
+QUANTAL_HD double rounded_double(double v) {
+#if defined(__CUDA_ARCH__)
+  return rint(v);
+#else
+  return __builtin_nearbyint(v);
+#endif
+}
+
+/// a^-0.3 as kernels/quantize_power.h describes it.
+QUANTAL_HD float solver_power(float a) {
+  const std::int64_t bits = bits_of_double(static_cast<double>(a));
+  const std::int64_t k = (bits - kSqrtHalfBits) >> 52;
+  const double t = double_of_bits(bits - k * (std::int64_t{1} << 52)) - 1.0;
+  const double log2 = log2_polynomial<0>(t) * t + static_cast<double>(k);
+  const double y = static_cast<double>(kSolverPower) * log2;
+  const double whole = rounded_double(y);
+  const double exp2 = exp2_polynomial<0>(y - whole);
+  const std::int64_t scale = static_cast<std::int64_t>(whole) + 1023;
+  return static_cast<float>(exp2 * double_of_bits(scale * (std::int64_t{1} << 52)));
+}
+
+/// Terms of one weight in a step of the solver.
+struct SolverTerms {
+  float zero, residual;
+};
+QUANTAL_HD SolverTerms solver_terms(float w, GroupCode g, float top) {
+  const float x = w * g.scale + g.offset;
+  const float q = rounded(smaller(x > 0.0F ? x : 0.0F, top));
+  const float d = w - (q - g.offset) / g.scale;
+  const float size = magnitude(d);
+  const float shrunk = size - kSolverInverseBeta * solver_power(size);
+  const float positive = shrunk > 0.0F ? shrunk : 0.0F;
+  const float e = float_of_bits(bits_of_float(positive) | (bits_of_float(d) & 0x80000000U));
+  return {q - (w - e) * g.scale, size};
+}
+
+}  // namespace quantal::cuda

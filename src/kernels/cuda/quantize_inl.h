@@ -1,0 +1,300 @@
+// The kernels of one quantization, in this order: statistics of groups; rounds of the solver or the
+// second level of nested scales, where there are any; statistics as bytes; codes.
+#pragma once
+
+#include "kernels/cuda/decode_inl.h"
+#include "kernels/cuda/encode_inl.h"
+#include "kernels/cuda/geometry.h"
+
+namespace quantal::cuda {
+
+inline constexpr int kQuantizeThreads = 256;
+
+inline Geometry quantize_geometry(std::int64_t threads) {
+  return {.blocks_x = (threads + kQuantizeThreads - 1) / kQuantizeThreads,
+          .threads = kQuantizeThreads};
+}
+
+QUANTAL_DEVICE std::int64_t quantize_thread() {
+  return block_x() * kQuantizeThreads + thread_index();
+}
+
+// ------------------------------------------------------------------ groups
+
+/// A warp takes a group; lane l its weights l, l + 32, ...
+QUANTAL_KERNEL void QUANTAL_KERNEL_THREADS(kQuantizeThreads, 1)
+    quantize_groups(const QuantizeArgs a) {
+  const int lane = thread_index() % kWarp;
+  const std::int64_t group = quantize_thread() / kWarp;
+  if (group >= a.groups) return;
+  const std::int64_t begin = group * a.group_size, all = a.rows * a.cols;
+  const std::int64_t end = begin + a.group_size < all ? begin + a.group_size : all;
+  Extent e = no_extent();
+  for (std::int64_t i = begin + lane; i < end; i += kWarp) {
+    const float w = weight_at(a, i);
+    const auto at = static_cast<std::int32_t>(i - begin);
+    e = joined(e, {w, w, at, at, is_finite(w)});
+  }
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+    const Extent other = {shuffle_xor(e.low, mask), shuffle_xor(e.high, mask),
+                          shuffle_xor(e.low_at, mask), shuffle_xor(e.high_at, mask),
+                          shuffle_xor(e.finite ? 1 : 0, mask) != 0};
+    e = joined(e, other);
+  }
+  if (lane != 0) return;
+  if (!e.finite) *a.refused = 1;
+  const GroupCode code = group_code(a, e, end - begin);
+  a.scratch.scale[group] = code.scale;
+  a.scratch.offset[group] = code.offset;
+  a.scratch.terms[group] = static_cast<double>(code.scale);
+}
+
+// ------------------------------------------------------------------ sums over the matrix
+
+inline Geometry start_geometry() { return {.blocks_x = 1, .threads = kWarp}; }
+
+QUANTAL_KERNEL void quantize_start(const QuantizeArgs a) {
+  if (thread_index() != 0) return;
+  *a.refused = 0;
+  *a.scratch.done = 0;
+  *a.scratch.best = float_of_bits(0x7F800000U);
+}
+
+/// One step of the solver; half a warp takes a group, lane l its weights l, l + 16, ... in order,
+/// and lanes are added as l += l + 8, 4, 2, 1: the order of kernels/quantize.h.
+QUANTAL_KERNEL void QUANTAL_KERNEL_THREADS(kQuantizeThreads, 1)
+    quantize_solve(const QuantizeArgs a) {
+  constexpr int kLanes = 16;
+  if (*a.scratch.done != 0) return;
+  const int lane = thread_index() % kLanes;
+  const std::int64_t group = quantize_thread() / kLanes;
+  const bool inside = group < a.groups;  // both halves of a warp reach the shuffles
+  double zero = 0, residual = 0;
+  if (inside) {
+    const GroupCode code = {a.scratch.scale[group], a.scratch.offset[group]};
+    const auto top = static_cast<float>((1 << a.bits) - 1);
+    for (std::int64_t i = lane; i < a.group_size; i += kLanes) {
+      const SolverTerms t = solver_terms(weight_at(a, group * a.group_size + i), code, top);
+      zero += static_cast<double>(t.zero);
+      residual += static_cast<double>(t.residual);
+    }
+  }
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) {
+    zero += shuffle_xor(zero, mask);
+    residual += shuffle_xor(residual, mask);
+  }
+  if (lane != 0 || !inside) return;
+  a.scratch.offset[group] = static_cast<float>(zero / static_cast<double>(a.group_size));
+  a.scratch.terms[group] = residual;
+}
+
+/// Terms of the groups that begin in a row, added in order; a thread takes a row.
+QUANTAL_KERNEL void QUANTAL_KERNEL_THREADS(kQuantizeThreads, 1)
+    quantize_row_sums(const QuantizeArgs a) {
+  const std::int64_t row = quantize_thread();
+  if (row >= a.rows || *a.scratch.done != 0) return;
+  const auto first = [&](std::int64_t r) { return (r * a.cols + a.group_size - 1) / a.group_size; };
+  const std::int64_t end = first(row + 1) < a.groups ? first(row + 1) : a.groups;
+  double sum = 0;
+  for (std::int64_t g = first(row); g < end; ++g) sum += a.scratch.terms[g];
+  a.scratch.rows[row] = sum;
+}
+
+inline constexpr std::int64_t kStaged = 2048;
+inline Geometry sum_geometry() {
+  return {.blocks_x = 1, .threads = kQuantizeThreads, .shared_bytes = kStaged * 8};
+}
+
+/// Sum of all rows in order, by one thread of one block; the others bring the rows near. With the
+/// solver: stops it if the mean residual did not fall. Else best = mean over groups.
+QUANTAL_KERNEL void QUANTAL_KERNEL_THREADS(kQuantizeThreads, 1)
+    quantize_decide(const QuantizeArgs a) {
+  if (*a.scratch.done != 0) return;
+  auto* staged = reinterpret_cast<double*>(shared_memory());
+  double sum = 0;
+  for (std::int64_t from = 0; from < a.rows; from += kStaged) {
+    const std::int64_t count = a.rows - from < kStaged ? a.rows - from : kStaged;
+    for (std::int64_t i = thread_index(); i < count; i += kQuantizeThreads) {
+      staged[i] = a.scratch.rows[from + i];
+    }
+    block_sync();
+    if (thread_index() == 0) {
+      for (std::int64_t i = 0; i < count; ++i) sum += staged[i];
+    }
+    block_sync();
+  }
+  if (thread_index() != 0) return;
+  const bool solver = a.how.encoder == Encoder::kAffine;
+  const std::int64_t count = solver ? a.rows * a.cols : a.groups;
+  const auto mean = static_cast<float>(sum / static_cast<double>(count));
+  if (solver && !(mean < *a.scratch.best)) {
+    *a.scratch.done = 1;
+  } else {
+    *a.scratch.best = mean;
+  }
+}
+
+// ------------------------------------------------------------------ nested scales
+
+/// Code of a point of [-1, 1] among 65536: the number of midpoints of the map below it.
+QUANTAL_DEVICE std::uint32_t nested_code(const float* map, std::uint32_t point) {
+  const float value = -1.0F + (2.0F * static_cast<float>(point)) / 65535.0F;
+  std::uint32_t low = 0, high = 255;
+  while (low < high) {
+    const std::uint32_t middle = (low + high) / 2;
+    if (0.5F * (map[middle] + map[middle + 1]) < value) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+/// Second level: a warp takes a block of first-level scales less their mean.
+QUANTAL_KERNEL void QUANTAL_KERNEL_THREADS(kQuantizeThreads, 1)
+    quantize_nested(const QuantizeArgs a) {
+  const int lane = thread_index() % kWarp;
+  const std::int64_t block = quantize_thread() / kWarp;
+  const std::int64_t begin = block * a.nested_group_size;
+  if (begin >= a.groups) return;
+  const std::int64_t end =
+      begin + a.nested_group_size < a.groups ? begin + a.nested_group_size : a.groups;
+  const float mean = *a.scratch.best;
+  float top = 0.0F;
+  for (std::int64_t g = begin + lane; g < end; g += kWarp) {
+    top = larger(magnitude(a.scratch.scale[g] - mean), top);
+  }
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) top = larger(top, shuffle_xor(top, mask));
+  const float reciprocal = 1.0F / top;
+  const auto* map = reinterpret_cast<const float*>(a.shared) + 1;
+  for (std::int64_t g = begin + lane; g < end; g += kWarp) {
+    const float s = smaller(larger((a.scratch.scale[g] - mean) * reciprocal, -1.0F), 1.0F);
+    const float unit = (s + 1.0F) * 0.5F;
+    // The product and the sum round once: both are exact in double.
+    const auto index = static_cast<float>(static_cast<double>(unit) * 65535.0 + 0.5);
+    a.scratch.nested[g] = static_cast<std::uint8_t>(
+        top == 0.0F ? 0U : nested_code(map, static_cast<std::uint32_t>(index) & 0xFFFFU));
+  }
+  if (lane == 0) a.scratch.absmax2[block] = top;
+}
+
+/// shared: the mean, then the map.
+QUANTAL_KERNEL void QUANTAL_KERNEL_THREADS(kQuantizeThreads, 1)
+    quantize_shared(const QuantizeArgs a) {
+  auto* shared = reinterpret_cast<float*>(a.shared);
+  shared[1 + thread_index()] = a.how.nested_map[thread_index()];
+  if (thread_index() == 0) shared[0] = *a.scratch.best;
+}
+
+// ------------------------------------------------------------------ bytes
+
+QUANTAL_DEVICE void store_word(std::uint8_t* to, std::uint32_t word) {
+  for (int i = 0; i < 4; ++i) to[i] = static_cast<std::uint8_t>(word >> (8 * i));
+}
+
+/// Statistics of a row as quantal/packed.h lays them out; a thread takes a slot. Unused slots are
+/// 0.
+QUANTAL_KERNEL void QUANTAL_KERNEL_THREADS(kQuantizeThreads, 1)
+    quantize_stats(const QuantizeArgs a) {
+  const std::int64_t item = quantize_thread();
+  const std::int64_t row = item / a.slots, slot = item % a.slots;
+  if (row >= a.rows) return;
+  const std::int64_t start = row * a.cols, phase = start % a.group_size;
+  const std::int64_t first = start / a.group_size;
+  const std::int64_t count = (phase + a.cols + a.group_size - 1) / a.group_size;
+  const bool nested = a.scale_kind == ScaleKind::kNestedU8;
+  std::uint8_t* stats = a.stats + row * a.stat_bytes;
+  const std::int64_t nested_phase = nested ? first % a.nested_group_size : 0;
+  if (a.has_header) {
+    if (slot == 0) store_word(stats, static_cast<std::uint32_t>(phase | nested_phase << 24));
+    stats += 4;
+  }
+  const bool used = slot < count;
+  if (nested) {
+    stats[slot] = used ? a.scratch.nested[first + slot] : 0;
+    const std::int64_t blocks =
+        (nested_phase + count + a.nested_group_size - 1) / a.nested_group_size;
+    for (std::int64_t b = slot; b < a.nested_slots; b += a.slots) {
+      const float v = b < blocks ? a.scratch.absmax2[first / a.nested_group_size + b] : 0.0F;
+      store_word(stats + a.slots + 4 * b, bits_of_float(v));
+    }
+    return;
+  }
+  float scale = used ? a.scratch.scale[first + slot] : 0.0F;
+  if (used && a.how.encoder == Encoder::kAffine) scale = 1.0F / scale;
+  const auto kind = static_cast<FloatKind>(a.scale_kind);
+  store_float(kind, stats, slot, scale);
+  if (a.has_offsets) {
+    store_float(kind, stats, a.slots + slot, used ? a.scratch.offset[first + slot] : 0.0F);
+  }
+}
+
+/// Codes of a chunk, 0 beyond the row.
+template <Encoder kEncoder>
+QUANTAL_DEVICE Codes16 encode_chunk(const QuantizeArgs& a, std::int64_t row, std::int64_t chunk) {
+  Codes16 out = {{0, 0, 0, 0}};
+  const std::int64_t begin = row * a.cols + chunk * kChunk;
+  const std::int64_t left = a.cols - chunk * kChunk;
+  if (left <= 0) return out;
+  std::int64_t group = begin / a.group_size;
+  std::int64_t border = (group + 1) * a.group_size - begin;  // first weight of the next group
+  GroupCode code = {a.scratch.scale[group], a.scratch.offset[group]};
+  QUANTAL_UNROLL
+  for (int j = 0; j < kChunk; ++j) {
+    if (j >= left) break;
+    if (j == border) {
+      ++group;
+      border += a.group_size;
+      code = {a.scratch.scale[group], a.scratch.offset[group]};
+    }
+    out.w[j / 4] |= code_of<kEncoder>(a, weight_at(a, begin + j), code) << (8 * (j % 4));
+  }
+  return out;
+}
+
+/// One strip of a row, 16 bytes of one plane; a thread makes it from all chunks that have a part.
+template <Encoder kEncoder, int kBits>
+QUANTAL_DEVICE Words4 encode_strip(const QuantizeArgs& a, std::int64_t row, std::int64_t strip) {
+  using W = Width<kBits>;
+  constexpr int kStrips = W::kUnitBytes / 16, kLowStrips = W::kLowBytes / 16;
+  const std::int64_t unit = strip / kStrips;
+  const auto inside = static_cast<int>(strip % kStrips);
+  const bool low = inside < kLowStrips;
+  const int chunks = low ? W::kFields : W::kChunks;
+  const std::int64_t first = unit * W::kChunks + (low ? inside * W::kFields : 0);
+  Words4 out = {{0, 0, 0, 0}};
+  for (int c = 0; c < chunks; ++c) {
+    const Codes16 codes = encode_chunk<kEncoder>(a, row, first + c);
+    QUANTAL_UNROLL
+    for (int k = 0; k < 4; ++k) {
+      if (low) {
+        out.w[k] |= (codes.w[k] & byte_mask(W::kLow)) << (W::kLow * c);
+      } else {
+        out.w[k] |= (codes.w[k] >> W::kLow & byte_mask(W::kHigh)) << (W::kHigh * c);
+      }
+    }
+  }
+  return out;
+}
+
+template <Encoder kEncoder>
+QUANTAL_KERNEL void QUANTAL_KERNEL_THREADS(kQuantizeThreads, 1)
+    quantize_codes(const QuantizeArgs a) {
+  const std::int64_t strips = a.code_bytes / 16, item = quantize_thread();
+  const std::int64_t row = item / strips, strip = item % strips;
+  if (row >= a.rows) return;
+  Words4 out{};
+  if constexpr (kEncoder == Encoder::kTable) {
+    out = encode_strip<kEncoder, 4>(a, row, strip);
+  } else if constexpr (kEncoder == Encoder::kRowInt8 || kEncoder == Encoder::kSymmetric) {
+    out = encode_strip<kEncoder, 8>(a, row, strip);
+  } else {
+    with_width(a.bits, [&](auto bits) {
+      out = encode_strip<kEncoder, decltype(bits)::value>(a, row, strip);
+    });
+  }
+  *reinterpret_cast<Words4*>(a.codes + row * a.code_bytes + strip * 16) = out;
+}
+
+}  // namespace quantal::cuda

@@ -1,0 +1,74 @@
+// How weights become codes on a device, in the words of the primitives of kernels/quantize.h,
+// grouped.h, rounded.h and row_int8.h. Which dialect uses which is known in formats/ only.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cpu/cpu_kernels.h"
+#include "kernels/cuda/device.h"
+#include "quantal/packed.h"
+
+namespace quantal::cuda {
+
+/// Groups are runs of the flattened matrix; r() rounds to the value type.
+enum class Encoder : int {
+  /// scale = max |w|; code = table(clamp(w / max(scale, least), -1, 1)), the division as a product
+  /// with 1 / max(..) but in a short last group, whose scale is max(scale, least).
+  kTable = 0,
+  /// scale = f16(max |w|) of a row; code = rint(f16(w) * ((1 / scale) * 127)) + 128.
+  kRowInt8 = 1,
+  /// GroupedKernels::encode_anchored of r(w).
+  kAnchored = 2,
+  /// Of r(w): scale = r(r(high - low) / max), shift = -low, code as RoundedKernels::encode.
+  kShifted = 3,
+  /// The same with the shift as a rounded number of codes.
+  kRoundedZero = 4,
+  /// Of r(w): scale = r(max |w| / 127), code = rint(r(r(w) / scale)) + 128.
+  kSymmetric = 5,
+  /// The half-quadratic form: code = rint(clamp(w * scale + zero)), 1 / scale is stored.
+  kAffine = 6,
+};
+
+/// The settings that an encoder has; others are ignored.
+struct Quantizer {
+  Encoder encoder = Encoder::kTable;
+  float thresholds[16] = {};    ///< kTable: as TableQuantizer
+  std::uint8_t codes[16] = {};  ///< kTable
+  float least = 0;              ///< kTable: least divisor
+  float not_a_number = 0;       ///< kShifted, kRoundedZero: what NaN counts as
+  float tiny_range = 0;         ///< kAffine: ranges up to it have scale 1
+  float largest_scale = 0;      ///< kAffine
+  bool round_zero = false;      ///< kAffine
+  int rounds = 0;               ///< kAffine: of the solver at most; 0: none
+  float nested_map[256] = {};   ///< kNestedU8: ascending values of the second level's codes
+};
+
+/// Scratch of one quantization, in the caller's workspace.
+struct QuantizeScratch {
+  float *scale, *offset;  ///< [groups], what codes are made with
+  double* terms;          ///< [groups], of a sum over the matrix
+  double* rows;           ///< [rows], the same by row
+  float* best;            ///< least mean residual so far, or the mean of the first level
+  std::int32_t* done;     ///< 1 when the solver has stopped
+  std::uint8_t* nested;   ///< [groups], codes of the first level
+  float* absmax2;         ///< [groups / nested_group_size, rounded up]
+};
+
+/// Everything that the kernels of one quantization are given.
+struct QuantizeArgs {
+  Quantizer how;
+  const void* weight;
+  FloatKind kind;  ///< of weight
+  bool converts;   ///< weights are rounded to the value type first
+  std::int64_t rows, cols, group_size, groups;
+  std::int64_t code_bytes, stat_bytes, slots, nested_slots, nested_group_size;
+  int bits;
+  ScaleKind scale_kind;
+  FloatKind value_kind;
+  bool has_header, has_offsets;
+  std::uint8_t *codes, *stats, *shared;
+  std::int32_t* refused;  ///< set to 1 if a weight is not finite
+  QuantizeScratch scratch;
+};
+
+}  // namespace quantal::cuda

@@ -1,0 +1,16 @@
+// Ops for tensors on the CPU that those of a GPU use: through the dispatcher, errors would lose
+// their text at the C boundary of the stable ABI.
+#pragma once
+
+#include <tuple>
+
+#include "torch/stable_tensor.h"
+
+namespace quantal::stable_ops {
+
+std::tuple<Tensor, Tensor, Tensor> quantize_cpu(Tensor weight, Ints spec);
+double sampled_error_cpu(Tensor weight, Tensor codes, Tensor stats, Tensor shared, Ints spec);
+Tensor merge_survival_cpu(Tensor codes, Tensor stats, Tensor shared, Tensor new_codes,
+                          Tensor new_stats, Tensor new_shared, Ints spec, Tensor target);
+
+}  // namespace quantal::stable_ops

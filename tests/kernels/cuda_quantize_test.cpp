@@ -1,0 +1,295 @@
+// Quantizing by the CUDA kernels, run on the CPU, against the bytes of the CPU's quantizers.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <optional>
+
+#include "formats/device_quantizer.h"
+#include "kernels/cuda/encode_inl.h"
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda_machine.h"
+#include "kernels/quantize.h"
+#include "kernels/row_int8.h"
+#include "kernels/support.h"
+#include "quantal/formats.h"
+
+namespace quantal::testing {
+namespace {
+
+const quantal_cuda_interface& library() { return *quantal_cuda(QUANTAL_CUDA_VERSION); }
+
+quantal_cuda_quantizer plain(const cuda::Quantizer& q) {
+  quantal_cuda_quantizer out{};
+  out.encoder = static_cast<int>(q.encoder);
+  std::ranges::copy(q.thresholds, out.thresholds);
+  std::ranges::copy(q.codes, out.codes);
+  out.least = q.least;
+  out.not_a_number = q.not_a_number;
+  out.tiny_range = q.tiny_range;
+  out.largest_scale = q.largest_scale;
+  out.round_zero = q.round_zero ? 1 : 0;
+  out.rounds = q.rounds;
+  std::ranges::copy(q.nested_map, out.nested_map);
+  return out;
+}
+
+/// Memory at a multiple of 16, full of a pattern.
+std::vector<std::uint64_t> memory(std::int64_t bytes) {
+  return std::vector<std::uint64_t>(static_cast<std::size_t>(bytes / 8 + 2), 0xA5A5A5A5A5A5A5A5U);
+}
+
+struct Outcome {
+  int code = 0, refused = 7;
+  std::vector<std::uint8_t> codes, stats, shared;
+  std::string text;
+};
+
+Outcome by_kernels(const PackedSpec& spec, DType dtype, const void* weight) {
+  const auto ints = spec_to_ints(spec);
+  const PackedLayout layout = layout_of(spec);
+  const quantal_cuda_quantizer how = plain(*device_quantizer(spec));
+  const std::int64_t c = spec.rows * layout.code_bytes, s = layout.stat_rows * layout.stat_bytes;
+  const std::int64_t bytes = library().quantize_workspace(ints.data());
+  auto codes = memory(c), stats = memory(s), shared = memory(layout.shared_bytes),
+       workspace = memory(bytes);
+  Outcome out;
+  quantal_cuda_status status{};
+  const quantal_cuda_quantization p{
+      {ints.data(), codes.data(), c, stats.data(), s, shared.data(), layout.shared_bytes},
+      static_cast<int>(dtype),
+      weight,
+      &how,
+      &out.refused,
+      workspace.data(),
+      bytes};
+  out.code = library().quantize(&p, {0, nullptr}, &status);
+  out.text = status.text;
+  const auto copy = [](const std::vector<std::uint64_t>& from, std::int64_t n) {
+    const auto* begin = reinterpret_cast<const std::uint8_t*>(from.data());
+    return std::vector<std::uint8_t>(begin, begin + n);
+  };
+  out.codes = copy(codes, c);
+  out.stats = copy(stats, s);
+  out.shared = copy(shared, layout.shared_bytes);
+  return out;
+}
+
+/// Weights with runs of zeros of both signs, equal ones, tiny and large ones.
+std::vector<float> odd_weights(std::int64_t n, std::uint64_t seed) {
+  Random random(seed);
+  std::vector<float> w(static_cast<std::size_t>(n));
+  for (std::size_t i = 0; i < w.size(); ++i) {
+    const std::size_t kind = i / 32 % 9;
+    const float x = random.uniform(-1, 1);
+    w[i] = kind == 0   ? (i % 3 == 0 ? -0.0F : 0.0F)
+           : kind == 1 ? 0.25F
+           : kind == 2 ? std::fabs(x)
+           : kind == 3 ? x * 1e-6F
+           : kind == 4 ? (i % 2 == 0 ? -0.0F : x * x)
+           : kind == 5 ? x * 300.0F
+                       : x;
+  }
+  return w;
+}
+
+struct Case {
+  std::string name;
+  QuantizeOptions options;
+  std::int64_t rows, cols;
+};
+
+std::vector<Case> cases() {
+  std::vector<Case> out;
+  const auto add = [&](std::string name, QuantizationMethod method, int bits, std::int64_t group,
+                       std::int64_t rows, std::int64_t cols, auto change) {
+    QuantizeOptions o;
+    o.method = method;
+    o.bits = bits;
+    o.group_size = group;
+    change(o);
+    out.push_back({std::move(name), o, rows, cols});
+  };
+  const auto same = [](QuantizeOptions&) {};
+  for (const auto& [rows, cols] : {std::pair<std::int64_t, std::int64_t>{12, 192}, {9, 100}}) {
+    for (const bool nested : {false, true}) {
+      for (const char* type : {"nf4", "fp4"}) {
+        add(std::string("bnb ") + type, QuantizationMethod::BNB_NF4, 4, 64, rows, cols,
+            [&](QuantizeOptions& o) {
+              o.double_quant = nested;
+              o.quant_type = type;
+            });
+      }
+    }
+    add("bnb int8", QuantizationMethod::BNB_INT8, 8, 0, rows, cols, same);
+  }
+  add("bnb many blocks", QuantizationMethod::BNB_NF4, 4, 32, 70, 160, same);
+  for (const int bits : {1, 2, 3, 4, 5, 6, 8}) {
+    for (const bool optimize : {false, true}) {
+      add("hqq", QuantizationMethod::HQQ, bits, 64, 8, 160,
+          [&](QuantizeOptions& o) { o.optimize = optimize; });
+    }
+    if (bits > 1) {
+      add("mlx", bits == 4 ? QuantizationMethod::MLX_INT4 : QuantizationMethod::MLX_INT8, bits, 32,
+          5, 160, [&](QuantizeOptions& o) {
+            if (bits != 4 && bits != 8) o.method = QuantizationMethod::MLX_INT4;
+          });
+    }
+  }
+  add("hqq rows", QuantizationMethod::HQQ, 4, 0, 6, 200, same);
+  add("quanto", QuantizationMethod::QUANTO_INT4, 4, 128, 6, 256, same);
+  add("quanto", QuantizationMethod::QUANTO_INT2, 2, 128, 6, 256, same);
+  add("quanto", QuantizationMethod::QUANTO_INT8, 8, 128, 6, 250, same);
+  add("quanto zeropoint", QuantizationMethod::QUANTO_INT4, 4, 128, 6, 256,
+      [](QuantizeOptions& o) { o.mode = "zeropoint"; });
+  return out;
+}
+
+TEST(CudaQuantize, BytesAreThoseOfTheCpu) {
+  std::uint64_t seed = 60;
+  int made = 0;
+  for (Case c : cases()) {
+    for (DType dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
+      for (DType value : {DType::kF32, dtype, DType::kBF16}) {
+        c.options.value_dtype = value;
+        std::optional<PackedSpec> spec;
+        try {
+          spec = dialect_of(c.options.method).make_spec(c.rows, c.cols, c.options);
+        } catch (const Error&) {
+          continue;  // a width that a method's name rules out
+        }
+        const std::string what = c.name + " " + describe(*spec) + " of " +
+                                 std::string(dtype_name(dtype)) + " seed " + std::to_string(seed);
+        ASSERT_TRUE(device_quantizer(*spec).has_value()) << what;
+        const std::vector<float> wide = odd_weights(c.rows * c.cols, ++seed);
+        std::vector<std::uint32_t> weight(wide.size());
+        narrow_from_f32(dtype, wide.data(), std::ssize(wide), weight.data());
+        PackedMatrix expected = make_packed(*spec);
+        dialect_by_id(spec->dialect)
+            .quantize(*spec, dtype, weight.data(), expected.codes.data(), expected.stats.data(),
+                      expected.shared.data(), serial_executor());
+        const Outcome actual = by_kernels(*spec, dtype, weight.data());
+        ASSERT_EQ(actual.code, 0) << actual.text << " " << what;
+        ASSERT_EQ(actual.refused, 0) << what;
+        ASSERT_EQ(actual.stats, expected.stats) << what;
+        ASSERT_EQ(actual.shared, expected.shared) << what;
+        ASSERT_EQ(actual.codes, expected.codes) << what;
+        ++made;
+      }
+    }
+  }
+  EXPECT_GT(made, 200);
+}
+
+TEST(CudaQuantize, MarksWeightsThatAreNotFinite) {
+  for (const float bad : {std::nanf(""), INFINITY, -INFINITY}) {
+    for (const Case& c : cases()) {
+      if (c.rows != 12 && c.name != "hqq rows") continue;
+      const PackedSpec spec = dialect_of(c.options.method).make_spec(c.rows, c.cols, c.options);
+      std::vector<float> w = odd_weights(c.rows * c.cols, 3);
+      w[static_cast<std::size_t>(c.cols) + 7] = bad;
+      EXPECT_EQ(by_kernels(spec, DType::kF32, w.data()).refused, 1) << c.name;
+    }
+  }
+  std::vector<float> w(64 * 64, 70000.0F);  // finite, but not as binary16
+  QuantizeOptions options;
+  options.method = QuantizationMethod::BNB_INT8;
+  options.bits = 8;
+  const PackedSpec spec = dialect_of(options.method).make_spec(64, 64, options);
+  EXPECT_EQ(by_kernels(spec, DType::kF32, w.data()).refused, 1);
+}
+
+TEST(CudaQuantize, OtherFormsAreTheCpusOwn) {
+  QuantizeOptions options;
+  options.method = QuantizationMethod::HQQ;
+  options.axis = 0;
+  EXPECT_FALSE(device_quantizer(dialect_of(options.method).make_spec(64, 64, options)));
+  options.axis = 1;
+  options.quant_zero = true;
+  EXPECT_FALSE(device_quantizer(dialect_of(options.method).make_spec(64, 64, options)));
+}
+
+TEST(CudaQuantize, RefusesEncodersThatDoNotMakeTheForm) {
+  const PackedSpec spec{.rows = 4, .cols = 64};
+  const auto ints = spec_to_ints(spec);
+  const PackedMatrix w = make_packed(spec);
+  auto codes = memory(4 * 64), stats = memory(64), workspace = memory(4096);
+  quantal_cuda_quantizer how{};
+  int refused = 0;
+  quantal_cuda_quantization p{{ints.data(), codes.data(), std::ssize(w.codes), stats.data(),
+                               std::ssize(w.stats), nullptr, 0},
+                              0,
+                              codes.data(),
+                              &how,
+                              &refused,
+                              workspace.data(),
+                              4096};
+  quantal_cuda_status status{};
+  how.encoder = static_cast<int>(cuda::Encoder::kAnchored);
+  EXPECT_EQ(library().supports_quantize(&p, &status), QUANTAL_CUDA_UNSUPPORTED);
+  EXPECT_STREQ(
+      status.text,
+      "cuda quantize: a form of 4 bits in groups of 64 is given, expected one that encoder "
+      "2 makes");
+  how.encoder = 9;
+  EXPECT_EQ(library().supports_quantize(&p, &status), QUANTAL_CUDA_UNSUPPORTED);
+  EXPECT_STREQ(status.text, "cuda quantize: encoder is number 9, expected 0 .. 6");
+  how.encoder = 0;
+  p.workspace_bytes = 16;
+  EXPECT_EQ(library().supports_quantize(&p, &status), QUANTAL_CUDA_SHAPE);
+}
+
+// ------------------------------------------------------------------ single functions
+
+TEST(CudaQuantize, PowerOfEveryHalfAndManyFloats) {
+  std::vector<float> in;
+  for (std::uint32_t h = 0; h < 0x7C00; ++h)
+    in.push_back(f16_to_f32(static_cast<std::uint16_t>(h)));
+  Random random(5);
+  for (int i = 0; i < 100000; ++i) {
+    in.push_back(std::bit_cast<float>(static_cast<std::uint32_t>(random.below(0x7F800000))));
+  }
+  std::vector<float> expected(in.size());
+  quantize_kernels_scalar().power(in.data(), std::ssize(in), expected.data());
+  for (std::size_t i = 0; i < in.size(); ++i) {
+    ASSERT_EQ(std::bit_cast<std::uint32_t>(cuda::solver_power(in[i])),
+              std::bit_cast<std::uint32_t>(expected[i]))
+        << in[i];
+  }
+}
+
+TEST(CudaQuantize, TableAndRowCodesOfEveryHalf) {
+  std::vector<float> in;
+  for (std::uint32_t h = 0; h < 0x10000; ++h) {
+    const float v = f16_to_f32(static_cast<std::uint16_t>(h));
+    if (std::isfinite(v)) in.push_back(v);
+  }
+  QuantizeOptions options;
+  const PackedSpec spec = dialect_of(options.method).make_spec(1, 64, options);
+  cuda::QuantizeArgs args{};
+  args.how = *device_quantizer(spec);
+  args.bits = 4;
+  TableQuantizer table;
+  std::ranges::copy(args.how.thresholds, table.thresholds.begin());
+  std::ranges::copy(args.how.codes, table.codes.begin());
+  std::vector<std::uint8_t> expected(in.size());
+  for (const float absmax : {1.0F, 0.013F, 65504.0F, 1e-6F}) {
+    for (const bool divide : {false, true}) {
+      quantize_kernels_scalar().encode_table(table, {DType::kF32, in.data()}, std::ssize(in),
+                                             divide ? absmax : 1.0F / absmax, divide,
+                                             expected.data());
+      for (std::size_t i = 0; i < in.size(); ++i) {
+        ASSERT_EQ(cuda::code_of<cuda::Encoder::kTable>(args, in[i], {absmax, divide ? 1.0F : 0.0F}),
+                  expected[i])
+            << in[i] << " of " << absmax;
+      }
+    }
+  }
+  encode_row_int8_scalar({DType::kF32, in.data()}, std::ssize(in), (1.0F / 65504.0F) * 127.0F,
+                         expected.data());
+  for (std::size_t i = 0; i < in.size(); ++i) {
+    ASSERT_EQ(cuda::code_of<cuda::Encoder::kRowInt8>(args, in[i], {65504.0F, 0.0F}), expected[i]);
+  }
+}
+
+}  // namespace
+}  // namespace quantal::testing
