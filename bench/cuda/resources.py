@@ -28,6 +28,13 @@ ENTRY = re.compile(
 )
 CHOICES = {
     "FloatKind": {"1": "f16", "2": "bf16"},
+    "Encoder": dict(
+        zip(
+            "0123456",
+            ("table", "row int8", "anchored", "shifted", "rounded zero", "symmetric", "affine"),
+            strict=True,
+        )
+    ),
     "Values": {"0": "numbers", "1": "table", "2": "e4m3", "3": "e5m2"},
 }
 
