@@ -7,6 +7,7 @@
 #   make docs         reference of the interfaces as HTML, build/docs/html/index.html
 #   make lint         clang-format, clang-tidy, ruff, mypy
 #   make sanitize     C++ tests under AddressSanitizer and UBSan
+#   make neon         C++ tests of core, kernels and formats for 64-bit ARM, cross-compiled, run under qemu
 #   make install      C++ library, cli and CMake package into PREFIX (default build/install)
 #   make clean
 
@@ -20,7 +21,7 @@ CTEST := $(VENV)/bin/ctest
 BUILD := build/release
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: demo test test-cpp test-python conformance bench bench-programs docs lint sanitize install configure package setup clean
+.PHONY: demo test test-cpp test-python conformance bench bench-programs docs lint sanitize neon install configure package setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -76,6 +77,9 @@ sanitize: setup
 	$(CMAKE) --preset asan-ubsan -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja > build/asan-ubsan.log
 	$(CMAKE) --build build/asan-ubsan
 	$(CTEST) --test-dir build/asan-ubsan --output-on-failure -j 2
+
+neon:  # needs no environment and installs nothing
+	bash scripts/neon.sh
 
 install: configure
 	$(CMAKE) --build $(BUILD)

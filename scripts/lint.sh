@@ -45,7 +45,7 @@ else
   sources=$(git diff --name-only --diff-filter=d "$base" -- 'src/*.cpp' 'tools/*.cpp' 2> /dev/null || true)
 fi
 # The torch room needs torch's headers in the compile database, NEON files an ARM compiler.
-sources=$(echo "$sources" | grep -v -e '^src/torch/' -e '_neon\.cpp$' || true)
+sources=$(echo "$sources" | grep -v -e '^src/torch/' -e '_neon\(dot\)\?\.cpp$' || true)
 if [ -n "$sources" ]; then
   command -v clang-tidy > /dev/null || { echo "lint: run 'apt-get install clang-tidy'" >&2; exit 1; }
   [ -e build/lint/compile_commands.json ] || cmake -S . -B build/lint -G Ninja > /dev/null
