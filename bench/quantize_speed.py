@@ -167,8 +167,9 @@ called on as many threads as quantal uses.
 
 Every call returns a new result, as its users get it; the one before is freed by then. quantal keeps
 up to 64 MiB of freed results for the next of their size (core/result_block.h), which 4096 x 4096
-fits in, and asks for larger ones in pages of 2 MiB. The packages get pages of 4 KiB from the system,
-cleared, at every call, which takes longer than decoding. Into kept buffers (`out=`): decode_speed.
+fits in, and asks for larger ones in pages of 2 MiB. The packages get pages of 4 KiB from the
+system, cleared, at every call, which takes longer than decoding. Into kept buffers (`out=`):
+decode_speed.
 """
 
 
