@@ -116,8 +116,9 @@ TEST(DialectBehaviour, QuantizingWritesEveryByteOfCodesWithoutPadding) {
               dialect->quantize(spec, DType::kBF16, w.bytes.data(), out->codes.data(),
                                 out->stats.data(), out->shared.data(), serial_executor());
             }
-            expect_same_bytes(dirty, clean, std::string(dialect->name) + " " + type + " " +
-                                                std::to_string(bits) + " " + std::string(set));
+            expect_same_bytes(dirty, clean,
+                              std::string(dialect->name) + " " + type + " " + std::to_string(bits) +
+                                  " " + std::string(set));
           }
         }
       }
