@@ -250,6 +250,31 @@ def _needs_gradient(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
     return is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
 
 
+def _product(
+    product: Callable[..., torch.Tensor],
+    typed: Callable[..., contextlib.AbstractContextManager[None]],
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    stats: torch.Tensor,
+    shared: torch.Tensor,
+    bias: torch.Tensor | None,
+    spec: Spec,
+    *settings: float,
+) -> torch.Tensor:
+    """`product` with its gradient in eager mode; its errors are given their class by `typed`."""
+    if is_compiling():
+        return product(x, codes, stats, shared, bias, spec, *settings)
+    try:
+        if _needs_gradient(x, bias):
+            packed = codes, stats, shared, spec, product, *settings
+            return _EagerLinear.apply(x, bias, packed)
+        with _below_autograd():
+            return product(x, codes, stats, shared, bias, spec, *settings)
+    except RuntimeError:
+        with typed(x, (codes, stats, shared), spec, int(spec[2])):
+            raise
+
+
 def linear(
     x: torch.Tensor,
     codes: torch.Tensor,
@@ -259,16 +284,7 @@ def linear(
     spec: Spec,
 ) -> torch.Tensor:
     """``x @ W.T + bias`` from packed codes, differentiable in x and bias."""
-    if is_compiling():
-        return _linear(x, codes, stats, shared, bias, spec)
-    try:
-        if _needs_gradient(x, bias):
-            return _EagerLinear.apply(x, bias, (codes, stats, shared, spec, _linear))
-        with _below_autograd():
-            return _linear(x, codes, stats, shared, bias, spec)
-    except RuntimeError:
-        with _typed(x, (codes, stats, shared), spec, int(spec[2])):
-            raise
+    return _product(_linear, _typed, x, codes, stats, shared, bias, spec)
 
 
 def linear_int8(
@@ -285,17 +301,7 @@ def linear_int8(
 
     The gradient passes the rounding straight through: ``dx = dy @ W`` with the dequantized W, exact
     for the outlier columns and bitsandbytes' choice for the others."""
-    if is_compiling():
-        return _linear_int8(x, codes, stats, shared, bias, spec, threshold)
-    try:
-        if _needs_gradient(x, bias):
-            packed = codes, stats, shared, spec, _linear_int8, threshold
-            return _EagerLinear.apply(x, bias, packed)
-        with _below_autograd():
-            return _linear_int8(x, codes, stats, shared, bias, spec, threshold)
-    except RuntimeError:
-        with _typed(x, (codes, stats, shared), spec, int(spec[2])):
-            raise
+    return _product(_linear_int8, _typed, x, codes, stats, shared, bias, spec, threshold)
 
 
 def linear_int8_activations(
@@ -310,16 +316,7 @@ def linear_int8_activations(
 
     The gradient is that of `linear`: the rounding is passed straight through."""
     product = _linear_int8_activations
-    if is_compiling():
-        return product(x, codes, stats, shared, bias, spec)
-    try:
-        if _needs_gradient(x, bias):
-            return _EagerLinear.apply(x, bias, (codes, stats, shared, spec, product))
-        with _below_autograd():
-            return product(x, codes, stats, shared, bias, spec)
-    except RuntimeError:
-        with _typed_int8(x, (codes, stats, shared), spec, int(spec[2])):
-            raise
+    return _product(product, _typed_int8, x, codes, stats, shared, bias, spec)
 
 
 @contextlib.contextmanager
@@ -350,9 +347,7 @@ def matmul(
 
 def _check_out(out: torch.Tensor, operands: Sequence[torch.Tensor | None]) -> None:
     """torch's rule for out=, with torch's words."""
-    if not is_grad_enabled():
-        return
-    if any(t is not None and t.requires_grad for t in operands):
+    if is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
         raise RuntimeError(
             "functions with out=... arguments don't support automatic differentiation, but one of "
             "the arguments requires grad"
