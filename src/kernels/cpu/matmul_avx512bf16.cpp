@@ -18,6 +18,12 @@ constexpr std::int64_t kSubInputs = 4;
 constexpr std::int64_t kScratchLd = kTileDepth + 32;  // rows begin in different sets of the cache
 static_assert(kSumColumns == kStretch && kSumColumns % kTileDepth == 0);
 
+/// Inputs of one register tile: at most kSubInputs, tiles of nearly equal size.
+constexpr std::int64_t register_inputs(std::int64_t inputs) {
+  const std::int64_t tiles = (inputs + kSubInputs - 1) / kSubInputs;
+  return (inputs + tiles - 1) / tiles;
+}
+
 /// Lines of codes to ask for while something else is multiplied, a few at a time: a burst would
 /// wait for the processor's buffers. Rows are too short for the hardware's prefetcher.
 class Ahead {
@@ -107,10 +113,11 @@ void store_outputs(const Bf16Job& job, const float* sums, std::int64_t m, std::i
 class Tile {
  public:
   Tile(const KernelMatrix& w, const Bf16Job& job)
-      : w_(w), job_(job), decode_(bf16_decoder(w)), stats_needed_(step_fields(w) != 0) {
-    const std::int64_t blocks = (job.inputs + kSubInputs - 1) / kSubInputs;
-    sub_inputs_ = (job.inputs + blocks - 1) / blocks;
-  }
+      : w_(w),
+        job_(job),
+        decode_(bf16_decoder(w)),
+        stats_needed_(step_fields(w) != 0),
+        sub_inputs_(register_inputs(job.inputs)) {}
 
   void run(std::int64_t row, std::int64_t rows) {
     if (stats_needed_) ask_for_stats(w_, row + rows, kTileRows);
@@ -193,7 +200,7 @@ class Tile {
   const Bf16Job& job_;
   const DecodeBf16 decode_;
   const bool stats_needed_;
-  std::int64_t sub_inputs_;  // of a register tile, nearly equal
+  const std::int64_t sub_inputs_;
   Stretch stats_[kTileRows];
   alignas(64) std::uint16_t scratch_[kTileRows * kScratchLd];
   alignas(64) float acc_[kMaxTileInputs * kTileRows * kLanes];
@@ -286,10 +293,8 @@ class NumberSource {
 template <class Source>
 class Direct {
  public:
-  Direct(const KernelMatrix& w, const Bf16Job& job) : w_(w), job_(job), source_(w) {
-    const std::int64_t blocks = (job.inputs + kSubInputs - 1) / kSubInputs;
-    sub_inputs_ = (job.inputs + blocks - 1) / blocks;
-  }
+  Direct(const KernelMatrix& w, const Bf16Job& job)
+      : w_(w), job_(job), sub_inputs_(register_inputs(job.inputs)), source_(w) {}
 
   void run(std::int64_t row) {
     for (std::int64_t i = 0; i < job_.inputs; ++i) {
@@ -423,7 +428,7 @@ class Direct {
 
   const KernelMatrix& w_;
   const Bf16Job& job_;
-  std::int64_t sub_inputs_;
+  const std::int64_t sub_inputs_;
   Source source_;
   const std::uint8_t* ahead_ = nullptr;
   const std::uint8_t* end_ = nullptr;
