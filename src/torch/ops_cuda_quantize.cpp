@@ -1,7 +1,6 @@
 // Ops about weights on a GPU that may run on the CPU: quantizing, by kernels where they make the
 // dialect's bytes, and the two that compare a packed matrix with a dense one. What goes to the CPU
 // is copied there, and the results come back; these ops wait for the device.
-#include <algorithm>
 #include <array>
 #include <cstring>
 
@@ -20,21 +19,6 @@ namespace quantal::stable_ops {
 namespace {
 
 using Buffers = std::tuple<Tensor, Tensor, Tensor>;
-
-quantal_cuda_quantizer interface_form(const cuda::Quantizer& q) {
-  quantal_cuda_quantizer out{};
-  out.encoder = static_cast<std::int32_t>(q.encoder);
-  std::ranges::copy(q.thresholds, out.thresholds);
-  std::ranges::copy(q.codes, out.codes);
-  out.least = q.least;
-  out.not_a_number = q.not_a_number;
-  out.tiny_range = q.tiny_range;
-  out.largest_scale = q.largest_scale;
-  out.round_zero = q.round_zero ? 1 : 0;
-  out.rounds = q.rounds;
-  std::ranges::copy(q.nested_map, out.nested_map);
-  return out;
-}
 
 stable::Device cpu() { return stable::Device(torch::headeronly::DeviceType::CPU); }
 
@@ -55,7 +39,7 @@ std::optional<Buffers> by_kernels(const Tensor& weight, const PackedSpec& spec, 
   Tensor shared = fresh(layout.shared_bytes);
   Tensor refused = fresh(sizeof(std::int32_t));
   Tensor workspace = fresh(library.functions->quantize_workspace(ints.data()));
-  const quantal_cuda_quantizer settings = interface_form(*how);
+  const quantal_cuda_quantizer settings = cuda::interface_form(*how);
   const quantal_cuda_quantization p{
       {ints.data(), codes.mutable_data_ptr(), codes.numel(), stats.mutable_data_ptr(),
        stats.numel(), shared.mutable_data_ptr(), shared.numel()},

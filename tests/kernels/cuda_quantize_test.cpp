@@ -18,21 +18,6 @@ namespace {
 
 const quantal_cuda_interface& library() { return *quantal_cuda(QUANTAL_CUDA_VERSION); }
 
-quantal_cuda_quantizer plain(const cuda::Quantizer& q) {
-  quantal_cuda_quantizer out{};
-  out.encoder = static_cast<int>(q.encoder);
-  std::ranges::copy(q.thresholds, out.thresholds);
-  std::ranges::copy(q.codes, out.codes);
-  out.least = q.least;
-  out.not_a_number = q.not_a_number;
-  out.tiny_range = q.tiny_range;
-  out.largest_scale = q.largest_scale;
-  out.round_zero = q.round_zero ? 1 : 0;
-  out.rounds = q.rounds;
-  std::ranges::copy(q.nested_map, out.nested_map);
-  return out;
-}
-
 /// Memory at a multiple of 16, full of a pattern.
 std::vector<std::uint64_t> memory(std::int64_t bytes) {
   return std::vector<std::uint64_t>(static_cast<std::size_t>(bytes / 8 + 2), 0xA5A5A5A5A5A5A5A5U);
@@ -47,7 +32,7 @@ struct Outcome {
 Outcome by_kernels(const PackedSpec& spec, DType dtype, const void* weight) {
   const auto ints = spec_to_ints(spec);
   const PackedLayout layout = layout_of(spec);
-  const quantal_cuda_quantizer how = plain(*device_quantizer(spec));
+  const quantal_cuda_quantizer how = cuda::interface_form(*device_quantizer(spec));
   const std::int64_t c = spec.rows * layout.code_bytes, s = layout.stat_rows * layout.stat_bytes;
   const std::int64_t bytes = library().quantize_workspace(ints.data());
   auto codes = memory(c), stats = memory(s), shared = memory(layout.shared_bytes),

@@ -2,10 +2,12 @@
 // grouped.h, rounded.h and row_int8.h. Which dialect uses which is known in formats/ only.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "kernels/cpu/cpu_kernels.h"
 #include "kernels/cuda/device.h"
+#include "kernels/cuda/launch.h"
 #include "quantal/packed.h"
 
 namespace quantal::cuda {
@@ -42,6 +44,22 @@ struct Quantizer {
   int rounds = 0;               ///< kAffine: of the solver at most; 0: none
   float nested_map[256] = {};   ///< kNestedU8: ascending values of the second level's codes
 };
+
+/// The same as it crosses the interface of launch.h.
+inline quantal_cuda_quantizer interface_form(const Quantizer& q) {
+  quantal_cuda_quantizer out{};
+  out.encoder = static_cast<std::int32_t>(q.encoder);
+  std::ranges::copy(q.thresholds, out.thresholds);
+  std::ranges::copy(q.codes, out.codes);
+  out.least = q.least;
+  out.not_a_number = q.not_a_number;
+  out.tiny_range = q.tiny_range;
+  out.largest_scale = q.largest_scale;
+  out.round_zero = q.round_zero ? 1 : 0;
+  out.rounds = q.rounds;
+  std::ranges::copy(q.nested_map, out.nested_map);
+  return out;
+}
 
 /// Scratch of one quantization, in the caller's workspace.
 struct QuantizeScratch {
