@@ -26,12 +26,9 @@ struct Problem {
 
 Problem make_problem(const PackedSpec& spec, std::int64_t m_rows, DType dtype, std::uint64_t seed) {
   Problem p{random_packed(spec, seed), m_rows, dtype, {}, {}, {}};
-  const std::int64_t n = m_rows * spec.cols;
-  p.x32 = random_floats(n, seed + 1);
+  p.x32 = random_floats(m_rows * spec.cols, seed + 1);
   for (std::size_t i = 0; i < p.x32.size(); i += 37) p.x32[i] *= 20.0F;  // outliers
-  p.x.resize(static_cast<std::size_t>(n) * dtype_size(dtype));
-  narrow_from_f32(dtype, p.x32.data(), n, p.x.data());
-  widen_to_f32(dtype, p.x.data(), n, p.x32.data());
+  p.x = rounded_to(dtype, p.x32);
   p.bias = random_floats(spec.rows, seed + 2);
   return p;
 }

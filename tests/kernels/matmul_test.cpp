@@ -30,11 +30,8 @@ struct Problem {
 Problem make_problem(const PackedSpec& spec, std::int64_t m_rows, DType dtype, bool transposed,
                      std::uint64_t seed) {
   Problem p{random_packed(spec, seed), m_rows, dtype, transposed, {}, {}, {}};
-  const std::int64_t n = m_rows * p.depth();
-  p.x32 = random_floats(n, seed + 1);
-  p.x.resize(static_cast<std::size_t>(n) * dtype_size(dtype));
-  narrow_from_f32(dtype, p.x32.data(), n, p.x.data());
-  widen_to_f32(dtype, p.x.data(), n, p.x32.data());
+  p.x32 = random_floats(m_rows * p.depth(), seed + 1);
+  p.x = rounded_to(dtype, p.x32);
   p.bias = random_floats(spec.rows, seed + 2);
   return p;
 }

@@ -183,4 +183,13 @@ inline std::vector<float> random_floats(std::int64_t n, std::uint64_t seed) {
   return v;
 }
 
+/// The values in `dtype`; `values` become what that holds.
+inline std::vector<std::uint8_t> rounded_to(DType dtype, std::vector<float>& values) {
+  const auto n = static_cast<std::int64_t>(values.size());
+  std::vector<std::uint8_t> out(values.size() * dtype_size(dtype));
+  narrow_from_f32(dtype, values.data(), n, out.data());
+  widen_to_f32(dtype, out.data(), n, values.data());
+  return out;
+}
+
 }  // namespace quantal::testing
