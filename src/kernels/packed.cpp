@@ -7,6 +7,7 @@
 #include <string>
 
 #include "kernels/layout.h"
+#include "kernels/widths.h"
 #include "quantal/kernels.h"
 
 namespace quantal {
@@ -166,9 +167,7 @@ PackedSpec spec_from_ints(std::span<const std::int64_t> ints) {
 namespace {
 
 void check_width(const PackedSpec& spec) {
-  if (spec.bits < 1 || spec.bits > 8 || spec.bits == 7) {
-    fail_spec(Errc::kConfig, "bits", spec.bits, "1, 2, 3, 4, 5, 6 or 8");
-  }
+  if (!is_width(spec.bits)) fail_spec(Errc::kConfig, "bits", spec.bits, kWidthNames);
   const bool float8 = spec.code_map == CodeMap::kE4M3 || spec.code_map == CodeMap::kE5M2;
   if (float8 && spec.bits != 8) fail_spec(Errc::kConfig, "bits", spec.bits, "8 with 8-bit floats");
   if (spec.code_map != CodeMap::kInteger && !float8 && spec.bits != 4) {

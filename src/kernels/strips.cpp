@@ -2,8 +2,9 @@
 #include <algorithm>
 #include <cstring>
 #include <string>
-#include <type_traits>
 
+#include "kernels/planes.h"
+#include "kernels/widths.h"
 #include "quantal/kernels.h"
 
 namespace quantal {
@@ -11,51 +12,14 @@ namespace {
 
 constexpr std::int64_t kStripBytes = 16;
 
-/// A width as its planes, low bits first; high is 0 where there is one plane.
-struct Planes {
-  int low = 0, high = 0;
-};
-
-constexpr Planes planes_of(int bits) {
-  switch (bits) {
-    case 3:
-      return {2, 1};
-    case 5:
-      return {4, 1};
-    case 6:
-      return {4, 2};
-    default:
-      return {bits, 0};
-  }
-}
-
-/// Codes of a unit: one strip of its highest plane.
-constexpr std::int64_t codes_of_unit(Planes p) {
-  return kStripBytes * 8 / (p.high != 0 ? p.high : p.low);
-}
-
-/// Calls fn with the width as a compile-time constant.
+/// with_width of a checked width.
 template <class Fn>
-void with_bits(int bits, const char* where, Fn fn) {
-  switch (bits) {
-    case 1:
-      return fn(std::integral_constant<int, 1>{});
-    case 2:
-      return fn(std::integral_constant<int, 2>{});
-    case 3:
-      return fn(std::integral_constant<int, 3>{});
-    case 4:
-      return fn(std::integral_constant<int, 4>{});
-    case 5:
-      return fn(std::integral_constant<int, 5>{});
-    case 6:
-      return fn(std::integral_constant<int, 6>{});
-    case 8:
-      return fn(std::integral_constant<int, 8>{});
-    default:
-      fail(Errc::kConfig, std::string(where) + ": bits is " + std::to_string(bits) +
-                              ", expected 1, 2, 3, 4, 5, 6 or 8");
+auto with_bits(int bits, const char* where, Fn fn) {
+  if (!is_width(bits)) {
+    fail(Errc::kConfig,
+         std::string(where) + ": bits is " + std::to_string(bits) + ", expected " + kWidthNames);
   }
+  return with_width(bits, fn);
 }
 
 /// 16 bytes as two words; every byte of a word is one lane.
@@ -106,22 +70,20 @@ void unpack_plane(const std::uint8_t* packed, std::uint8_t* codes) {
 }
 
 template <int kBits>
-struct Unit {
-  static constexpr Planes kPlanes = planes_of(kBits);
-  static constexpr std::int64_t kCodes = codes_of_unit(kPlanes);
-  static constexpr std::int64_t kBytes = kCodes * kBits / 8;
-  static constexpr std::int64_t kLowBytes = kCodes * kPlanes.low / 8;
+struct Unit : Planes<kBits> {
+  using Planes<kBits>::kLow, Planes<kBits>::kHigh, Planes<kBits>::kUnitCodes;
+  using Planes<kBits>::kUnitBytes, Planes<kBits>::kLowBytes;
 
   static void pack(const std::uint8_t* codes, std::uint8_t* out) {
-    pack_plane<kPlanes.low, 0, kCodes>(codes, out);
-    if constexpr (kPlanes.high != 0) {
-      pack_plane<kPlanes.high, kPlanes.low, kCodes>(codes, out + kLowBytes);
+    pack_plane<kLow, 0, kUnitCodes>(codes, out);
+    if constexpr (kHigh != 0) {
+      pack_plane<kHigh, kLow, kUnitCodes>(codes, out + kLowBytes);
     }
   }
   static void unpack(const std::uint8_t* packed, std::uint8_t* codes) {
-    unpack_plane<kPlanes.low, 0, kCodes>(packed, codes);
-    if constexpr (kPlanes.high != 0) {
-      unpack_plane<kPlanes.high, kPlanes.low, kCodes>(packed + kLowBytes, codes);
+    unpack_plane<kLow, 0, kUnitCodes>(packed, codes);
+    if constexpr (kHigh != 0) {
+      unpack_plane<kHigh, kLow, kUnitCodes>(packed + kLowBytes, codes);
     }
   }
 };
@@ -129,24 +91,22 @@ struct Unit {
 }  // namespace
 
 std::int64_t unit_codes(int bits) {
-  std::int64_t codes = 0;
-  with_bits(bits, "unit_codes", [&](auto width) { codes = Unit<width()>::kCodes; });
-  return codes;
+  return with_bits(bits, "unit_codes", [](auto width) { return Planes<width()>::kUnitCodes; });
 }
 
 std::int64_t unit_bytes(int bits) {
-  std::int64_t bytes = 0;
-  with_bits(bits, "unit_bytes", [&](auto width) { bytes = Unit<width()>::kBytes; });
-  return bytes;
+  return with_bits(bits, "unit_bytes", [](auto width) { return Planes<width()>::kUnitBytes; });
 }
 
 void pack_row(int bits, const std::uint8_t* codes, std::int64_t cols, std::uint8_t* out) {
   with_bits(bits, "pack_row", [&](auto width) {
     using U = Unit<width()>;
     std::int64_t c = 0;
-    for (; c + U::kCodes <= cols; c += U::kCodes, out += U::kBytes) U::pack(codes + c, out);
+    for (; c + U::kUnitCodes <= cols; c += U::kUnitCodes, out += U::kUnitBytes) {
+      U::pack(codes + c, out);
+    }
     if (c == cols) return;
-    std::uint8_t tail[U::kCodes] = {};
+    std::uint8_t tail[U::kUnitCodes] = {};
     std::memcpy(tail, codes + c, static_cast<std::size_t>(cols - c));
     U::pack(tail, out);
   });
@@ -156,9 +116,11 @@ void unpack_row(int bits, const std::uint8_t* packed, std::int64_t cols, std::ui
   with_bits(bits, "unpack_row", [&](auto width) {
     using U = Unit<width()>;
     std::int64_t c = 0;
-    for (; c + U::kCodes <= cols; c += U::kCodes, packed += U::kBytes) U::unpack(packed, codes + c);
+    for (; c + U::kUnitCodes <= cols; c += U::kUnitCodes, packed += U::kUnitBytes) {
+      U::unpack(packed, codes + c);
+    }
     if (c == cols) return;
-    std::uint8_t tail[U::kCodes];
+    std::uint8_t tail[U::kUnitCodes];
     U::unpack(packed, tail);
     std::memcpy(codes + c, tail, static_cast<std::size_t>(cols - c));
   });

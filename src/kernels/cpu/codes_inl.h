@@ -17,10 +17,7 @@ template <class V, int kBits>
 struct Codes : Planes<kBits> {
   using U = typename V::U;
   using Planes<kBits>::kLow, Planes<kBits>::kHigh, Planes<kBits>::kFields;
-  static constexpr int kUnitChunks = 8 / (kHigh != 0 ? kHigh : kLow);
-  static constexpr std::int64_t kUnitCodes = kUnitChunks * kLanes;
-  static constexpr std::int64_t kUnitBytes = kUnitCodes * kBits / 8;
-  static constexpr std::int64_t kLowBytes = kUnitCodes * kLow / 8;
+  using Planes<kBits>::kUnitChunks, Planes<kBits>::kUnitBytes, Planes<kBits>::kLowBytes;
   static constexpr bool kTable = kBits <= 4;
 
   /// Puts the planes of one chunk together. Bit kLow is where the high plane begins.

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "kernels/cpu/cpu_kernels.h"
+#include "kernels/planes.h"
 
 namespace quantal {
 namespace {  // NOLINT: internal linkage on purpose
@@ -16,14 +17,6 @@ constexpr std::int64_t kStretch = 4096;
 constexpr std::int64_t kShortStretch = 256;
 constexpr std::int64_t kStretchSlots = kShortStretch + 1;
 static_assert(kStretch / kLanes < kStretchSlots);
-
-/// A code of kBits is kLow bits and, above them, kHigh bits, which lie in planes of their own.
-template <int kBits>
-struct Planes {
-  static constexpr int kLow = kBits == 3 ? 2 : kBits == 5 || kBits == 6 ? 4 : kBits;
-  static constexpr int kHigh = kBits - kLow;
-  static constexpr int kFields = 8 / kLow;  // codes of a byte of the low plane
-};
 
 constexpr std::int64_t min64(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 

@@ -6,10 +6,11 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "kernels/cuda/floats_inl.h"
 #include "kernels/cuda/matrix.h"
+#include "kernels/planes.h"
+#include "kernels/widths.h"
 
 namespace quantal::cuda {
 
@@ -20,17 +21,6 @@ inline constexpr int kChunk = 16;
 /// Codes of a chunk: byte i of w[k] is code 4 k + i.
 struct Codes16 {
   std::uint32_t w[4];
-};
-
-/// How the codes of one width lie in a unit (quantal/packed.h): a low plane, then a high one.
-template <int kBits>
-struct Width {
-  static constexpr int kLow = kBits == 3 ? 2 : kBits == 5 || kBits == 6 ? 4 : kBits;
-  static constexpr int kHigh = kBits - kLow;
-  static constexpr int kFields = 8 / kLow;                         // chunks of a low strip
-  static constexpr int kChunks = 8 / (kHigh != 0 ? kHigh : kLow);  // of a unit
-  static constexpr int kUnitBytes = 2 * kChunks * kBits;
-  static constexpr int kLowBytes = 2 * kChunks * kLow;
 };
 
 QUANTAL_HD constexpr std::uint32_t byte_mask(int bits) {
@@ -58,14 +48,14 @@ struct RawPair {
 /// then.
 template <int kBits>
 QUANTAL_HD RawPair load_pair(const std::uint8_t* row, std::int64_t row_bytes, std::uint32_t pair) {
-  using W = Width<kBits>;
+  using W = Planes<kBits>;
   RawPair raw{};
   if constexpr (kBits == 8) {
     const std::int64_t at = static_cast<std::int64_t>(pair) * 32;
     raw.a = load_words(row + at);
     raw.b = load_words(row + (at + 16 < row_bytes ? at + 16 : at));
   } else {
-    const std::uint32_t unit = 2 * pair / W::kChunks, inside = 2 * pair % W::kChunks;
+    const std::uint32_t unit = 2 * pair / W::kUnitChunks, inside = 2 * pair % W::kUnitChunks;
     const std::uint8_t* at = row + static_cast<std::int64_t>(unit) * W::kUnitBytes;
     raw.a = load_words(at + inside / W::kFields * 16);
     if constexpr (W::kHigh != 0) raw.b = load_words(at + W::kLowBytes);
@@ -76,13 +66,13 @@ QUANTAL_HD RawPair load_pair(const std::uint8_t* row, std::int64_t row_bytes, st
 /// The pair's first chunk (second = 0) or its second.
 template <int kBits>
 QUANTAL_HD Codes16 chunk_of(const RawPair& raw, std::uint32_t pair, std::uint32_t second) {
-  using W = Width<kBits>;
+  using W = Planes<kBits>;
   Codes16 out;
   if constexpr (kBits == 8) {
     QUANTAL_UNROLL
     for (int k = 0; k < 4; ++k) out.w[k] = second == 0 ? raw.a.w[k] : raw.b.w[k];
   } else {
-    const std::uint32_t inside = (2 * pair + second) % W::kChunks;
+    const std::uint32_t inside = (2 * pair + second) % W::kUnitChunks;
     const std::uint32_t low_shift = W::kLow * (inside % W::kFields);
     QUANTAL_UNROLL
     for (int k = 0; k < 4; ++k) {
@@ -95,34 +85,13 @@ QUANTAL_HD Codes16 chunk_of(const RawPair& raw, std::uint32_t pair, std::uint32_
   return out;
 }
 
-/// Calls fn(std::integral_constant<int, bits>).
-template <class Fn>
-QUANTAL_HD void with_width(int bits, Fn fn) {
-  switch (bits) {
-    case 1:
-      return fn(std::integral_constant<int, 1>{});
-    case 2:
-      return fn(std::integral_constant<int, 2>{});
-    case 3:
-      return fn(std::integral_constant<int, 3>{});
-    case 4:
-      return fn(std::integral_constant<int, 4>{});
-    case 5:
-      return fn(std::integral_constant<int, 5>{});
-    case 6:
-      return fn(std::integral_constant<int, 6>{});
-    default:
-      return fn(std::integral_constant<int, 8>{});
-  }
-}
-
 /// The code of one column.
 template <int kBits>
 QUANTAL_HD std::uint32_t code_at(const std::uint8_t* row, std::int64_t col) {
-  using W = Width<kBits>;
+  using W = Planes<kBits>;
   const std::int64_t chunk = col / kChunk;
-  const auto inside = static_cast<std::uint32_t>(chunk % W::kChunks);
-  const std::uint8_t* unit = row + chunk / W::kChunks * W::kUnitBytes + col % kChunk;
+  const auto inside = static_cast<std::uint32_t>(chunk % W::kUnitChunks);
+  const std::uint8_t* unit = row + chunk / W::kUnitChunks * W::kUnitBytes + col % kChunk;
   std::uint32_t code =
       unit[inside / W::kFields * 16] >> (W::kLow * (inside % W::kFields)) & ((1U << W::kLow) - 1U);
   if constexpr (W::kHigh != 0) {

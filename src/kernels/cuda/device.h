@@ -8,14 +8,14 @@
 
 #include <cstdint>
 
+#include "kernels/host_device.h"
+
 #if defined(__CUDACC__)
-#define QUANTAL_HD __host__ __device__ __forceinline__
 #define QUANTAL_DEVICE __device__ __forceinline__
 #define QUANTAL_KERNEL __global__
 #define QUANTAL_KERNEL_THREADS(threads, blocks) __launch_bounds__(threads, blocks)
 #define QUANTAL_UNROLL _Pragma("unroll")
 #else
-#define QUANTAL_HD inline
 #define QUANTAL_DEVICE inline
 #define QUANTAL_KERNEL inline
 #define QUANTAL_KERNEL_THREADS(threads, blocks)

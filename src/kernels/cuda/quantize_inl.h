@@ -256,13 +256,13 @@ QUANTAL_DEVICE Codes16 encode_chunk(const QuantizeArgs& a, std::int64_t row, std
 /// One strip of a row, 16 bytes of one plane; a thread makes it from all chunks that have a part.
 template <Encoder kEncoder, int kBits>
 QUANTAL_DEVICE Words4 encode_strip(const QuantizeArgs& a, std::int64_t row, std::int64_t strip) {
-  using W = Width<kBits>;
+  using W = Planes<kBits>;
   constexpr int kStrips = W::kUnitBytes / 16, kLowStrips = W::kLowBytes / 16;
   const std::int64_t unit = strip / kStrips;
   const auto inside = static_cast<int>(strip % kStrips);
   const bool low = inside < kLowStrips;
-  const int chunks = low ? W::kFields : W::kChunks;
-  const std::int64_t first = unit * W::kChunks + (low ? inside * W::kFields : 0);
+  const int chunks = low ? W::kFields : W::kUnitChunks;
+  const std::int64_t first = unit * W::kUnitChunks + (low ? inside * W::kFields : 0);
   Words4 out = {{0, 0, 0, 0}};
   for (int c = 0; c < chunks; ++c) {
     const Codes16 codes = encode_chunk<kEncoder>(a, row, first + c);

@@ -32,22 +32,9 @@ void small_matmul_any(const SmallArgs& args, Stream stream) {
     case Values::kNumber:
       break;
   }
-  switch (args.w.bits) {
-    case 1:
-      return small_matmul_of<1, Values::kNumber, kKind>(args, stream);
-    case 2:
-      return small_matmul_of<2, Values::kNumber, kKind>(args, stream);
-    case 3:
-      return small_matmul_of<3, Values::kNumber, kKind>(args, stream);
-    case 4:
-      return small_matmul_of<4, Values::kNumber, kKind>(args, stream);
-    case 5:
-      return small_matmul_of<5, Values::kNumber, kKind>(args, stream);
-    case 6:
-      return small_matmul_of<6, Values::kNumber, kKind>(args, stream);
-    default:
-      return small_matmul_of<8, Values::kNumber, kKind>(args, stream);
-  }
+  with_width(args.w.bits, [&](auto bits) {
+    small_matmul_of<decltype(bits)::value, Values::kNumber, kKind>(args, stream);
+  });
 }
 
 }  // namespace quantal::cuda
