@@ -20,10 +20,12 @@ struct Panel {
   std::int64_t col_begin = 0;  ///< first column
   std::int64_t col_end = 0;    ///< behind the last column
 };
+/// Panels begin at multiples of so many columns, a whole number of units of every width.
+inline constexpr std::int64_t kColumnUnit = 128;
 
 /// Exact values: `out[(r - row_begin) * ld + (c - col_begin)] = out_dtype(w(r, c))`, w as defined
-/// at Offset. `ld` is in elements. col_begin must be a multiple of 128. out_dtype kF32, kF16 or
-/// kBF16. Bit-identical on every ISA and for every thread count. Throws Error{kShape} /
+/// at Offset. `ld` is in elements. col_begin must be a multiple of kColumnUnit. out_dtype kF32,
+/// kF16 or kBF16. Bit-identical on every ISA and for every thread count. Throws Error{kShape} /
 /// Error{kDtype}.
 void dequantize(const PackedView& w, const Panel& panel, DType out_dtype, void* out,
                 std::int64_t ld, const Executor& executor);

@@ -6,9 +6,8 @@
 namespace quantal {
 namespace {
 
-constexpr std::int64_t kColumnUnit = 128;  // codes of the largest unit
-constexpr std::int64_t kTaskBytes =
-    64 * 1024;  // output of one task: far above the cost of starting it
+// Output of one task: far above the cost of starting it.
+constexpr std::int64_t kTaskBytes = 64 * 1024;
 
 void check_panel(const PackedSpec& spec, const Panel& p, std::int64_t ld) {
   const bool rows_ok = 0 <= p.row_begin && p.row_begin <= p.row_end && p.row_end <= spec.rows;

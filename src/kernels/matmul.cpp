@@ -11,7 +11,6 @@ namespace quantal {
 namespace {
 
 constexpr std::int64_t kTaskCodes = 64 * 1024;  // weights of one task
-constexpr std::int64_t kColumnUnit = 128;       // output columns are cut at multiples of this
 
 void check_product(const PackedView& w, std::int64_t m_rows, const char* where) {
   if (!supports_packed_matmul(w.spec)) {

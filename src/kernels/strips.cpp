@@ -11,6 +11,7 @@ namespace quantal {
 namespace {
 
 constexpr std::int64_t kStripBytes = 16;
+static_assert(kColumnUnit == Planes<1>::kUnitCodes);  // the largest unit; the others divide it
 
 /// with_width of a checked width.
 template <class Fn>

@@ -26,7 +26,6 @@ namespace {
 constexpr std::int64_t kMaxTileInputs = 256;
 constexpr std::int64_t kMaxSmallInputs = 16;
 constexpr std::int64_t kPanelBytes = 64 << 20;  // of a decoded panel
-constexpr std::int64_t kColumnUnit = 128;       // panels begin at multiples of this column
 
 int number_of(ScalarType type, const char* what) {
   return static_cast<int>(weight_dtype(what, type));

@@ -39,9 +39,6 @@ void link_torch_ops() noexcept {
 namespace quantal::stable_ops {
 namespace {
 
-/// Panels begin at multiples of this column (contract of quantal::dequantize).
-constexpr std::int64_t kColumnUnit = 128;
-
 bool use_packed_product(const PackedSpec& spec, DType dtype, std::int64_t m, ProductKind product) {
   return supports_packed_matmul(spec) && m <= packed_matmul_max_rows(spec, dtype, product);
 }

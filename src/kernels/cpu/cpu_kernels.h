@@ -123,7 +123,8 @@ struct Bf16Kernels {
   void (*matmul)(const KernelMatrix& w, const Bf16Job& job, std::int64_t row_begin,
                  std::int64_t row_end) noexcept;
   /// Output columns [col_begin, col_end) of y[m, k] = sum_n x[m, n] w(n, k); col_begin is a
-  /// multiple of 128. x has w.rows elements in a row and a zero after an odd number of them.
+  /// multiple of quantal::kColumnUnit. x has w.rows elements in a row and a zero after an odd
+  /// number of them.
   void (*matmul_transposed)(const KernelMatrix& w, const Bf16Job& job, std::int64_t col_begin,
                             std::int64_t col_end) noexcept;
 };

@@ -9,6 +9,7 @@
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/launchers.h"
 #include "kernels/cuda/refusals.h"
+#include "quantal/kernels.h"
 
 namespace quantal::cuda {
 namespace {
@@ -114,12 +115,13 @@ DequantizeArgs checked(const quantal_cuda_panel& p) {
   a.ld = p.ld;
   const bool inside = p.row >= 0 && p.rows >= 0 && p.rows <= a.w.rows - p.row && p.col >= 0 &&
                       p.cols >= 0 && p.cols <= a.w.cols - p.col;
-  if (!inside || p.col % 128 != 0 || p.ld < p.cols) {
+  if (!inside || p.col % kColumnUnit != 0 || p.ld < p.cols) {
     fail(Errc::kShape, "cuda dequantize: panel is " + std::to_string(p.rows) + " x " +
                            std::to_string(p.cols) + " from (" + std::to_string(p.row) + ", " +
                            std::to_string(p.col) + ") with ld " + std::to_string(p.ld) +
                            ", expected a part of " + std::to_string(a.w.rows) + " x " +
-                           std::to_string(a.w.cols) + " from a multiple of 128 columns");
+                           std::to_string(a.w.cols) + " from a multiple of " +
+                           std::to_string(kColumnUnit) + " columns");
   }
   const std::uintptr_t element = element_bytes(a.out_kind);
   if (p.rows > 0 && p.cols > 0) check_pointer(where, "out", p.out, element);
