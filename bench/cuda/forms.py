@@ -174,13 +174,13 @@ def _nested(form: Form, codes: torch.Tensor, random: torch.Generator):
     return scale, torch.zeros(rows, slots), stats, shared.view(torch.uint8)
 
 
-def random_bytes(form: Form, rows: int, cols: int) -> tuple[torch.Tensor, ...]:
+def random_bytes(form: Form, rows: int, cols: int, device: str = "cpu") -> tuple[torch.Tensor, ...]:
     """(codes, stats, shared) with any codes, for times: nothing is packed or decoded."""
     random = torch.Generator().manual_seed(1)
     stats, shared = _statistics(form, rows, cols // (form.group or cols), random)[2:]
     width = pack(torch.zeros(1, cols, dtype=torch.uint8), form.bits).shape[1]
-    codes = torch.randint(0, 256, (rows, width), generator=random, dtype=torch.uint8)
-    return codes, stats.contiguous(), shared
+    codes = torch.randint(0, 256, (rows, width), dtype=torch.uint8, device=device)
+    return codes, stats.contiguous().to(device), shared.to(device)
 
 
 def make(form: Form, rows: int, cols: int, seed: int = 1) -> Packed:

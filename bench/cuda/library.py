@@ -261,7 +261,7 @@ class Quantized:
     def __init__(self, library: Library, name: str, weight: torch.Tensor) -> None:
         encoder, form, settings = forms.ENCODED[name]
         rows, cols = weight.shape
-        codes, stats, shared = forms.random_bytes(form, rows, cols)
+        codes, stats, shared = forms.random_bytes(form, rows, cols, str(weight.device))
         self._library, self._weight = library, weight
         self.w = Weight(
             form.spec(rows, cols), *(torch.empty_like(t, device=weight.device).fill_(0xA5)

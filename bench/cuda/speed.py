@@ -1,207 +1,331 @@
-"""Times of the CUDA kernels beside torch, in one run: every path is captured into a graph that
-walks through several copies of its weights, larger together than the second-level cache, and graphs
-are replayed in turn so that the state of the card is the same for all."""
+"""Times of the CUDA kernels beside torch and the rivals that are installed (timing.py says how)."""
 
 from __future__ import annotations
 
 import functools
-import math
-import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import forms
+import peers
 import torch
 from library import Library, Quantized, Weight
+from report import Report
+from targets import LLAMA_70B, OP, SOLVER, TORCH, Limits, Row
+from timing import Budget, Call, Timer, at_most, reason
 
-ROUNDS = 7
-FORMS = {form.name: form for form in forms.FORMS}
-
-
-@dataclass
-class Limits:
-    """What the card reached in this run."""
-
-    copy: float  # bytes per second, read and written
-    gemm: float  # FLOP per second, bfloat16
+FORMS = {form.name: form for form in (*forms.FORMS, forms.INT8)}
+#: Rows of activations up to which a launch may take as long as the kernel: both are timed.
+FEW_ROWS = 16
+SECONDS_OF_A_RIVAL = 20.0  # to quantize, compile and tune for one piece of work
 
 
 @dataclass
-class Row:
-    """A measured path."""
+class Bench:
+    """What all pieces of work are given."""
 
-    what: str
-    path: str
-    seconds: float
-    moved: int  # least bytes: each input read once, each output written once
-    flop: int
+    library: Library
+    timer: Timer
+    budget: Budget
+    report: Report
+    found: dict[str, str] = field(default_factory=dict)  #: versions of the rivals
+    op: bool = False  #: quantal is installed and its ops run on the device
+    late: set[str] = field(default_factory=set)  #: rivals that took too long to be made
+
+    @property
+    def device(self) -> torch.device:
+        return self.timer.device
+
+
+# ------------------------------------------------------------------ weights
 
 
 @functools.lru_cache(maxsize=4)
-def _bytes(name: str, rows: int, cols: int) -> tuple[torch.Tensor, ...]:
-    return forms.random_bytes(FORMS[name], rows, cols)
+def _bytes(name: str, rows: int, cols: int, device: str) -> tuple[torch.Tensor, ...]:
+    return forms.random_bytes(FORMS[name], rows, cols, device)
 
 
-def _weights(name: str, rows: int, cols: int) -> list[Weight]:
+def _weights(bench: Bench, name: str, rows: int, cols: int) -> list[Weight]:
     """Copies of a random matrix, more than the cache holds."""
-    buffers = _bytes(name, rows, cols)
-    copies = _copies(sum(t.numel() for t in buffers))
+    buffers = _bytes(name, rows, cols, str(bench.device))
+    copies = bench.timer.copies(sum(t.numel() for t in buffers))
     spec = FORMS[name].spec(rows, cols)
-    return [Weight(spec, *(t.to("cuda", copy=True) for t in buffers)) for _ in range(copies)]
+    return [Weight(spec, *(t.clone() for t in buffers)) for _ in range(copies)]
 
 
-def _graph(calls: list[Callable[[], None]]) -> torch.cuda.CUDAGraph:
-    for call in calls[:2]:  # warm up outside of the capture
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph
+def _random(bench: Bench, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(shape, device=bench.device, dtype=torch.float32).mul_(0.02).to(dtype)
 
 
-def interleaved(paths: dict[str, list[Callable[[], None]]]) -> dict[str, float]:
-    """Median seconds of one call of each path."""
-    graphs = {name: _graph(calls) for name, calls in paths.items()}
-    times: dict[str, list[float]] = {name: [] for name in paths}
-    for graph in graphs.values():
-        graph.replay()
-    for _ in range(ROUNDS):
-        for name, graph in graphs.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times[name].append(begin.elapsed_time(end) / 1e3 / len(paths[name]))
-    return {name: statistics.median(values) for name, values in times.items()}
+def _dense(bench: Bench, rows: int, cols: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    return [
+        _random(bench, rows, cols, dtype=dtype) for _ in range(bench.timer.copies(rows * cols * 2))
+    ]
 
 
-def limits() -> Limits:
-    """A copy of 2 GiB and a square product of bfloat16 random numbers."""
-    a = torch.randn(1 << 28, device="cuda")
+# ------------------------------------------------------------------ measuring
+
+
+def limits(bench: Bench) -> Limits:
+    """A copy and a square product of bfloat16 random numbers."""
+    on_gpu = bench.device.type == "cuda"
+    a = torch.randn(1 << (28 if on_gpu else 12), device=bench.device)
     b = torch.empty_like(a)
-    copy = interleaved({"copy": [lambda: b.copy_(a)] * 4})["copy"]
-    n = 8192
-    x, y = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    n = 8192 if on_gpu else 64
+    x, y = (torch.randn(n, n, device=bench.device).bfloat16() for _ in range(2))
     z = torch.empty_like(x)
-    gemm = interleaved({"gemm": [lambda: torch.mm(x, y, out=z)] * 4})["gemm"]
+    paths: dict[str, list[Call]] = {
+        "copy": [lambda: b.copy_(a)] * 4,
+        "gemm": [lambda: torch.mm(x, y, out=z)] * 4,
+    }
+    times = bench.timer.measure(paths)
+    copy, gemm = (times[name].graph for name in ("copy", "gemm"))
+    if copy is None or gemm is None:
+        raise RuntimeError(f"no limits: {times}")
     return Limits(2 * a.numel() * 4 / copy, 2 * n**3 / gemm)
 
 
-def _copies(bytes_each: int) -> int:
-    cache = torch.cuda.get_device_properties(0).L2_cache_size
-    return max(2, min(32, math.ceil(4 * cache / bytes_each)))
+def _measured(
+    bench: Bench,
+    like: Row,
+    paths: dict[str, list[Call]],
+    notes: dict[str, str],
+    dense_bytes: int = 0,
+) -> list[Row]:
+    """A row for each path and for each that could not even be made."""
+    times = bench.timer.measure(paths, launched=0 < like.m <= FEW_ROWS)
+    rows = []
+    for name, timing in times.items():
+        moved = dense_bytes if name == TORCH else like.moved
+        rows.append(
+            Row(like.part, like.form, like.shape, like.m, name, timing.graph, timing.launched,
+                moved, like.flop, timing.note)
+        )  # fmt: skip
+    for name, note in notes.items():
+        rows.append(Row(like.part, like.form, like.shape, like.m, name, note=note))
+    return rows
 
 
-def _int4_rival(rows: int, cols: int, x: torch.Tensor, copies: int) -> list[Callable[[], None]]:
-    """torch's own int4 product (tinygemm); raises where this card or build has none."""
-    packed = torch.randint(0, 256, (rows, cols // 2), dtype=torch.uint8, device="cuda")
-    scales = torch.randn(cols // 64, rows, 2, device="cuda", dtype=torch.bfloat16)
-    weights = [torch.ops.aten._convert_weight_to_int4pack(packed, 8) for _ in range(copies)]
-    return [lambda w=w: torch.ops.aten._weight_int4pack_mm(x, w, 64, scales) for w in weights]
+def _add_rivals(
+    bench: Bench, work: peers.Work, paths: dict[str, list[Call]], notes: dict[str, str]
+) -> None:
+    for peer, missing in peers.of_form(work.form, work.x.shape[0], bench.found):
+        if missing or peer.name in bench.late:
+            continue  # the table of the setting says so; late ones were named when they were
+        try:
+            with at_most(min(SECONDS_OF_A_RIVAL, max(bench.budget.left(), 1.0))):
+                calls = peer.make(work)
+                calls[0]()
+                bench.timer.synchronize()
+            paths[peer.name] = calls
+        except Exception as error:  # a rival's own
+            notes[peer.name] = reason(error)
+            if isinstance(error, TimeoutError):
+                bench.late.add(peer.name)
 
 
-def forward(library: Library, name: str, rows: int, cols: int, m: int) -> list[Row]:
-    """All paths of one product."""
-    weights = _weights(name, rows, cols)
-    weight_bytes = weights[0].bytes()
-    dense_bytes = rows * cols * 2
-    dense = [
-        torch.randn(rows, cols, device="cuda").mul_(0.02).bfloat16()
-        for _ in range(_copies(dense_bytes))
-    ]
-    x = torch.randn(m, cols, device="cuda", dtype=torch.bfloat16)
-    y = torch.empty(m, rows, device="cuda", dtype=torch.bfloat16)
-    panel = torch.empty(rows, cols, device="cuda", dtype=torch.bfloat16)
+def _op_calls(weights: list[Weight], name: str, x: torch.Tensor) -> list[Call]:
+    """The op that users reach, linear or linear_grad_input."""
+    if name == "linear":
+        op = torch.ops.quantal.linear
+        return [lambda w=w: op(x, w.codes, w.stats, w.shared, None, w.spec) for w in weights]
+    op = torch.ops.quantal.linear_grad_input
+    return [lambda w=w: op(x, w.codes, w.stats, w.shared, w.spec) for w in weights]
 
-    def by_panel(w) -> None:
+
+# ------------------------------------------------------------------ products
+
+
+def forward(bench: Bench, name: str, rows: int, cols: int, m: int) -> list[Row]:
+    """All paths of y = x w^T."""
+    library = bench.library
+    weights = _weights(bench, name, rows, cols)
+    x, y = _random(bench, m, cols), _random(bench, m, rows)
+    panel = _random(bench, rows, cols)
+    dense = _dense(bench, rows, cols, torch.bfloat16)
+
+    def by_panel(w: Weight) -> None:
         library.dequantize(w, panel)
         torch.mm(x, panel.t(), out=y)
 
-    paths = {"torch bf16": [lambda d=d: torch.mm(x, d.t(), out=y) for d in dense]}
-    if m <= 16:
-        paths["small"] = [lambda w=w: library.matmul("small_matmul", w, x, y) for w in weights]
-    paths["tiles"] = [lambda w=w: library.matmul("tile_matmul", w, x, y) for w in weights]
-    paths["dequantize + torch"] = [lambda w=w: by_panel(w) for w in weights]
-    try:
-        paths["torch int4"] = _int4_rival(rows, cols, x, len(weights))
-        paths["torch int4"][0]()
-    except (RuntimeError, AttributeError):
-        paths.pop("torch int4", None)
+    paths: dict[str, list[Call]] = {TORCH: [lambda d=d: torch.mm(x, d.t(), out=y) for d in dense]}
+    if bench.op:
+        paths[OP] = _op_calls(weights, "linear", x)
+    if m <= FEW_ROWS:
+        paths["quantal: few rows"] = [
+            lambda w=w: library.matmul("small_matmul", w, x, y) for w in weights
+        ]
+    paths["quantal: tiles"] = [lambda w=w: library.matmul("tile_matmul", w, x, y) for w in weights]
+    paths["quantal: dequantize + torch"] = [lambda w=w: by_panel(w) for w in weights]
+    notes: dict[str, str] = {}
+    _add_rivals(bench, peers.Work(name, rows, cols, x, len(weights)), paths, notes)
     ends = (x.numel() + y.numel()) * 2
-    flop = 2 * m * rows * cols
-    what = f"{name}, {rows} x {cols}, m {m}"
-    return [
-        Row(what, path, t, (dense_bytes if path == "torch bf16" else weight_bytes) + ends, flop)
-        for path, t in interleaved(paths).items()
-    ]
+    like = Row("forward", name, (rows, cols), m, "", moved=weights[0].bytes() + ends,
+               flop=2 * m * rows * cols)  # fmt: skip
+    return _measured(bench, like, paths, notes, rows * cols * 2 + ends)
 
 
-def backward(library: Library, name: str, rows: int, cols: int, m: int) -> list[Row]:
+def backward(bench: Bench, name: str, rows: int, cols: int, m: int) -> list[Row]:
     """dx = g w."""
-    w = _weights(name, rows, cols)[0]
-    g = torch.randn(m, rows, device="cuda", dtype=torch.bfloat16)
-    dx = torch.empty(m, cols, device="cuda", dtype=torch.bfloat16)
-    panel = torch.randn(rows, cols, device="cuda").mul_(0.02).bfloat16()
-    scratch = torch.empty_like(panel)
+    library = bench.library
+    weights = _weights(bench, name, rows, cols)
+    g, dx = _random(bench, m, rows), _random(bench, m, cols)
+    panel = _random(bench, rows, cols)
+    dense = _dense(bench, rows, cols, torch.bfloat16)
 
-    def by_panel() -> None:
-        library.dequantize(w, scratch)
-        torch.mm(g, scratch, out=dx)
+    def by_panel(w: Weight) -> None:
+        library.dequantize(w, panel)
+        torch.mm(g, panel, out=dx)
 
-    times = interleaved(
-        {
-            "torch bf16": [lambda: torch.mm(g, panel, out=dx)] * 2,
-            "tiles": [lambda: library.matmul("tile_matmul_transposed", w, g, dx)] * 2,
-            "dequantize + torch": [by_panel] * 2,
-        }
+    paths: dict[str, list[Call]] = {TORCH: [lambda d=d: torch.mm(g, d, out=dx) for d in dense]}
+    if bench.op:
+        paths[OP] = _op_calls(weights, "linear_grad_input", g)
+    paths["quantal: tiles"] = [
+        lambda w=w: library.matmul("tile_matmul_transposed", w, g, dx) for w in weights
+    ]
+    paths["quantal: dequantize + torch"] = [lambda w=w: by_panel(w) for w in weights]
+    ends = (g.numel() + dx.numel()) * 2
+    like = Row("backward", name, (rows, cols), m, "", moved=weights[0].bytes() + ends,
+               flop=2 * m * rows * cols)  # fmt: skip
+    return _measured(bench, like, paths, {}, rows * cols * 2 + ends)
+
+
+def int8(bench: Bench, rows: int, cols: int, m: int) -> list[Row]:
+    """LLM.int8 with a threshold of 6, float16, beside torch in float16 and bitsandbytes."""
+    name = forms.INT8.name
+    weights = _weights(bench, name, rows, cols)
+    x, y = (_random(bench, m, n, dtype=torch.float16) for n in (cols, rows))
+    workspace = torch.empty(
+        bench.library.int8_workspace(m, cols), dtype=torch.uint8, device=bench.device
     )
-    ends, flop = (g.numel() + dx.numel()) * 2, 2 * m * rows * cols
-    what = f"backward, {name}, {rows} x {cols}, m {m}"
-    return [
-        Row(what, p, t, (rows * cols * 2 if p == "torch bf16" else w.bytes()) + ends, flop)
-        for p, t in times.items()
-    ]
+    dense = _dense(bench, rows, cols, torch.float16)
+    paths: dict[str, list[Call]] = {
+        "torch f16": [lambda d=d: torch.mm(x, d.t(), out=y) for d in dense],
+        "quantal: LLM.int8": [
+            lambda w=w: bench.library.int8_matmul(w, x, y, 6.0, workspace) for w in weights
+        ],
+    }
+    notes: dict[str, str] = {}
+    _add_rivals(bench, peers.Work(name, rows, cols, x, len(weights)), paths, notes)
+    like = Row("int8", name, (rows, cols), m, "", flop=2 * m * rows * cols,
+               moved=weights[0].bytes() + (x.numel() + y.numel()) * 2)  # fmt: skip
+    return _measured(bench, like, paths, notes)
 
 
-def decode(library: Library, name: str, rows: int, cols: int) -> list[Row]:
+# ------------------------------------------------------------------ weights as bytes
+
+
+def dequantize(bench: Bench, name: str, rows: int, cols: int) -> list[Row]:
     """Dequantizing to bfloat16."""
-    weights = _weights(name, rows, cols)
-    out = torch.empty(rows, cols, device="cuda", dtype=torch.bfloat16)
-    times = interleaved({"dequantize": [lambda w=w: library.dequantize(w, out) for w in weights]})
-    moved = weights[0].bytes() + out.numel() * 2
-    return [Row(f"dequantize, {name}, {rows} x {cols}", p, t, moved, 0) for p, t in times.items()]
+    weights = _weights(bench, name, rows, cols)
+    out = _random(bench, rows, cols)
+    paths: dict[str, list[Call]] = {
+        OP: [lambda w=w: bench.library.dequantize(w, out) for w in weights]
+    }
+    like = Row("dequantize", name, (rows, cols), 0, "", moved=weights[0].bytes() + out.numel() * 2)
+    return _measured(bench, like, paths, {})
 
 
-def quantize(library: Library, name: str, rows: int, cols: int) -> list[Row]:
+def quantize(bench: Bench, name: str, rows: int, cols: int) -> list[Row]:
     """A bfloat16 weight into its buffers; `moved` counts it once, the solver reads it again."""
-    weights = [
-        torch.randn(rows, cols, device="cuda").mul_(0.02).bfloat16()
-        for _ in range(_copies(rows * cols * 2))
-    ]
-    made = [Quantized(library, name, weight) for weight in weights]
-    times = interleaved({"quantize": [q.run for q in made]})
-    what = f"quantize, {name}, {rows} x {cols}"
-    return [Row(what, path, t, made[0].moved(), 0) for path, t in times.items()]
+    weights = _dense(bench, rows, cols, torch.bfloat16)
+    made = [Quantized(bench.library, name, weight) for weight in weights]
+    like = Row("quantize", name, (rows, cols), 0, "", moved=made[0].moved())
+    return _measured(bench, like, {OP: [q.run for q in made]}, {})
 
 
-def measure(library: Library, quick: bool) -> list[Row]:
-    """The table of docs/cuda.md's targets."""
-    shapes = [(4096, 4096)] if quick else [(4096, 4096), (14336, 4096), (28672, 8192)]
-    rows: list[Row] = []
-    for shape in shapes:
-        for name in ("NF4 nested", "HQQ 4 bits", "MLX 4 bits"):
-            for m in (1, 16):
-                rows += forward(library, name, *shape, m)
-        for m in (4, 8, 32, 64, 128, 256, 512, 2048):
-            rows += forward(library, "HQQ 4 bits", *shape, m)
-        for m in (512, 2048):
-            rows += backward(library, "HQQ 4 bits", *shape, m)
+# ------------------------------------------------------------------ what is measured
+
+Item = tuple[str, Callable[[], list[Row]]]
+SHAPES = ((4096, 4096), (14336, 4096), (28672, 8192))
+
+
+@dataclass
+class Plan:
+    """Shapes and rows of activations; the first items are what targets are about."""
+
+    shapes: tuple[tuple[int, int], ...] = SHAPES
+    few: tuple[int, ...] = (1, 16)
+    many: tuple[int, ...] = (64, 2048, 512, 128, 256, 32, 8, 4)
+    back: tuple[int, ...] = (2048, 512)
+    llama: tuple[tuple[int, int], ...] = tuple(LLAMA_70B)
+    encoded: tuple[str, ...] = tuple(forms.ENCODED)
+
+
+QUICK = Plan(
+    shapes=((4096, 4096), (28672, 8192)),
+    many=(64, 512, 2048),
+    back=(2048,),
+    encoded=("NF4 nested", "MLX 4 bits", "LLM.int8"),
+)
+#: Where kernels are emulated: everything once, and nothing is concluded from it.
+TINY = Plan(((32, 256),), (1, 16), (64,), (64,), ((32, 128),), ("NF4 nested", SOLVER))
+
+
+def products(bench: Bench, plan: Plan) -> Iterator[Item]:
+    """Forward, by importance: what targets name in all shapes, then the rest."""
+
+    def item(name: str, shape: tuple[int, int], m: int) -> Item:
+        what = f"forward, {name}, {shape[0]} x {shape[1]}, m {m}"
+        return what, lambda: forward(bench, name, *shape, m)
+
+    for m in plan.few:
+        for shape in plan.shapes:
+            for name in ("NF4 nested", "HQQ 4 bits", "MLX 4 bits"):
+                yield item(name, shape, m)
+    for m in plan.many:
+        for shape in plan.shapes:
+            yield item("HQQ 4 bits", shape, m)
+    for m in (64, 2048):
+        if m in plan.many:
+            yield item("NF4 nested", plan.shapes[0], m)
+    for name in ("8 bits", "HQQ 3 bits", "NF4"):
+        yield item(name, plan.shapes[0], 1)
+
+
+def backwards(bench: Bench, plan: Plan) -> Iterator[Item]:
+    for m in plan.back:
+        for shape in plan.shapes:
+            what = f"backward, HQQ 4 bits, {shape[0]} x {shape[1]}, m {m}"
+            yield what, lambda s=shape, m=m: backward(bench, "HQQ 4 bits", *s, m)
+
+
+def weights_as_bytes(bench: Bench, plan: Plan) -> Iterator[Item]:
+    """HQQ's solver over the shapes of Llama 70B, then the other encoders and the decoders."""
+    for shape in plan.llama:
+        what = f"quantize, {SOLVER}, {shape[0]} x {shape[1]}"
+        yield what, lambda s=shape: quantize(bench, SOLVER, *s)
+    for shape in plan.shapes:
         for name in ("NF4 nested", "HQQ 4 bits", "HQQ 3 bits", "8 bits"):
-            rows += decode(library, name, *shape)
-        for name in forms.ENCODED:
-            rows += quantize(library, name, *shape)
-        torch.cuda.empty_cache()
-    return rows
+            what = f"dequantize, {name}, {shape[0]} x {shape[1]}"
+            yield what, lambda n=name, s=shape: dequantize(bench, n, *s)
+        for name in plan.encoded:
+            if name == SOLVER:
+                continue
+            what = f"quantize, {name}, {shape[0]} x {shape[1]}"
+            yield what, lambda n=name, s=shape: quantize(bench, n, *s)
+
+
+def int8s(bench: Bench, plan: Plan) -> Iterator[Item]:
+    for m in (1, plan.many[0]):
+        what = f"int8, {plan.shapes[0][0]} x {plan.shapes[0][1]}, m {m}"
+        yield what, lambda m=m: int8(bench, *plan.shapes[0], m)
+
+
+def run(bench: Bench, part: str, seconds: float, items: Iterator[Item]) -> None:
+    """Measures items while time is left; each is written as it comes. One that fails, for want of
+    memory say, is named and the others go on."""
+    with bench.budget.part(part, seconds):
+        for what, measure in items:
+            if bench.budget.left() <= 0:
+                bench.report.leave_out(what)
+                continue
+            try:
+                bench.report.add(measure())
+            except Exception as error:
+                bench.report.leave_out(f"{what}: {reason(error)}")
+            _bytes.cache_clear()
+            if bench.device.type == "cuda":
+                torch.cuda.empty_cache()
+    bench.report.seconds = bench.budget.spent
+    bench.report.write()
