@@ -13,6 +13,7 @@ constexpr bool is_width(int bits) { return bits >= 1 && bits <= 8 && bits != 7; 
 inline constexpr const char* kWidthNames = "1, 2, 3, 4, 5, 6 or 8";
 
 /// fn(std::integral_constant<int, bits>) of a width that is_width.
+QUANTAL_EITHER_SIDE
 template <class Fn>
 QUANTAL_HD auto with_width(int bits, Fn fn) {
   switch (bits) {
