@@ -224,6 +224,10 @@ TEST_F(Products, LongRowsManyInputsInBfloat16) {
         PackedSpec{.rows = 9, .cols = 8064, .offset = Offset::kZeroPoint, .group_size = 192},
         PackedSpec{.rows = 9, .cols = 4800, .bits = 8, .offset = Offset::kBias, .group_size = 96},
         PackedSpec{.rows = 9, .cols = 4352, .bits = 2, .offset = Offset::kShift, .group_size = 128},
+        PackedSpec{.rows = 11, .cols = 4608, .bits = 5, .offset = Offset::kShift, .group_size = 32},
+        PackedSpec{.rows = 9, .cols = 4864, .bits = 5, .offset = Offset::kBias, .group_size = 64},
+        PackedSpec{.rows = 9, .cols = 8448, .bits = 6, .centre = 32, .group_size = 192},
+        PackedSpec{.rows = 10, .cols = 4352, .bits = 6, .centre = 32, .group_size = 16},
         PackedSpec{.rows = 11, .cols = 5000, .bits = 8, .centre = 128}}) {
     for (std::int64_t m : {1, 2, 5, 8, 11, 12, 16, 33, 67, 530}) {
       const Problem p = make_problem(spec, m, DType::kBF16, false, ++seed);
@@ -237,6 +241,8 @@ TEST_F(Products, ARowOfOutputsDoesNotDependOnTheOtherInputs) {
                               {.rows = 9, .cols = 4224, .group_size = 32},
                               {.rows = 9, .cols = 4800, .group_size = 192},
                               {.rows = 13, .cols = 4352, .bits = 8, .group_size = 64},
+                              {.rows = 9, .cols = 4352, .bits = 5, .group_size = 32},
+                              {.rows = 9, .cols = 4224, .bits = 6, .group_size = 64},
                               {.rows = 21, .cols = 200, .bits = 8, .offset = Offset::kShift}};
   for (const PackedSpec& spec : specs) {
     for (int i = 0; i < 4; ++i) {

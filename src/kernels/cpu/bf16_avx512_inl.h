@@ -42,18 +42,64 @@ inline __m512i narrow_two(__m512 low, __m512 high) {
 /// Scratch and packed activations are zero up to a multiple of this many columns.
 constexpr std::int64_t kPadColumns = 64;
 
-/// Fields F of the fast decoders by width, 0 if there is none. 3-bit codes are planes of 2 and 1.
-constexpr int fields_of(int bits) { return bits == 4 ? 2 : bits == 2 || bits == 3 ? 4 : bits == 8; }
+/// Fields F of the fast decoders by width, 0 if there is none: a step is 32 bytes of the low plane
+/// (64 of 5-bit codes, whose unit is that long).
+constexpr int fields_of(int bits) {
+  constexpr int kFields[] = {0, 0, 4, 4, 2, 4, 2, 0, 1};
+  return kFields[bits];
+}
+constexpr bool has_planes(int bits) { return bits == 5 || bits == 6; }
 
 /// Fields of the decoder that this matrix gets, 0: any groups, columns in order. Groups are whole
-/// steps, or halves of one.
+/// steps, or halves of one; of 5 and 6 bits also smaller parts.
 inline int step_fields(const KernelMatrix& w) {
   const std::int64_t step = 32 * fields_of(w.bits);
   if (step == 0 || w.groups != GroupKind::kRowRuns || w.cols % w.group_size != 0) return 0;
-  const bool halves = w.bits <= 4 && w.group_size == step / 2;
-  if ((w.group_size % step != 0 && !halves) || w.cols % step != 0) return 0;
+  const bool parts = has_planes(w.bits) ? w.group_size % kLanes == 0 && step % w.group_size == 0
+                                        : w.bits <= 4 && w.group_size == step / 2;
+  if ((w.group_size % step != 0 && !parts) || w.cols % step != 0) return 0;
   if (w.bits == 8 ? w.code_kind == CodeKind::kE5M2 : w.offset == OffsetKind::kOver127) return 0;
   return fields_of(w.bits);
+}
+
+/// Columns of a slot of the statistics that steps get: of 5 and 6 bits each chunk has its own.
+inline std::int64_t slot_columns(const KernelMatrix& w) {
+  return has_planes(w.bits) ? kLanes : w.group_size;
+}
+
+/// to[c] = from[(phase + 16 c) / group_size] for the chunks of `count` columns.
+inline void repeat_for_chunks(const float* from, std::int64_t group_size, std::int64_t phase,
+                              std::int64_t count, float* to) {
+  const std::int64_t chunks = (count + kLanes - 1) / kLanes;
+  if (group_size == 2 * kLanes) {
+    const __m512i twice = _mm512_srli_epi32(
+        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 1);
+    for (std::int64_t c = 0; c < chunks; c += kLanes, from += kLanes / 2) {
+      _mm512_storeu_ps(to + c, _mm512_permutexvar_ps(twice, _mm512_loadu_ps(from)));
+    }
+    return;
+  }
+  std::int64_t c = 0;
+  for (std::int64_t end = (group_size - phase) / kLanes; c < chunks; end += group_size / kLanes) {
+    const __m512 value = _mm512_set1_ps(*from++);
+    for (; c < min64(end, chunks); c += kLanes) _mm512_storeu_ps(to + c, value);
+    c = min64(end, chunks);  // the last vector ran over into the next group
+  }
+}
+
+/// expand_stretch with a slot for every slot_columns; step_fields is not 0.
+inline void expand_steps(const KernelMatrix& w, std::int64_t row, std::int64_t col,
+                         std::int64_t count, Stretch& out) {
+  if (!has_planes(w.bits) || w.group_size == kLanes) {
+    return expand_stretch<VecBf16>(w, row, col, count, out);
+  }
+  Stretch groups;
+  expand_stretch<VecBf16>(w, row, col, count, groups);
+  repeat_for_chunks(groups.scale, w.group_size, groups.phase, count, out.scale);
+  if (w.offset != OffsetKind::kNone) {
+    repeat_for_chunks(groups.offset, w.group_size, groups.phase, count, out.offset);
+  }
+  out.phase = 0;
 }
 
 // ------------------------------------------------------------------ values of a step
@@ -176,6 +222,56 @@ struct NumberStep {
   }
 };
 
+/// Codes of 5 and 6 bits, computed 16 at a time: a low plane of 4 bits and a strip of the others.
+template <class V, int kCodeBits>
+struct PlaneStep {
+  static constexpr int kFields = fields_of(kCodeBits);
+  static constexpr std::int64_t kColumns = 32 * kFields;
+  static constexpr std::int64_t kBytes = kColumns * kCodeBits / 8;
+  static constexpr std::int64_t kGroupsOfStep = kColumns / kLanes;
+  static constexpr int kHigh = Planes<kCodeBits>::kHigh;
+  struct Group {
+    const Stretch& stats;
+    std::int64_t slot;  // of the first chunk
+  };
+  __m512 centre;
+
+  explicit PlaneStep(const KernelMatrix& w) : centre(_mm512_set1_ps(w.centre)) {}
+  static Group group(const Stretch& stats, std::int64_t slot) { return {stats, slot}; }
+  [[gnu::always_inline]] void look_up(const std::uint8_t* step, const Group& g,
+                                      __m512i (&out)[kFields]) const {
+    look_up_from<0>(step, VecBf16::load_u8(step + kLanes * kFields), g, out);
+  }
+
+ private:
+  template <int kField>
+  [[gnu::always_inline]] void look_up_from(const std::uint8_t* step, __m512i strip, const Group& g,
+                                           __m512i (&out)[kFields]) const {
+    if constexpr (kField < kFields) {
+      out[kField] =
+          narrow_two(values<kField>(step, strip, g), values<kFields + kField>(step, strip, g));
+      look_up_from<kField + 1>(step, strip, g, out);
+    }
+  }
+  template <int kChunk>
+  [[gnu::always_inline]] __m512 values(const std::uint8_t* step, __m512i strip,
+                                       const Group& g) const {
+    constexpr int kShift = kHigh * kChunk - 4;
+    constexpr int kMask = ((1 << kHigh) - 1) << 4;
+    __m512i low = VecBf16::load_u8(step + kChunk / 2 * kLanes);
+    if constexpr (kChunk % 2 != 0) low = _mm512_srli_epi32(low, 4);
+    __m512i high = strip;
+    if constexpr (kShift > 0) high = _mm512_srli_epi32(strip, kShift);
+    if constexpr (kShift < 0) high = _mm512_slli_epi32(strip, -kShift);
+    if constexpr (kChunk % 2 == 0) low = _mm512_and_si512(low, _mm512_set1_epi32(15));
+    // low | (high & mask)
+    const __m512i code = _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi32(kMask), 0xF8);
+    return wide_value<V>(_mm512_sub_ps(_mm512_cvtepi32_ps(code), centre),
+                         _mm512_set1_ps(g.stats.scale[g.slot + kChunk]),
+                         _mm512_set1_ps(g.stats.offset[g.slot + kChunk]));
+  }
+};
+
 /// Calls fn.template operator()<Lookup>() with that of a matrix of up to 4 bits of which
 /// step_fields is not 0.
 template <class Fn>
@@ -190,10 +286,18 @@ void with_lookup(const KernelMatrix& w, Fn fn) {
   width(Width<2>{});
 }
 
-/// Calls fn.template operator()<NumberStep>() for 8 bits.
+/// Calls fn.template operator()<Step>() for 5, 6 and 8 bits.
 template <class Fn>
 void with_numbers(const KernelMatrix& w, Fn fn) {
   with_rule(w, [&]<class V>(V /*rule*/) {
+    if (has_planes(w.bits)) {
+      if constexpr (V::kOffset == OffsetKind::kOver127)
+        return;
+      else if (w.bits == 5)
+        return fn.template operator()<PlaneStep<V, 5>>();
+      else
+        return fn.template operator()<PlaneStep<V, 6>>();
+    }
     if (w.code_kind == CodeKind::kNumber) {
       return fn.template operator()<NumberStep<V, Reader<VecBf16, 8, CodeKind::kNumber>>>();
     }
@@ -279,9 +383,10 @@ void decode_steps(const KernelMatrix& w, const Stretch& stats, std::int64_t row,
   const Step step(w);
   const std::uint8_t* codes =
       w.codes + row * w.code_bytes + (col + k) / Step::kColumns * Step::kBytes;
-  const std::int64_t width = w.group_size * Step::kGroupsOfStep;  // columns that share a Group
+  const std::int64_t slot_size = slot_columns(w);
+  const std::int64_t width = slot_size * Step::kGroupsOfStep;  // columns that share a Group
   std::int64_t slot = static_cast<std::uint32_t>(stats.phase + k) /
-                      static_cast<std::uint32_t>(w.group_size);  // faster than 64 bits
+                      static_cast<std::uint32_t>(slot_size);  // faster than 64 bits
   std::int64_t c = 0;
   if constexpr (requires(typename Step::Group(&pair)[2]) { step.two_groups(stats, slot, pair); }) {
     if (w.group_size == Step::kColumns) {
@@ -294,7 +399,7 @@ void decode_steps(const KernelMatrix& w, const Stretch& stats, std::int64_t row,
       }
     }
   }
-  std::int64_t end = (slot + Step::kGroupsOfStep) * w.group_size - stats.phase - k;
+  std::int64_t end = (slot + Step::kGroupsOfStep) * slot_size - stats.phase - k;
   for (; c < n; slot += Step::kGroupsOfStep, end += width) {
     const typename Step::Group group = step.group(stats, slot);
     for (const std::int64_t stop = min64(end, n); c < stop; c += Step::kColumns) {
@@ -308,7 +413,7 @@ void decode_steps(const KernelMatrix& w, const Stretch& stats, std::int64_t row,
 inline DecodeBf16 bf16_decoder(const KernelMatrix& w) {
   DecodeBf16 decode = decode_any;
   if (step_fields(w) == 0) return decode;
-  if (w.bits == 8) {
+  if (w.bits > 4) {
     with_numbers(w, [&]<class Step>() { decode = decode_steps<Step>; });
     return decode;
   }

@@ -130,7 +130,7 @@ class Tile {
         _mm512_store_ps(acc_ + i, _mm512_setzero_ps());
       }
       for (std::int64_t r = 0; stats_needed_ && r < rows; ++r) {
-        expand_stretch<VecBf16>(w_, row + r, c, n, stats_[r]);
+        expand_steps(w_, row + r, c, n, stats_[r]);
       }
       for (std::int64_t k = 0; k < n; k += kTileDepth)
         depth(row, rows, c, k, min64(kTileDepth, n - k));
@@ -234,7 +234,7 @@ class TableSource {
 
   /// Statistics of columns [col, col + n), n <= kStretch.
   void begin(const KernelMatrix& w, std::int64_t row, std::int64_t col, std::int64_t n) {
-    for (int r = 0; r < kDirectRows; ++r) expand_stretch<VecBf16>(w, row + r, col, n, stats_[r]);
+    for (int r = 0; r < kDirectRows; ++r) expand_steps(w, row + r, col, n, stats_[r]);
   }
   /// Columns [k, k + n) of these, n <= kPartColumns. Returns the position of k in slot 0.
   std::int64_t part(std::int64_t k, std::int64_t n) {
@@ -262,28 +262,28 @@ class TableSource {
   alignas(64) std::uint16_t tables_[kDirectRows][kMaxGroups * kLanes];
 };
 
-/// 8-bit codes, computed.
+/// Codes of more than 4 bits, computed.
 template <class S>
 class NumberSource {
  public:
   using Step = S;
-  explicit NumberSource(const KernelMatrix& w) : step_(w), group_size_(w.group_size) {}
+  explicit NumberSource(const KernelMatrix& w) : step_(w), slot_size_(slot_columns(w)) {}
 
   void begin(const KernelMatrix& w, std::int64_t row, std::int64_t col, std::int64_t n) {
-    for (int r = 0; r < kDirectRows; ++r) expand_stretch<VecBf16>(w, row + r, col, n, stats_[r]);
+    for (int r = 0; r < kDirectRows; ++r) expand_steps(w, row + r, col, n, stats_[r]);
   }
   std::int64_t part(std::int64_t k, std::int64_t /*n*/) {
-    first_ = (stats_[0].phase + k) / group_size_;
-    return stats_[0].phase + k - first_ * group_size_;
+    first_ = (stats_[0].phase + k) / slot_size_;
+    return stats_[0].phase + k - first_ * slot_size_;
   }
   [[gnu::always_inline]] void look_up(const std::uint8_t* codes, int r, std::int64_t slot,
-                                      __m512i (&out)[1]) const {
+                                      __m512i (&out)[S::kFields]) const {
     step_.look_up(codes, S::group(stats_[r], first_ + slot), out);
   }
 
  private:
   const S step_;
-  const std::int64_t group_size_;
+  const std::int64_t slot_size_;
   std::int64_t first_ = 0;
   Stretch stats_[kDirectRows];
 };
@@ -343,17 +343,24 @@ class Direct {
     const std::uint8_t* codes =
         w_.codes + row * w_.code_bytes + col / Step::kColumns * Step::kBytes;
     const std::uint16_t* x = job_.x + m * job_.ldx + col;
-    const std::int64_t steps = w_.group_size * Step::kGroupsOfStep / Step::kColumns;
+    const std::int64_t steps = slot_columns(w_) * Step::kGroupsOfStep / Step::kColumns;
     const std::int64_t left = n / Step::kColumns;
     __m512* const kept = sums_ + m * kDirectRows;
     __m512 sums[kInputs][kDirectRows];  // in registers: every loop over it must be unrolled
 #pragma GCC unroll 16
     for (int i = 0; i < kInputs * kDirectRows; ++i)
       sums[i / kDirectRows][i % kDirectRows] = kept[i];
-    if (steps == 1 && 2 * Step::kBytes == 64) {
-      one_step_groups<kInputs>(codes, x, left, sums);
-    } else {
+    const auto general = [&] {
       any_groups<kInputs>(codes, x, left, steps, steps - phase / Step::kColumns, sums);
+    };
+    if constexpr (2 * Step::kBytes == 64) {
+      if (steps == 1) {
+        one_step_groups<kInputs>(codes, x, left, sums);
+      } else {
+        general();
+      }
+    } else {
+      general();
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kInputs * kDirectRows; ++i)
@@ -393,7 +400,9 @@ class Direct {
       here = min64(here, left);
       left -= here;
       for (; here > 0; --here, codes += Step::kBytes, x += Step::kColumns) {
-        if ((reinterpret_cast<std::uintptr_t>(codes) & 63U) < Step::kBytes) ask();
+        const std::uintptr_t in_line = reinterpret_cast<std::uintptr_t>(codes) & 63U;
+        if (in_line < Step::kBytes) ask();
+        if (in_line + Step::kBytes > 128) ask();
         add_step(codes, x, slot, sums);
       }
     }
@@ -449,7 +458,7 @@ void matmul(const KernelMatrix& w, const Bf16Job& job, std::int64_t row,
             std::int64_t row_end) noexcept {
   if (job.inputs > kMaxTileInputs) return matmul_panels_avx512bf16(w, job, row, row_end);
   if (job.inputs <= kMaxDirectInputs && step_fields(w) != 0) {
-    if (w.bits == 8) {
+    if (w.bits > 4) {
       with_numbers(w, [&]<class S>() { row = direct_rows<NumberSource<S>>(w, job, row, row_end); });
     } else {
       with_lookup(w, [&]<class L>() { row = direct_rows<TableSource<L>>(w, job, row, row_end); });

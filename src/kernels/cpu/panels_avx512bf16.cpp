@@ -81,7 +81,7 @@ class PanelProduct {
     for (std::int64_t c = 0; c < w_.cols; c += kSumColumns) {
       const std::int64_t n = min64(kSumColumns, w_.cols - c);
       for (std::int64_t r = 0; stats_needed_ && r < rows; ++r) {
-        expand_stretch<VecBf16>(w_, row + r, c, n, stats_[r]);
+        expand_steps(w_, row + r, c, n, stats_[r]);
       }
       for (std::int64_t k = 0; k < n; k += kPanelDepth) {
         const std::int64_t columns = fill_panel(row, rows, c, k, min64(kPanelDepth, n - k));

@@ -230,6 +230,27 @@ void expand_nested(const KernelMatrix& w, const std::uint8_t* codes, const std::
 /// How the bytes of a super-block become integers.
 enum class SubCode { kUnsigned, kSigned, kLowNibble, kHighNibble };
 
+/// to[k] = outer[(phase + k) / size] for k < count.
+template <class T>
+void repeat_outer(const float* outer, std::int64_t size, std::int64_t phase, std::int64_t count,
+                  float* to) {
+  if (size == 8 && phase == 0) {  // two blocks a vector
+    alignas(64) static constexpr float kLane[kLanes] = {0, 0, 0, 0, 0, 0, 0, 0,
+                                                        1, 1, 1, 1, 1, 1, 1, 1};
+    const auto low = T::lt(T::load(kLane), T::set1(0.5F));
+    for (std::int64_t k = 0; k < count; k += kLanes, outer += 2) {
+      T::store(to + k, T::select(low, T::set1(outer[0]), T::set1(outer[1])));
+    }
+    return;
+  }
+  std::int64_t k = 0;
+  for (std::int64_t end = size - phase; k < count; end += size, ++outer) {
+    const typename T::F value = T::set1(*outer);
+    for (; k < min64(end, count); k += kLanes) T::store(to + k, value);
+    k = min64(end, count);  // the last vector ran over into the next block
+  }
+}
+
 /// to[k] = float(super[block]) * sub-code, rounded once.
 template <class T>
 void expand_super(const KernelMatrix& w, const std::uint8_t* codes, const std::uint8_t* supers,
@@ -243,20 +264,18 @@ void expand_super(const KernelMatrix& w, const std::uint8_t* codes, const std::u
     const bool whole = w.stats_end - from >= kLanes * 2;
     T::store(outer + b, load_kind_n<T>(FloatKind::kF16, from, whole ? kLanes : blocks - b));
   }
-  for_blocks(w, position, count, [&](std::int64_t k, std::int64_t n, std::int64_t block) {
-    const typename T::F super = T::set1(outer[block - first]);
-    for (std::int64_t i = 0; i < n; i += kLanes) {
-      U code = load_codes<T>(w, codes + k + i, n - i);
-      if (sub == SubCode::kSigned) {
-        code = T::sub_u(T::xor_u(code, T::set1_u(0x80)), T::set1_u(0x80));
-      } else if (sub == SubCode::kLowNibble) {
-        code = T::and_u(code, T::set1_u(15));
-      } else if (sub == SubCode::kHighNibble) {
-        code = T::template shr<4>(code);
-      }
-      T::store(to + k + i, T::mul(super, T::to_f(code)));
+  repeat_outer<T>(outer, w.nested_group_size, position % w.nested_group_size, count, to);
+  for (std::int64_t k = 0; k < count; k += kLanes) {
+    U code = load_codes<T>(w, codes + k, count - k);
+    if (sub == SubCode::kSigned) {
+      code = T::sub_u(T::xor_u(code, T::set1_u(0x80)), T::set1_u(0x80));
+    } else if (sub == SubCode::kLowNibble) {
+      code = T::and_u(code, T::set1_u(15));
+    } else if (sub == SubCode::kHighNibble) {
+      code = T::template shr<4>(code);
     }
-  });
+    T::store(to + k, T::mul(T::load(to + k), T::to_f(code)));
+  }
 }
 
 /// Sub-scales (and sub-offsets) of `count` slots from `first` on.

@@ -108,7 +108,7 @@ class ColumnTile {
     for (std::int64_t row = 0; row < w_.rows; row += block_rows_) {
       const std::int64_t rows = min64(block_rows_, w_.rows - row);
       for (std::int64_t r = 0; fields_ != 0 && r < rows; ++r) {
-        expand_stretch<VecBf16>(w_, row + r, col, cols, stats_[r]);
+        expand_steps(w_, row + r, col, cols, stats_[r]);
       }
       for (std::int64_t k = 0; k < cols; k += kSubColumns) {
         block(row, rows, col, k, min64(kSubColumns, cols - k));
