@@ -346,26 +346,28 @@ class Direct {
     const std::int64_t steps = slot_columns(w_) * Step::kGroupsOfStep / Step::kColumns;
     const std::int64_t left = n / Step::kColumns;
     __m512* const kept = sums_ + m * kDirectRows;
-    __m512 sums[kInputs][kDirectRows];  // in registers: every loop over it must be unrolled
-#pragma GCC unroll 16
-    for (int i = 0; i < kInputs * kDirectRows; ++i)
-      sums[i / kDirectRows][i % kDirectRows] = kept[i];
-    const auto general = [&] {
-      any_groups<kInputs>(codes, x, left, steps, steps - phase / Step::kColumns, sums);
-    };
     if constexpr (2 * Step::kBytes == 64) {
-      if (steps == 1) {
-        one_step_groups<kInputs>(codes, x, left, sums);
-      } else {
-        general();
-      }
-    } else {
-      general();
+      if (steps == 1) return one_step_groups<kInputs>(codes, x, left, kept);
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < kInputs * kDirectRows; ++i)
-      kept[i] = sums[i / kDirectRows][i % kDirectRows];
+    any_groups<kInputs>(codes, x, left, steps, steps - phase / Step::kColumns, kept);
   }
+
+  /// The sums of kInputs inputs in registers: every loop over them must be unrolled.
+  template <int kInputs>
+  struct Sums {
+    __m512 of[kInputs][kDirectRows];
+
+    [[gnu::always_inline]] explicit Sums(const __m512* kept) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kInputs * kDirectRows; ++i)
+        of[i / kDirectRows][i % kDirectRows] = kept[i];
+    }
+    [[gnu::always_inline]] void store(__m512* kept) const {
+#pragma GCC unroll 16
+      for (int i = 0; i < kInputs * kDirectRows; ++i)
+        kept[i] = of[i / kDirectRows][i % kDirectRows];
+    }
+  };
 
   void add_totals() {
     for (std::int64_t m = 0; m < job_.inputs; ++m) {
@@ -377,35 +379,39 @@ class Direct {
 
   /// Groups (or pairs of them) of one step, two steps a line.
   template <int kInputs>
-  [[gnu::always_inline]] void one_step_groups(const std::uint8_t* codes, const std::uint16_t* x,
-                                              std::int64_t left,
-                                              __m512 (&sums)[kInputs][kDirectRows]) {
+  [[gnu::noinline]] void one_step_groups(const std::uint8_t* codes, const std::uint16_t* x,
+                                         std::int64_t left, __m512* kept) {
+    Sums<kInputs> sums(kept);
     std::int64_t slot = 0;
     for (; left >= 2; left -= 2, slot += 2 * Step::kGroupsOfStep) {
       ask();
-      add_step(codes, x, slot, sums);
-      add_step(codes + Step::kBytes, x + Step::kColumns, slot + Step::kGroupsOfStep, sums);
+      add_step(codes, x, slot, sums.of);
+      add_step(codes + Step::kBytes, x + Step::kColumns, slot + Step::kGroupsOfStep, sums.of);
       codes += 2 * Step::kBytes;
       x += 2 * Step::kColumns;
     }
-    if (left != 0) add_step(codes, x, slot, sums);
+    if (left != 0) add_step(codes, x, slot, sums.of);
+    sums.store(kept);
   }
 
   /// `here` steps of the first group.
   template <int kInputs>
-  [[gnu::always_inline]] void any_groups(const std::uint8_t* codes, const std::uint16_t* x,
-                                         std::int64_t left, std::int64_t steps, std::int64_t here,
-                                         __m512 (&sums)[kInputs][kDirectRows]) {
+  [[gnu::noinline]] void any_groups(const std::uint8_t* codes, const std::uint16_t* x,
+                                    std::int64_t left, std::int64_t steps, std::int64_t here,
+                                    __m512* kept) {
+    Sums<kInputs> sums(kept);
     for (std::int64_t slot = 0; left > 0; slot += Step::kGroupsOfStep, here = steps) {
       here = min64(here, left);
       left -= here;
       for (; here > 0; --here, codes += Step::kBytes, x += Step::kColumns) {
-        const std::uintptr_t in_line = reinterpret_cast<std::uintptr_t>(codes) & 63U;
-        if (in_line < Step::kBytes) ask();
-        if (in_line + Step::kBytes > 128) ask();
-        add_step(codes, x, slot, sums);
+        if ((reinterpret_cast<std::uintptr_t>(codes) & 63U) < Step::kBytes) ask();
+        if constexpr (Step::kBytes > 64) {
+          if ((reinterpret_cast<std::uintptr_t>(codes) & 63U) > 128 - Step::kBytes) ask();
+        }
+        add_step(codes, x, slot, sums.of);
       }
     }
+    sums.store(kept);
   }
 
   /// As Ahead; the next rows are one run of memory and are asked for in its order, as many lines as
