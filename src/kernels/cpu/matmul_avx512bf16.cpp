@@ -325,15 +325,10 @@ class Direct {
   void add_inputs(std::int64_t row, std::int64_t col, std::int64_t n, std::int64_t phase) {
     for (std::int64_t m = 0; m < job_.inputs; m += sub_inputs_) {
       const std::int64_t inputs = min64(sub_inputs_, job_.inputs - m);
-      if (inputs == 1) {
-        accumulate<1>(row, col, n, phase, m);
-      } else if (inputs == 2) {
-        accumulate<2>(row, col, n, phase, m);
-      } else if (inputs == 3) {
-        accumulate<3>(row, col, n, phase, m);
-      } else {
-        accumulate<4>(row, col, n, phase, m);
-      }
+      constexpr decltype(&Direct::accumulate<1>) kOf[] = {
+          &Direct::accumulate<1>, &Direct::accumulate<2>, &Direct::accumulate<3>,
+          &Direct::accumulate<4>};
+      (this->*kOf[inputs - 1])(row, col, n, phase, m);
     }
   }
 
