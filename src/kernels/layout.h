@@ -1,6 +1,8 @@
-// Private facts about the storage of statistics, shared by the files that read them.
+// Private facts about the storage of statistics and the tables of codes, shared by the files that
+// read them.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 #include "quantal/kernels.h"
@@ -24,5 +26,8 @@ constexpr std::int64_t scale_bytes(ScaleSource s) {
 constexpr bool has_offset_slots(const PackedSpec& spec) {
   return stores_offsets(spec.offset) && spec.scale != ScaleSource::kSuperU4;
 }
+
+/// The fixed table of a map of 16 values; null for other maps and for kTable.
+const std::array<float, 16>* fixed_table(CodeMap map);
 
 }  // namespace quantal

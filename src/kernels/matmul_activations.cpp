@@ -16,16 +16,6 @@ constexpr const char* kWhere = "matmul_int8_activations";
 constexpr std::int64_t kTaskCodes = 64 * 1024;   // weights of one task
 constexpr std::int64_t kTaskInputs = 32 * 1024;  // activations that one task rounds
 constexpr std::int64_t kMinRun = 16;
-constexpr float kMaxLevel = 127.0F;
-
-/// Columns of a run: the largest power of two up to kMaxIntRun that divides a group. A group that
-/// is the whole row is cut into runs of kMaxIntRun.
-std::int64_t run_of(const PackedSpec& spec) {
-  std::int64_t run = kMaxIntRun;
-  if (spec.group_size == spec.cols) return run;
-  while (spec.group_size % run != 0) run /= 2;
-  return run;
-}
 
 /// Levels of a table: integers where a multiple of 1 or 2 makes all of them integers, else rounded
 /// to 1/127 of the largest.
@@ -39,10 +29,10 @@ void fill_levels(const KernelMatrix& matrix, IntForm& form) {
   }
   const auto exact = [&](float factor) {
     return std::ranges::all_of(matrix.table, [&](float v) {
-      return std::fabs(v * factor) <= kMaxLevel && std::rint(v * factor) == v * factor;
+      return std::fabs(v * factor) <= kMaxIntLevel && std::rint(v * factor) == v * factor;
     });
   };
-  const float factor = exact(1.0F) ? 1.0F : exact(2.0F) ? 2.0F : kMaxLevel / largest;
+  const float factor = exact(1.0F) ? 1.0F : exact(2.0F) ? 2.0F : kMaxIntLevel / largest;
   form.unit *= finite ? 1.0F / factor : std::nanf("");
   form.centre = kCentre;
   for (std::size_t i = 0; i < 16; ++i) {
@@ -53,7 +43,7 @@ void fill_levels(const KernelMatrix& matrix, IntForm& form) {
 
 IntForm form_of(const PackedSpec& spec, const KernelMatrix& matrix, const IntKernels& kernels) {
   IntForm form{};
-  form.run = run_of(spec);
+  form.run = int8_activation_run(spec);
   form.centre = spec.centre;
   form.unit = spec.offset == Offset::kOver127 ? kInverse127 : 1.0F;
   form.table = spec.code_map != CodeMap::kInteger;
@@ -129,6 +119,13 @@ void multiply_block(const IntKernels& kernels, const KernelMatrix& matrix, const
 }
 
 }  // namespace
+
+std::int64_t int8_activation_run(const PackedSpec& spec) {
+  std::int64_t run = kMaxIntRun;
+  if (spec.group_size == spec.cols) return run;
+  while (spec.group_size % run != 0) run /= 2;
+  return run;
+}
 
 std::string int8_activations_refusal(const PackedSpec& spec) {
   const auto groups = [&] { return "groups of " + std::to_string(spec.group_size); };

@@ -9,35 +9,14 @@
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/int8_kernels.h"
 #include "kernels/layout.h"
+#include "kernels/llm_int8.h"
 #include "quantal/kernels.h"
 
 namespace quantal {
 namespace {
 
 constexpr std::string_view kWhere = "matmul_int8";
-/// Upstream's constant for 1 / 127^2, 1.8e-5 above it.
-constexpr float kInverse127Squared = 6.200124e-05F;
 constexpr std::int64_t kTaskProducts = 256 * 1024;  // of one task
-
-void check_int8(const PackedView& w, std::int64_t m_rows, float threshold) {
-  const PackedSpec& s = w.spec;
-  const bool integer = s.bits == 8 && s.code_map == CodeMap::kInteger;
-  if (!integer || s.offset != Offset::kOver127 || s.group_map != GroupMap::kRowRuns ||
-      s.group_size != s.cols || scale_bytes(s.scale) == 1) {
-    fail(Errc::kUnsupported, std::string(kWhere) + ": weights are " + std::to_string(s.bits) +
-                                 " bits in groups of " + std::to_string(s.group_size) +
-                                 ", expected 8-bit integers over 127 with one scale per row of " +
-                                 std::to_string(s.cols));
-  }
-  if (m_rows < 0) {
-    fail(Errc::kShape,
-         std::string(kWhere) + ": m_rows is " + std::to_string(m_rows) + ", expected >= 0");
-  }
-  if (!(threshold >= 0.0F)) {
-    fail(Errc::kConfig,
-         std::string(kWhere) + ": threshold is " + std::to_string(threshold) + ", expected >= 0");
-  }
-}
 
 DType scale_dtype(ScaleSource source) {
   return source == ScaleSource::kF32   ? DType::kF32
@@ -201,7 +180,7 @@ class Product {
     float out[kInt8Rows] = {};
     for (int r = 0; r < rows; ++r) {
       const float outer = x_.scale[static_cast<std::size_t>(m)] * scales[r];
-      out[r] = static_cast<float>(sums[r]) * outer * kInverse127Squared;
+      out[r] = static_cast<float>(sums[r]) * outer * kInt8Unit;
       if (bias_ != nullptr) out[r] = out[r] + bias_[row + r];
     }
     const std::size_t count = x_.outliers.size();
@@ -231,11 +210,30 @@ class Product {
 
 }  // namespace
 
+void check_llm_int8(const PackedSpec& s, float threshold) {
+  const bool integer = s.bits == 8 && s.code_map == CodeMap::kInteger;
+  if (!integer || s.offset != Offset::kOver127 || s.group_map != GroupMap::kRowRuns ||
+      s.group_size != s.cols || scale_bytes(s.scale) == 1) {
+    fail(Errc::kUnsupported, std::string(kWhere) + ": weights are " + std::to_string(s.bits) +
+                                 " bits in groups of " + std::to_string(s.group_size) +
+                                 ", expected 8-bit integers over 127 with one scale per row of " +
+                                 std::to_string(s.cols));
+  }
+  if (!(threshold >= 0.0F)) {
+    fail(Errc::kConfig,
+         std::string(kWhere) + ": threshold is " + std::to_string(threshold) + ", expected >= 0");
+  }
+}
+
 void matmul_int8(const PackedView& w, DType dtype, const void* x, std::int64_t m_rows,
                  const float* bias, float threshold, void* y, const Executor& executor) {
   check_packed(w);
   const FloatKind kind = float_kind(dtype, "matmul_int8", "dtype");
-  check_int8(w, m_rows, threshold);
+  check_llm_int8(w.spec, threshold);
+  if (m_rows < 0) {
+    fail(Errc::kShape,
+         std::string(kWhere) + ": m_rows is " + std::to_string(m_rows) + ", expected >= 0");
+  }
   const CpuKernels& kernels = cpu_kernels();
   RoundedRows act;
   act.rows = m_rows;

@@ -109,6 +109,21 @@ std::array<float, 256> e5m2_values() {
 const std::array<float, 256> kE4M3Values = e4m3_values();
 const std::array<float, 256> kE5M2Values = e5m2_values();
 
+const std::array<float, 16>* fixed_table(CodeMap map) {
+  switch (map) {
+    case CodeMap::kNf4:
+      return &kNf4Codebook;
+    case CodeMap::kFp4:
+      return &kFp4Codebook;
+    case CodeMap::kE2M1:
+      return &kE2M1Codebook;
+    case CodeMap::kIq4Nl:
+      return &kIq4NlCodebook;
+    default:
+      return nullptr;
+  }
+}
+
 std::array<std::int64_t, kSpecInts> spec_to_ints(const PackedSpec& spec) {
   return {kLayoutVersion,
           spec.rows,

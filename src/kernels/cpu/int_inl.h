@@ -16,9 +16,6 @@ namespace {  // NOLINT: internal linkage on purpose
 
 // ------------------------------------------------------------------ activations
 
-/// Where no |x| of a run reaches this, the run is zero: 127 / max |x| would overflow below 2^-121.
-constexpr float kTinyRun = 0x1p-120F;
-
 /// Run r of a row: n <= 16 * kChunks elements, more than 16 * (kChunks - 1).
 template <class T, int kChunks>
 void quantize_run(const IntForm& form, FloatKind kind, const std::uint8_t* x, std::int64_t n,
@@ -35,7 +32,7 @@ void quantize_run(const IntForm& form, FloatKind kind, const std::uint8_t* x, st
   }
   const float largest = T::reduce_max(most);
   const bool some = largest >= kTinyRun;
-  const F factor = T::set1(some ? 127.0F / largest : 0.0F);
+  const F factor = T::set1(some ? kMaxIntLevel / largest : 0.0F);
   F sum = T::zero();
   std::uint8_t codes[kChunks * kLanes];
 #pragma GCC unroll 8
@@ -45,7 +42,7 @@ void quantize_run(const IntForm& form, FloatKind kind, const std::uint8_t* x, st
     T::store_u8(codes + k * kLanes, T::to_i(q));
   }
   float total = T::sum(sum);
-  float scale = some ? largest / 127.0F : 0.0F;
+  float scale = some ? largest / kMaxIntLevel : 0.0F;
   if (total != total) {  // a product was NaN: x holds a NaN or an infinity
     scale = total;
     total = 0.0F;

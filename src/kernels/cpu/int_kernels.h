@@ -23,6 +23,9 @@ namespace quantal {
 inline constexpr std::int64_t kIntPanelColumns = 512;  ///< columns unpacked at a time
 inline constexpr std::int64_t kMaxIntRun = 128;
 inline constexpr std::int64_t kMaxIntInputs = 512;
+inline constexpr float kMaxIntLevel = 127.0F;  ///< of activations
+/// Where no |x| of a run reaches this, the run is zero: 127 / max |x| would overflow below 2^-121.
+inline constexpr float kTinyRun = 0x1p-120F;
 inline constexpr std::int64_t kIntRowUnit = 32;  ///< a multiple of the weight rows of every panel
 
 /// How the codes of a matrix enter integer products: w(n, k) = unit * s * (u - centre), plus what

@@ -7,13 +7,11 @@
 #include "kernels/cuda/geometry.h"
 #include "kernels/cuda/table_inl.h"
 #include "kernels/cuda/tile_inl.h"
+#include "kernels/llm_int8.h"
 
 namespace quantal::cuda {
 
 inline constexpr int kInt8Threads = 256;
-inline constexpr float kInt8Levels = 127.0F;
-/// Upstream's constant for 1 / 127^2, 1.8e-5 above it (as in kernels/matmul_int8.cpp).
-inline constexpr float kInt8Unit = 6.200124e-05F;
 
 // ------------------------------------------------------------------ outliers
 

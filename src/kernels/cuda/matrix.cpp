@@ -16,21 +16,6 @@ void check_alignment(const char* what, const void* p, std::uintptr_t alignment) 
                                ", expected a multiple");
 }
 
-const std::array<float, 16>* fixed_table(CodeMap map) {
-  switch (map) {
-    case CodeMap::kNf4:
-      return &kNf4Codebook;
-    case CodeMap::kFp4:
-      return &kFp4Codebook;
-    case CodeMap::kE2M1:
-      return &kE2M1Codebook;
-    case CodeMap::kIq4Nl:
-      return &kIq4NlCodebook;
-    default:
-      return nullptr;
-  }
-}
-
 Values values_of(CodeMap map) {
   switch (map) {
     case CodeMap::kInteger:
