@@ -53,7 +53,7 @@ test-cpp: configure
 	$(CTEST) --test-dir $(BUILD) --output-on-failure -j 2
 
 test-python: package configure
-	$(CMAKE) --build $(BUILD) --target finetune
+	$(CMAKE) --build $(BUILD) --target finetune quantal_test_device
 	$(PY) -m pytest tests/python
 
 conformance: setup

@@ -69,6 +69,11 @@ def as_parts(tensor: torch.Tensor) -> tuple[str, list[int], np.ndarray]:
     return dtype_name(tensor.dtype), list(tensor.shape), bytes_of(tensor)
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64 where the device has it; Metal does not."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def tensor_bytes(tensor: torch.Tensor) -> int:
     """Bytes of the elements of a tensor."""
     return tensor.numel() * tensor.element_size()

@@ -11,6 +11,7 @@ from torch import is_grad_enabled
 from torch.compiler import is_compiling
 
 from . import _core
+from ._dtypes import widest_float
 from ._errors import DeviceError, DtypeError, QuantalError, ShapeError, UnsupportedError
 
 _LIBRARY = "quantal_ops.so"
@@ -138,8 +139,8 @@ def _kind_of(
     width: int,
     out: tuple[torch.Tensor, int] | None = None,
 ) -> type:
-    """Class of the failure of an operator, found by looking at its arguments again; `out` with its
-    expected last dimension."""
+    """Class of the failure of an operator, found by looking at its arguments again; a `tensor` on
+    the meta device stands for what is expected; `out` with its expected last dimension."""
     layout = _core.layout(list(spec))  # raises the typed error of a bad spec itself
     if buffers is not None:
         for buffer, name in zip(buffers, ("codes", "stats", "shared"), strict=True):
@@ -147,11 +148,9 @@ def _kind_of(
                 return DtypeError
             if tuple(buffer.shape) != tuple(layout[name]):
                 return ShapeError
-    on_gpu = tensor.device.type == "cuda"
-    quantizes = buffers is None  # on the CPU, wherever the weight is
-    if tensor.device.type not in ("cpu", "meta") and not (on_gpu and (quantizes or cuda_in_use())):
-        return DeviceError
-    if on_gpu and any(buffer.device != tensor.device for buffer in buffers or ()):
+    place = tensor.device if buffers is None else buffers[0].device
+    others = [*(buffers or ()), *(() if tensor.is_meta else (tensor,)), *(out[:1] if out else ())]
+    if any(t.device != place for t in others):
         return DeviceError
     if tensor.dtype not in _WEIGHT_DTYPES:
         return DtypeError
@@ -162,21 +161,17 @@ def _kind_of(
             return DtypeError
         if out[0].shape != (*tensor.shape[:-1], out[1]):
             return ShapeError
-    if (tensor.is_cpu or (on_gpu and quantizes)) and not torch.isfinite(tensor).all():
+    quantizes = buffers is None  # by the CPU's rules, wherever the weight is
+    if (tensor.is_cpu or quantizes) and not tensor.is_meta and not torch.isfinite(tensor).all():
         return UnsupportedError
     if out is not None and not out[0].is_contiguous():
         return ShapeError
-    return DeviceError if on_gpu else QuantalError
+    return QuantalError if place.type in ("cpu", "meta") else DeviceError
 
 
 def cuda_status() -> str:
     """``on: <file>`` where the CUDA kernels are in use, else why they are not (docs/cuda.md)."""
     return torch.ops.quantal.cuda_status()
-
-
-def cuda_in_use() -> bool:
-    """Whether the ops take tensors on a GPU."""
-    return cuda_status().startswith("on: ")
 
 
 @contextlib.contextmanager
@@ -227,8 +222,12 @@ def dequantize(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """The exact values as a matrix [rows, cols] of `dtype`."""
-    with _typed(codes, (codes, stats, shared), spec, -1):
+    try:
         return torch.ops.quantal.dequantize(codes, stats, shared, spec, dtype)
+    except RuntimeError:
+        expected = torch.empty(int(spec[1]), int(spec[2]), dtype=dtype, device="meta")
+        with _typed(expected, (codes, stats, shared), spec, int(spec[2])):
+            raise
 
 
 def dequantize_out(out: torch.Tensor, buffers: Buffers, spec: Spec) -> torch.Tensor:
@@ -416,9 +415,10 @@ def matmul_out(out: torch.Tensor, x: torch.Tensor, buffers: Buffers, spec: Spec)
 
 
 def row_square_sums(buffers: Buffers, spec: Spec) -> torch.Tensor:
-    """Sums of squares of the exact values of each row, float64 [rows]."""
-    with _typed(buffers[0], buffers, spec, -1):
-        return torch.ops.quantal.row_square_sums(*buffers, spec)
+    """Sums of squares of the exact values of each row, [rows], as `widest_float` of the device."""
+    expected = torch.empty(0, int(spec[2]), device="meta")
+    with _typed(expected, buffers, spec, int(spec[2])):
+        return torch.ops.quantal.row_square_sums(*buffers, spec, widest_float(buffers[0].device))
 
 
 def merge_survival(

@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from . import _ops
+from ._dtypes import widest_float
 from ._errors import UnsupportedError
 from ._packed import PackedWeight
 
@@ -148,7 +149,7 @@ class QuantizedLoraEmbedding(_MergesPacked, lora_layer.Embedding):  # type: igno
 
 
 def _row_squares(base: PackedWeight) -> torch.Tensor:
-    """Sums of squares of the rows of W, float64; computed once for the bytes that are there."""
+    """Sums of squares of the rows of W; computed once for the bytes that are there."""
     if torch.compiler.is_compiling():
         return _ops.row_square_sums(base._buffers_packed, base._spec)
     key = id(base.codes), base.codes._version, base.codes.device
@@ -168,8 +169,9 @@ def packed_weight_norm(
     a, b = a.detach().float(), b.detach().float()
     with torch.autocast(a.device.type, enabled=False):
         wa = _ops.linear(a, *base._buffers_packed, None, base._spec)  # (W A^T)^T
-        cross = (wa.T * b).sum(1, dtype=torch.float64)
-        gram = ((b @ (a @ a.T)) * b).sum(1, dtype=torch.float64)
+        wide = widest_float(a.device)
+        cross = (wa.T * b).sum(1, dtype=wide)
+        gram = ((b @ (a @ a.T)) * b).sum(1, dtype=wide)
     squares = _row_squares(base) + 2 * scaling * cross + scaling * scaling * gram
     return squares.clamp_min(0).sqrt().float()
 

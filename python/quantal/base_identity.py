@@ -263,7 +263,7 @@ class _Sketch:
         self.sums = torch.zeros(_SKETCH + 1, dtype=torch.float64)
 
     def add(self, values: torch.Tensor, first_row: int) -> None:
-        values = values.reshape(values.shape[0], -1).float()
+        values = values.reshape(values.shape[0], -1).float().cpu()
         products = (values @ self.columns) * _signs(first_row, values.shape[0], 5)
         self.sums[:_SKETCH] += products.sum(0, dtype=torch.float64)
         self.sums[_SKETCH] += values.double().pow(2).sum()

@@ -375,6 +375,9 @@ def report_import_status(backend: Backend | str | None = None) -> str:
     lines.append(f"quantal {_core.version} on torch {torch.__version__}; its own engine:")
     lines.append(_core.engine_text(machine()).rstrip("\n"))
     lines.append(f"  CUDA kernels: {_ops.cuda_status()}")
+    if not _ops.cuda_status().startswith("on: "):
+        lines.append("  tensors on a GPU: torch's operators (docs/cuda.md)")
+    lines.append("  tensors on other devices: torch's operators")
     custom = list(registered_adapters())
     if custom:
         lines.append(f"  registered here: {', '.join(custom)}")

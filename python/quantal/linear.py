@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from . import _check, _core, _ops
-from ._dtypes import dtype_name, parse_dtype
+from ._dtypes import dtype_name, parse_dtype, widest_float
 from ._errors import ConfigError, ShapeError, UnsupportedError
 from ._packed import PackedWeight, checked_parts
 from .config import QuantizationConfig
@@ -291,7 +291,7 @@ class PackedLinear(PackedWeight, QuantizedLinear, nn.Linear):  # type: ignore[ov
         step = max(1, CHUNK_ELEMENTS // max(1, cols))
         if not self._row_runs:
             step = rows  # statistics are shared by rows: no slice of rows stands alone
-        error = total = 0.0
+        error, total, wide = 0.0, 0.0, widest_float(weights.device)
         for begin in range(0, rows, step):
             end = min(rows, begin + step)
             if step == rows:
@@ -299,8 +299,8 @@ class PackedLinear(PackedWeight, QuantizedLinear, nn.Linear):  # type: ignore[ov
             else:
                 values = self._dequantize_rows(slice(begin, end), torch.float32)
             dense = weights[begin:end].detach().float()
-            error += float((dense - values).pow(2).sum(dtype=torch.float64))
-            total += float(dense.pow(2).sum(dtype=torch.float64))
+            error += float((dense - values).pow(2).sum(dtype=wide))
+            total += float(dense.pow(2).sum(dtype=wide))
         return (error / total) ** 0.5 if total > 0 else 0.0
 
     def _sampled_error(self, weights: torch.Tensor) -> float:

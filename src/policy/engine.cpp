@@ -11,9 +11,6 @@
 namespace quantal {
 namespace {
 
-/// Backends whose kernels are part of this build; a device without them is reported as such.
-constexpr bool has_kernels(Backend backend) { return backend == Backend::CPU; }
-
 /// Never throws: a forced kernel set that this machine lacks is what a report should show.
 std::string cpu_engine() {
   try {
@@ -24,9 +21,17 @@ std::string cpu_engine() {
 }
 
 std::string engine_of(Backend backend, const Machine& machine) {
-  if (backend == Backend::CPU) return cpu_engine();
   if (!backend_available(backend, machine)) return "no device";
-  return has_kernels(backend) ? "own kernels" : "device found, no kernels in this build";
+  switch (backend) {
+    case Backend::CUDA:
+      return "own kernels where they are turned on, else torch's operators";
+    case Backend::MPS:
+      return "torch's operators";
+    case Backend::MLX:  // tensors stay on the CPU
+    case Backend::CPU:
+      break;
+  }
+  return cpu_engine();
 }
 
 constexpr std::array<Backend, kNumBackends> kAll = {Backend::CUDA, Backend::MPS, Backend::MLX,

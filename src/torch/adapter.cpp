@@ -117,9 +117,9 @@ double pack_linear(LinearImpl& layer, const LayerRules::Choice& choice) {
   const torch::NoGradGuard no_grad;
   const QuantizeOptions options = options_for(choice, layer.weight.scalar_type());
   PackedTensors packed = quantize(layer.weight, options);
-  const torch::Tensor dense = layer.weight.contiguous();
+  const torch::Tensor dense = layer.weight.cpu().contiguous();
   const double error =
-      sampled_error(packed.view(), from_torch(dense.scalar_type()), dense.const_data_ptr());
+      sampled_error(packed.cpu().view(), from_torch(dense.scalar_type()), dense.const_data_ptr());
   QuantizedLinear form(std::move(packed), layer.bias, to_torch(choice.compute_dtype));
   form->int8_threshold = choice.int8_threshold;
   form->activations = choice.activations.activations;
@@ -154,9 +154,9 @@ double QuantizationAdapter::quantize_linear(LinearImpl& layer, const LayerRules:
   } else {
     layer.set_custom(form);
   }
-  const auto exact = weight.to(torch::kDouble);
+  const auto exact = weight.cpu().to(torch::kDouble);
   const double norm = exact.norm().item<double>();
-  const auto error = exact - form->dequantize_weights().to(torch::kDouble);
+  const auto error = exact - form->dequantize_weights().cpu().to(torch::kDouble);
   return norm > 0 ? error.norm().item<double>() / norm : 0;
 }
 

@@ -203,19 +203,24 @@ void QuantizationAdapter::save_quantized_model(torch::nn::Module& model, const s
   CheckpointView view;
   view.config_json = with_adapter_entry(config_json, *this);
   view.texts = texts;
+  std::vector<PackedTensors> packed;  // copies where the model is on another device
+  const auto add = [&](const std::string& name, const QuantizedLinearImpl& layer) {
+    packed.push_back(layer.packed().cpu());
+    view.layers.emplace_back(name, packed.back().view());
+  };
   for (const auto& [name, table] : named_embeddings(model)) {
-    if (table->is_quantized()) view.layers.emplace_back(name, table->packed->packed().view());
+    if (table->is_quantized()) add(name, *table->packed);
   }
   for (const auto& [name, layer] : named_linears(model)) {
     if (layer->packed) {
-      view.layers.emplace_back(name, layer->packed->packed().view());
+      add(name, *layer->packed);
     } else if (!layer->custom) {
       view.dense.push_back(name);
     }
   }
   std::vector<torch::Tensor> contiguous;
   for (auto& [name, tensor] : base_tensors(model)) {
-    contiguous.push_back(tensor.detach().contiguous());
+    contiguous.push_back(tensor.detach().cpu().contiguous());
     view.tensors.emplace_back(name, tensor_view(contiguous.back()));
   }
   save_checkpoint(path, view, options);

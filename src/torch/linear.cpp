@@ -66,7 +66,7 @@ QuantizedLinearImpl::QuantizedLinearImpl(PackedTensors packed, torch::Tensor bia
     : QuantizedLayerImpl("QuantizedLinear", packed.spec.cols, packed.spec.rows),
       compute_dtype(compute_type),
       spec_(packed.spec) {
-  packed.view();  // checks
+  packed.check();
   check_bias("QuantizedLinear", bias_values, spec_.rows);
   if (!is_weight_dtype(from_torch(compute_type))) {
     fail(Errc::kDtype, std::string("QuantizedLinear: compute_dtype is ") +
@@ -95,7 +95,7 @@ void QuantizedLinearImpl::quantize_weights(const torch::Tensor& weights) {
 }
 
 void QuantizedLinearImpl::set_packed(PackedTensors packed) {
-  packed.view();  // checks
+  packed.check();
   if (spec_to_ints(packed.spec) != spec_to_ints(spec_)) {
     fail(Errc::kShape, "QuantizedLinear: packed tensors are " + form_name(packed.spec) + " " +
                            matrix_text(packed.spec.rows, packed.spec.cols) + ", expected " +
@@ -167,6 +167,14 @@ LinearImpl::LinearImpl(std::shared_ptr<QuantizedLayerImpl> layer)
 
 std::shared_ptr<QuantizedLayerImpl> LinearImpl::quantized() const {
   return packed ? std::shared_ptr<QuantizedLayerImpl>(packed) : custom;
+}
+
+torch::Device LinearImpl::device() const {
+  if (packed) return packed->codes.device();
+  if (!custom) return weight.device();
+  const auto parameters = custom->parameters();
+  const auto tensors = parameters.empty() ? custom->buffers() : parameters;
+  return tensors.empty() ? torch::Device(torch::kCPU) : tensors.front().device();
 }
 
 torch::Tensor LinearImpl::current_bias() const {

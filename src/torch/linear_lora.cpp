@@ -7,21 +7,26 @@
 
 #include "quantal/torch/linear.h"
 #include "torch/merge_state.h"
-#include "torch/stable_executor.h"
-#include "torch/survival.h"
 
 namespace quantal {
+namespace {
+
+/// Metal has no float64.
+torch::ScalarType widest_float(const torch::Tensor& t) {
+  return t.is_mps() ? torch::kFloat : torch::kDouble;
+}
+
+}  // namespace
 
 // ------------------------------------------------------------------ Lora
 
 LoraImpl::LoraImpl(std::int64_t in_features, std::int64_t out_features, std::int64_t r,
-                   double scaling_factor, double dropout_rate)
+                   double scaling_factor, double dropout_rate, torch::Device device)
     : torch::nn::Module("Lora"), scaling(scaling_factor), dropout(dropout_rate) {
-  A = register_parameter("A", torch::empty({r, in_features}));
-  B = register_parameter("B", torch::zeros({out_features, r}));
-  const torch::NoGradGuard no_grad;
   const double bound = 1 / std::sqrt(static_cast<double>(in_features));
-  A.uniform_(-bound, bound);
+  const torch::Tensor drawn = torch::empty({r, in_features}).uniform_(-bound, bound);
+  A = register_parameter("A", drawn.to(device));
+  B = register_parameter("B", torch::zeros({out_features, r}).to(device));
 }
 
 torch::Tensor LoraImpl::drop(const torch::Tensor& x) const {
@@ -43,8 +48,8 @@ void LoraImpl::set_magnitude(const torch::Tensor& values) {
                            ", expected [" + std::to_string(B.size(0)) + "]");
   }
   if (is_dora()) parameters_.erase("magnitude");
-  magnitude =
-      register_parameter("magnitude", values.detach().to(torch::kFloat).clone(), B.requires_grad());
+  magnitude = register_parameter("magnitude", values.detach().to(B.device(), torch::kFloat).clone(),
+                                 B.requires_grad());
 }
 
 // ------------------------------------------------------------------ Linear
@@ -76,15 +81,14 @@ torch::Tensor LinearImpl::add_dora(const torch::Tensor& x, const torch::Tensor& 
 torch::Tensor LinearImpl::row_squares() const {
   if (!packed) {
     const torch::Tensor w = custom ? custom->dequantize_weights() : weight.detach();
-    return at::linalg_vector_norm(w, 2, at::IntArrayRef{1}, false, torch::kDouble).square();
+    return at::linalg_vector_norm(w, 2, at::IntArrayRef{1}, false, widest_float(w)).square();
   }
   const torch::Tensor& codes = packed->codes;
   const auto version = static_cast<std::int64_t>(codes._version());
   const bool known = row_squares_of_.defined() && row_squares_version_ == version &&
                      row_squares_of_.const_data_ptr() == codes.const_data_ptr();
   if (!known) {
-    const auto sums = quantal::row_square_sums(packed->packed().view(), stable_executor());
-    row_squares_ = torch::tensor(sums, torch::kDouble);
+    row_squares_ = quantal::row_square_sums(packed->packed(), widest_float(codes));
     row_squares_of_ = codes.detach();  // its bytes stay, so that their address stays theirs
     row_squares_version_ = version;
   }
@@ -98,9 +102,11 @@ torch::Tensor LinearImpl::weight_norm(const LoraImpl& adapter) const {
   const double s = adapter.scaling;
   const torch::Tensor wa =
       packed ? quantal::linear(a, packed->packed()) : torch::linear(a, dense_weight());
-  const torch::Tensor cross = (wa.t() * b).sum(at::IntArrayRef{1}, false, torch::kDouble);
-  const torch::Tensor gram = (torch::matmul(b, torch::matmul(a, a.t())) * b)
-                                 .sum(at::IntArrayRef{1}, false, torch::kDouble);
+  const auto sum = [](const torch::Tensor& t) {
+    return t.sum(at::IntArrayRef{1}, false, widest_float(t));
+  };
+  const torch::Tensor cross = sum(wa.t() * b);
+  const torch::Tensor gram = sum(torch::matmul(b, torch::matmul(a, a.t())) * b);
   const torch::Tensor squares = row_squares() + 2 * s * cross + s * s * gram;
   return squares.clamp_min(0).sqrt().to(torch::kFloat);
 }

@@ -200,7 +200,7 @@ Lora read_lora(AdapterFile& file, const std::string& name, const LinearImpl& lay
          {file.path(), kPrefix + name, -1});
   }
   Lora lora(layer.in_features, layer.out_features, a.size(0), scaling_of(config, name, a.size(0)),
-            config.lora_dropout);
+            config.lora_dropout, layer.device());
   const torch::NoGradGuard no_grad;
   lora->A.copy_(a);
   lora->B.copy_(b);
@@ -246,7 +246,7 @@ void attach(const std::string& name, LinearImpl& layer, const LoraConfig& config
             const std::string& adapter_name) {
   const std::int64_t r = from_pattern(config.rank_pattern, name, config.r);
   Lora lora(layer.in_features, layer.out_features, r, scaling_of(config, name, r),
-            config.lora_dropout);
+            config.lora_dropout, layer.device());
   if (config.use_dora) lora->set_magnitude(layer.weight_norm(*lora));
   layer.set_lora(lora, adapter_name);
 }
@@ -334,7 +334,7 @@ void save_lora_adapter(torch::nn::Module& model, const LoraConfig& config,
   std::vector<torch::Tensor> held;
   std::vector<std::pair<std::string, TensorView>> tensors;
   const auto add = [&](const std::string& key, const torch::Tensor& t) {
-    held.push_back(t.detach().to(torch::kFloat).contiguous());
+    held.push_back(t.detach().to(torch::kFloat).cpu().contiguous());
     tensors.emplace_back(kPrefix + key, tensor_view(held.back()));
   };
   LoraConfig written = config;

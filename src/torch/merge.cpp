@@ -118,8 +118,8 @@ class Merge {
     if (!torch::equal(target, before)) layer_.quantized()->quantize_weights(target);
     if (layer_.packed) {
       state.survival =
-          measure_survival(state.packed.view(), layer_.packed->packed().view(),
-                           target.contiguous().const_data_ptr<float>(), stable_executor());
+          measure_survival(state.packed.cpu().view(), layer_.packed->packed().cpu().view(),
+                           target.cpu().contiguous().const_data_ptr<float>(), stable_executor());
     } else {
       state.survival = survival_of(before, target);
     }
@@ -128,8 +128,8 @@ class Merge {
  private:
   /// measure_survival for a form without codes.
   Survival survival_of(const torch::Tensor& before, const torch::Tensor& target) const {
-    const auto d = (target - before).to(torch::kDouble);
-    const auto e = (layer_.dense_weight() - before).to(torch::kDouble);
+    const auto d = (target - before).cpu().to(torch::kDouble);
+    const auto e = (layer_.dense_weight() - before).cpu().to(torch::kDouble);
     const double dd = d.square().sum().item<double>(), ee = e.square().sum().item<double>();
     Survival out;
     out.delta_norm = std::sqrt(dd);

@@ -30,6 +30,10 @@ using LinearSignature = at::Tensor(const at::Tensor&, const at::Tensor&, const a
                                    const at::Tensor&, const OptionalTensor&, at::IntArrayRef);
 using Int8Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                  const at::Tensor&, const OptionalTensor&, at::IntArrayRef, double);
+using QuantizeSignature = std::tuple<at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&,
+                                                                         at::IntArrayRef);
+using DequantizeSignature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                       at::IntArrayRef, at::ScalarType);
 using GradInputSignature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                       const at::Tensor&, at::IntArrayRef);
 
@@ -133,12 +137,15 @@ variable_list GradInputFunction::backward(AutogradContext* ctx, const variable_l
           {}};
 }
 
-std::span<const std::uint8_t> byte_span(const torch::Tensor& t, const char* what) {
+void check_bytes(const torch::Tensor& t, const char* what, std::int64_t bytes, at::Device place) {
+  const std::string name = std::string("packed tensors: ") + what;
   if (t.scalar_type() != torch::kByte) {
-    fail(Errc::kDtype, std::string("packed tensors: ") + what + " is " +
-                           c10::toString(t.scalar_type()) + ", expected Byte");
+    fail(Errc::kDtype, name + " is " + c10::toString(t.scalar_type()) + ", expected Byte");
   }
-  return tensor_view(t).bytes;
+  if (t.device() != place) {
+    fail(Errc::kDevice, name + " is on " + t.device().str() + ", expected " + place.str());
+  }
+  check_size(name + " bytes", static_cast<std::size_t>(t.numel()), static_cast<std::size_t>(bytes));
 }
 
 torch::Tensor bytes_tensor(at::IntArrayRef sizes) {
@@ -239,12 +246,19 @@ std::int64_t PackedTensors::nbytes() const {
   return static_cast<std::int64_t>(codes.nbytes() + stats.nbytes() + shared.nbytes());
 }
 
-PackedView PackedTensors::view() const {
-  const PackedView out{spec, byte_span(codes, "codes"), byte_span(stats, "stats"),
-                       byte_span(shared, "shared")};
-  check_packed(out);
-  return out;
+void PackedTensors::check() const {
+  const PackedLayout layout = layout_of(spec);
+  check_bytes(codes, "codes", spec.rows * layout.code_bytes, codes.device());
+  check_bytes(stats, "stats", layout.stat_rows * layout.stat_bytes, codes.device());
+  check_bytes(shared, "shared", layout.shared_bytes, codes.device());
 }
+
+PackedView PackedTensors::view() const {
+  check();
+  return {spec, tensor_view(codes).bytes, tensor_view(stats).bytes, tensor_view(shared).bytes};
+}
+
+PackedTensors PackedTensors::cpu() const { return {spec, codes.cpu(), stats.cpu(), shared.cpu()}; }
 
 PackedTensors empty_packed(const PackedSpec& spec) {
   const PackedLayout layout = layout_of(spec);
@@ -282,6 +296,11 @@ PackedTensors quantize(const torch::Tensor& weight, const QuantizeOptions& optio
 
 PackedTensors quantize(const torch::Tensor& weight, const PackedSpec& spec) {
   const torch::NoGradGuard no_grad;
+  if (!weight.is_cpu()) {
+    static const auto op = find_op<QuantizeSignature>("quantal::quantize");
+    const auto [codes, stats, shared] = op.call(weight.detach(), spec_ints(spec));
+    return {spec, codes, stats, shared};
+  }
   const torch::Tensor source = weight.contiguous();
   const TensorView view = tensor_view(source);
   if (weight.dim() < 2 || weight.size(-1) != spec.cols ||
@@ -299,6 +318,10 @@ PackedTensors quantize(const torch::Tensor& weight, const PackedSpec& spec) {
 }
 
 torch::Tensor dequantize(const PackedTensors& w, torch::ScalarType dtype) {
+  if (!w.codes.is_cpu()) {
+    static const auto op = find_op<DequantizeSignature>("quantal::dequantize");
+    return op.call(w.codes, w.stats, w.shared, spec_ints(w.spec), dtype);
+  }
   const PackedView view = w.view();
   const DType out_dtype = from_torch(dtype);
   torch::Tensor out = empty_result({w.spec.rows, w.spec.cols}, dtype);
@@ -307,10 +330,16 @@ torch::Tensor dequantize(const PackedTensors& w, torch::ScalarType dtype) {
   return out;
 }
 
-double relative_error(const torch::Tensor& weight, const PackedTensors& w) {
+torch::Tensor row_square_sums(const PackedTensors& w, torch::ScalarType dtype) {
+  static const auto op = find_op<DequantizeSignature>("quantal::row_square_sums");
+  return op.call(w.codes, w.stats, w.shared, spec_ints(w.spec), dtype);
+}
+
+double relative_error(const torch::Tensor& weight, const PackedTensors& on_device) {
   const torch::NoGradGuard no_grad;
+  const PackedTensors w = on_device.cpu();
   const auto& spec = w.spec;
-  const torch::Tensor matrix = weight.reshape({spec.rows, spec.cols});
+  const torch::Tensor matrix = weight.cpu().reshape({spec.rows, spec.cols});
   const std::int64_t step = std::clamp<std::int64_t>((1 << 20) / spec.cols, 1, spec.rows);
   torch::Tensor values = torch::empty({step, spec.cols});
   const PackedView view = w.view();

@@ -1,12 +1,11 @@
-// Ops about weights on a GPU that may run on the CPU: quantizing, by kernels where they make the
-// dialect's bytes, and the two that compare a packed matrix with a dense one. What goes to the CPU
-// is copied there, and the results come back; these ops wait for the device.
+// Quantizing weights on a GPU: by kernels where they are in use and make the dialect's bytes, else
+// by the CPU. The op waits for the device.
 #include <array>
 #include <cstring>
 
 #include "formats/device_quantizer.h"
 #include "torch/cuda_library.h"
-#include "torch/ops_cpu.h"
+#include "torch/ops_aten.h"
 #include "torch/ops_cuda.h"
 #include "torch/ops_link.h"
 #include "torch/stable_products.h"
@@ -62,39 +61,15 @@ std::optional<Buffers> by_kernels(const Tensor& weight, const PackedSpec& spec, 
   return Buffers{codes, stats, shared};
 }
 
-Tensor on_cpu(const Tensor& t) { return stable::to(detached(t), cpu()); }
-
-Buffers by_cpu(const Tensor& weight, const Ints& spec) {
-  const auto [codes, stats, shared] = quantize_cpu(on_cpu(weight), spec);
-  const stable::Device device = weight.device();
-  return {stable::to(codes, device), stable::to(stats, device), stable::to(shared, device)};
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> quantize_cuda(Tensor weight, Ints spec_ints) {
   const PackedSpec spec = spec_from_ints(spec_ints);
   const Tensor values = detached(weight);
   if (auto made = by_kernels(values, spec, spec_ints)) return *made;
-  return by_cpu(values, spec_ints);
+  return quantize_aten(values, spec_ints);
 }
 
-double sampled_error_cuda(Tensor weight, Tensor codes, Tensor stats, Tensor shared, Ints spec) {
-  return sampled_error_cpu(on_cpu(weight), on_cpu(codes), on_cpu(stats), on_cpu(shared), spec);
-}
-
-Tensor merge_survival_cuda(Tensor codes, Tensor stats, Tensor shared, Tensor new_codes,
-                           Tensor new_stats, Tensor new_shared, Ints spec, Tensor target) {
-  const Tensor out =
-      merge_survival_cpu(on_cpu(codes), on_cpu(stats), on_cpu(shared), on_cpu(new_codes),
-                         on_cpu(new_stats), on_cpu(new_shared), spec, on_cpu(target));
-  return stable::to(out, codes.device());
-}
-
-STABLE_TORCH_LIBRARY_IMPL(quantal, CUDA, m) {
-  m.impl("quantize", TORCH_BOX(&quantize_cuda));
-  m.impl("sampled_error", TORCH_BOX(&sampled_error_cuda));
-  m.impl("merge_survival", TORCH_BOX(&merge_survival_cuda));
-}
+STABLE_TORCH_LIBRARY_IMPL(quantal, CUDA, m) { m.impl("quantize", TORCH_BOX(&quantize_cuda)); }
 
 }  // namespace quantal::stable_ops

@@ -13,5 +13,7 @@ void link_activation_ops() noexcept;
 /// And for ops_cuda.cpp and ops_cuda_quantize.cpp.
 void link_cuda_ops() noexcept;
 void link_cuda_weight_ops() noexcept;
+/// And for ops_aten.cpp.
+void link_aten_ops() noexcept;
 
 }  // namespace quantal

@@ -21,9 +21,9 @@
 #include <string>
 #include <tuple>
 
-#include "kernels/panels.h"
 #include "torch/ops_cpu.h"
 #include "torch/ops_link.h"
+#include "torch/panel_products.h"
 #include "torch/stable_executor.h"
 #include "torch/stable_products.h"
 
@@ -33,6 +33,7 @@ void link_torch_ops() noexcept {
   link_activation_ops();
   link_cuda_ops();
   link_cuda_weight_ops();
+  link_aten_ops();
 }
 }  // namespace quantal
 
@@ -68,42 +69,18 @@ Tensor panel_scratch(const Tensor& like, std::int64_t rows, std::int64_t cols) {
                            type);
 }
 
-/// y[:, r0:r1] = x @ w[r0:r1, :]^T (+ bias[r0:r1]), a panel of rows at a time.
-void linear_by_panels(const PackedView& w, DType dtype, Tensor& x, std::optional<Tensor>& bias,
-                      Tensor& y) {
-  const auto& spec = w.spec;
-  const auto element = static_cast<std::int64_t>(dtype_size(dtype));
-  const std::int64_t step =
-      std::min(spec.rows, std::max(kMinPanelRows, kPanelBytes / (spec.cols * element)));
-  Tensor scratch = panel_scratch(x, step, spec.cols);
-  for (std::int64_t begin = 0; begin < spec.rows; begin += step) {
-    const std::int64_t count = std::min(step, spec.rows - begin);
-    dequantize(w, {begin, begin + count, 0, spec.cols}, dtype, scratch.mutable_data_ptr(),
-               spec.cols, stable_executor());
-    Tensor panel = stable::narrow(scratch, 0, 0, count);
-    Tensor out = stable::narrow(y, 1, begin, count);
-    std::optional<Tensor> panel_bias;
-    if (bias) panel_bias = stable::narrow(*bias, 0, begin, count);
-    call("aten::linear", "out", x, panel, panel_bias, out);
-  }
+/// Decoded panels for products of `like`'s type.
+auto panels_of(const PackedView& w, DType dtype, const Tensor& like) {
+  return [&w, dtype, &like](const Panel& p) {
+    const std::int64_t cols = p.col_end - p.col_begin;
+    Tensor panel = panel_scratch(like, p.row_end - p.row_begin, cols);
+    dequantize(w, p, dtype, panel.mutable_data_ptr(), cols, stable_executor());
+    return panel;
+  };
 }
 
-/// dx[:, c0:c1] = g @ w[:, c0:c1], a panel of columns over all rows at a time, so that each element
-/// of dx is one reduction inside the framework's product.
-void grad_by_panels(const PackedView& w, DType dtype, Tensor& g, Tensor& dx) {
-  const auto& spec = w.spec;
-  const auto element = static_cast<std::int64_t>(dtype_size(dtype));
-  std::int64_t step = std::max(kMinPanelCols, kPanelBytes / (spec.rows * element));
-  step = std::min(spec.cols, step / kColumnUnit * kColumnUnit);
-  for (std::int64_t begin = 0; begin < spec.cols; begin += step) {
-    const std::int64_t count = std::min(step, spec.cols - begin);
-    Tensor panel = panel_scratch(g, spec.rows, count);
-    dequantize(w, {0, spec.rows, begin, begin + count}, dtype, panel.mutable_data_ptr(), count,
-               stable_executor());
-    Tensor out = stable::narrow(dx, 1, begin, count);
-    call("aten::mm", "out", g, panel, out);
-  }
-}
+constexpr PanelSizes kPanels{
+    .bytes = kPanelBytes, .min_rows = kMinPanelRows, .min_cols = kMinPanelCols, .into_views = true};
 
 // ------------------------------------------------------------------ CPU kernels
 
@@ -150,13 +127,8 @@ void dequantize_out_cpu(Tensor codes, Tensor stats, Tensor shared, Ints spec_int
   const Packed w = packed_of(codes, stats, shared, spec_ints);
   const PackedSpec& spec = w.view.spec;
   check_cpu("quantal::dequantize: out", out);
+  check_dense_out("quantal::dequantize: out", out, spec);
   const DType dtype = weight_dtype("quantal::dequantize: out", out.scalar_type());
-  if (out.dim() != 2 || out.size(0) != spec.rows || out.size(1) != spec.cols ||
-      !out.is_contiguous()) {
-    fail(Errc::kShape, "quantal::dequantize: out has shape " + sizes_string(out) +
-                           ", expected a contiguous [" + std::to_string(spec.rows) + ", " +
-                           std::to_string(spec.cols) + "]");
-  }
   dequantize(w.view, {0, spec.rows, 0, spec.cols}, dtype, out.mutable_data_ptr(), spec.cols,
              stable_executor());
 }
@@ -182,7 +154,9 @@ void linear_into(const Packed& w, const Rows& x, const std::optional<Tensor>& bi
   }
   auto b = bias_as(bias, spec.rows, x.scalar_type());
   Tensor operand = x.matrix(), result = y.matrix();
-  if (m > 0) linear_by_panels(w.view, dtype, operand, b, result);
+  if (m > 0) {
+    linear_by_panels(spec, kPanels, panels_of(w.view, dtype, operand), operand, b, result);
+  }
 }
 
 /// dx [m, cols] = g @ w.
@@ -190,13 +164,17 @@ void grad_input_into(const Packed& w, const Rows& g, Rows& dx) {
   const PackedSpec& spec = w.view.spec;
   const DType dtype = weight_dtype("quantal::linear_grad_input: grad", g.scalar_type());
   const std::int64_t m = g.count();
+  if (spec.rows == 0) {
+    Tensor zeros = dx.tensor();
+    stable::zero_(zeros);
+  }
   if (m == 0) return;
   if (use_packed_product(spec, dtype, m, ProductKind::kBackward)) {
     matmul_transposed(w.view, dtype, g.data(), m, dx.mutable_data(), stable_executor());
     return;
   }
   Tensor operand = g.matrix(), result = dx.matrix();
-  grad_by_panels(w.view, dtype, operand, result);
+  grad_by_panels(spec, kPanels, panels_of(w.view, dtype, operand), operand, result);
 }
 
 Tensor linear_cpu(Tensor x, Tensor codes, Tensor stats, Tensor shared, std::optional<Tensor> bias,

@@ -1,12 +1,14 @@
 // Ops about packed weights alone, on torch's stable ABI (see ops_stable.cpp).
 //
-//   row_square_sums(Tensor codes, Tensor stats, Tensor shared, int[] spec) -> Tensor
-//       float64 [rows], of the exact values
+//   row_square_sums(Tensor codes, Tensor stats, Tensor shared, int[] spec, ScalarType dtype)
+//       -> Tensor
+//       [rows], of the exact values, as float64 or, for devices that have none, float32
 //   sampled_error(Tensor weight, Tensor codes, Tensor stats, Tensor shared, int[] spec) -> float
 //       of evenly spaced rows of a dense [rows, cols] (kernels.h)
 //   merge_survival(Tensor codes, Tensor stats, Tensor shared, Tensor new_codes, Tensor new_stats,
 //                  Tensor new_shared, int[] spec, Tensor target) -> Tensor
-//       float64 [4]: codes changed, norm of the wanted change, surviving part, noise (survival.h)
+//       float64 [4] on the CPU: codes changed, norm of the wanted change, surviving part, noise
+//       (survival.h)
 //   byte_sums(Tensor codes, Tensor stats) -> (int, int)
 //       of their bytes as words of 64 bits, zeros after the last byte; a sum wraps
 
@@ -29,15 +31,23 @@ void link_weight_ops() noexcept {}
 namespace quantal::stable_ops {
 namespace {
 
-Tensor row_square_sums_cpu(Tensor codes, Tensor stats, Tensor shared, Ints spec_ints) {
+Tensor row_square_sums_cpu(Tensor codes, Tensor stats, Tensor shared, Ints spec_ints,
+                           ScalarType type) {
   const Packed w = packed_of(codes, stats, shared, spec_ints);
+  check_sum_dtype(type);
   const std::vector<double> sums = row_square_sums(w.view, stable_executor());
   Tensor out = empty_like_of(codes, {w.view.spec.rows}, ScalarType::Double);
   std::ranges::copy(sums, static_cast<double*>(out.mutable_data_ptr()));
-  return out;
+  return stable::to(out, type);
 }
 
 }  // namespace
+
+void check_sum_dtype(ScalarType type) {
+  if (type == ScalarType::Double || type == ScalarType::Float) return;
+  fail(Errc::kDtype, std::string("quantal::row_square_sums: dtype is ") + type_name(type) +
+                         ", expected float64 or float32");
+}
 
 double sampled_error_cpu(Tensor weight, Tensor codes, Tensor stats, Tensor shared, Ints spec_ints) {
   const Packed w = packed_of(codes, stats, shared, spec_ints);
@@ -110,8 +120,9 @@ std::tuple<std::int64_t, std::int64_t> byte_sums_cpu(Tensor codes, Tensor stats)
           byte_sum("quantal::byte_sums: stats", stats)};
 }
 
-Tensor row_square_sums_meta(Tensor codes, Tensor, Tensor, Ints spec_ints) {
-  return empty_like_of(codes, {spec_from_ints(spec_ints).rows}, ScalarType::Double);
+Tensor row_square_sums_meta(Tensor codes, Tensor, Tensor, Ints spec_ints, ScalarType type) {
+  check_sum_dtype(type);
+  return empty_like_of(codes, {spec_from_ints(spec_ints).rows}, type);
 }
 Tensor merge_survival_meta(Tensor codes, Tensor, Tensor, Tensor, Tensor, Tensor, Ints, Tensor) {
   return empty_like_of(codes, {4}, ScalarType::Double);
@@ -120,7 +131,9 @@ Tensor merge_survival_meta(Tensor codes, Tensor, Tensor, Tensor, Tensor, Tensor,
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(quantal, m) {
-  m.def("row_square_sums(Tensor codes, Tensor stats, Tensor shared, int[] spec) -> Tensor");
+  m.def(
+      "row_square_sums(Tensor codes, Tensor stats, Tensor shared, int[] spec, ScalarType dtype) "
+      "-> Tensor");
   m.def(
       "sampled_error(Tensor weight, Tensor codes, Tensor stats, Tensor shared, int[] spec) "
       "-> float");

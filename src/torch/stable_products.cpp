@@ -1,5 +1,6 @@
 #include "torch/stable_products.h"
 
+#include <algorithm>
 #include <utility>
 
 namespace quantal::stable_ops {
@@ -51,6 +52,29 @@ bool share_memory(const Tensor& a, const Tensor& b) {
   const auto [a0, a1] = range(a);
   const auto [b0, b1] = range(b);
   return a0 < b1 && b0 < a1;
+}
+
+void check_out(const char* what, const Tensor& out, const Tensor& x, std::int64_t width) {
+  const Ints sizes = sizes_with_last(x, width);
+  const auto actual = out.sizes();
+  if (out.scalar_type() != x.scalar_type()) {
+    fail(Errc::kDtype, std::string(what) + " is " + type_name(out.scalar_type()) + ", expected " +
+                           type_name(x.scalar_type()) + " as the input");
+  }
+  if (!std::equal(actual.begin(), actual.end(), sizes.begin(), sizes.end())) {
+    fail(Errc::kShape, std::string(what) + " has shape " + sizes_string(out) + ", expected " +
+                           shape_string(sizes));
+  }
+}
+
+void check_dense_out(const std::string& what, const Tensor& out, const PackedSpec& spec) {
+  weight_dtype(what.c_str(), out.scalar_type());
+  if (out.dim() == 2 && out.size(0) == spec.rows && out.size(1) == spec.cols &&
+      out.is_contiguous()) {
+    return;
+  }
+  fail(Errc::kShape, what + " has shape " + sizes_string(out) + ", expected a contiguous [" +
+                         std::to_string(spec.rows) + ", " + std::to_string(spec.cols) + "]");
 }
 
 Tensor meta_with_last(const Tensor& t, std::int64_t last) {

@@ -1,7 +1,6 @@
 // What the products among the stable-ABI ops share: biases, outputs that are given, meta kernels.
 #pragma once
 
-#include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
@@ -24,22 +23,19 @@ DType checked_weight(const Tensor& weight, const PackedSpec& spec);
 /// True if the memory that two tensors span overlaps.
 bool share_memory(const Tensor& a, const Tensor& b);
 
+/// Throws Error{kDtype} or Error{kShape} unless `out` takes a product of `x` with this last
+/// dimension.
+void check_out(const char* what, const Tensor& out, const Tensor& x, std::int64_t width);
+/// The same for an `out` of a decoded matrix, which must be contiguous.
+void check_dense_out(const std::string& what, const Tensor& out, const PackedSpec& spec);
+
 /// Checks `out` and calls `product` with contiguous rows: those of out itself, or fresh ones that
 /// are copied where out has gaps or shares memory with an operand.
 template <class Product>
 void write_into(const char* what, Tensor& out, const Tensor& x, const std::optional<Tensor>& bias,
                 std::int64_t width, Product product) {
   check_cpu(what, out);
-  const Ints sizes = sizes_with_last(x, width);
-  const auto actual = out.sizes();
-  if (out.scalar_type() != x.scalar_type()) {
-    fail(Errc::kDtype, std::string(what) + " is " + type_name(out.scalar_type()) + ", expected " +
-                           type_name(x.scalar_type()) + " as the input");
-  }
-  if (!std::equal(actual.begin(), actual.end(), sizes.begin(), sizes.end())) {
-    fail(Errc::kShape, std::string(what) + " has shape " + sizes_string(out) + ", expected " +
-                           shape_string(sizes));
-  }
+  check_out(what, out, x, width);
   if (out.is_contiguous() && !share_memory(out, x) && !(bias && share_memory(out, *bias))) {
     Rows y(what, out, width);
     product(y);

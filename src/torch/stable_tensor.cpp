@@ -7,6 +7,9 @@
 
 #include "core/result_block.h"
 
+/// Of torch 2.13 and above; null below.
+extern "C" [[gnu::weak]] const char* torch_exception_get_what_without_backtrace();
+
 namespace quantal::stable_ops {
 namespace {
 
@@ -42,6 +45,22 @@ std::size_t size_in_bytes(const Ints& sizes, ScalarType type) {
 }
 
 }  // namespace
+
+void rethrow_explained() {
+  try {
+    throw;
+  } catch (const Error&) {
+    throw;
+  } catch (const std::runtime_error& error) {
+    const std::string text = error.what();
+    if (torch_exception_get_what_without_backtrace == nullptr ||
+        text.find(" API call failed at ") == std::string::npos) {
+      throw;
+    }
+    throw std::runtime_error(std::string(torch_exception_get_what_without_backtrace()) + " (" +
+                             text + ")");
+  }
+}
 
 Tensor detached(const Tensor& t) { return call("aten::detach", "", t); }
 

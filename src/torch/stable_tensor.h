@@ -6,7 +6,9 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <array>
+#include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "quantal/formats.h"
@@ -26,6 +28,23 @@ Tensor call(const char* name, const char* overload, const Args&... args) {
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
   return stable::detail::to<Tensor>(stack[0]);
 }
+
+/// Throws the error that is being handled again, with torch's words for it where it came through
+/// the C interface, which keeps only that a call failed (torch 2.13 and above remember them).
+[[noreturn]] void rethrow_explained();
+/// An op whose errors are explained.
+template <auto kOp>
+struct Explained;
+template <class Result, class... Args, Result (*kOp)(Args...)>
+struct Explained<kOp> {
+  static Result call(Args... args) {
+    try {
+      return kOp(std::move(args)...);
+    } catch (const std::runtime_error&) {
+      rethrow_explained();
+    }
+  }
+};
 
 /// Forgets the autograd history: kernels compute values only, and out= products refuse tensors
 /// that require gradients.

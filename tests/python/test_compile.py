@@ -226,8 +226,8 @@ def test_operators_pass_opcheck(name):
     layer = make(name)
     packed = layer.codes, layer.stats, layer.shared
     ops = torch.ops.quantal
-    torch.library.opcheck(ops.row_square_sums.default, (*packed, layer._spec))
-    squares = ops.row_square_sums(*packed, layer._spec)
+    torch.library.opcheck(ops.row_square_sums.default, (*packed, layer._spec, torch.float64))
+    squares = ops.row_square_sums(*packed, layer._spec, torch.float64)
     torch.testing.assert_close(squares, layer.dequantize_weights().double().square().sum(1))
     target = layer.dequantize_weights() * 1.1
     torch.library.opcheck(ops.merge_survival.default, (*packed, *packed, layer._spec, target))

@@ -206,10 +206,26 @@ TEST_F(CudaOps, DequantizeAndNorms) {
       call<at::Tensor, const at::Tensor&, const at::Tensor&, const at::Tensor&, at::IntArrayRef,
            at::ScalarType>("dequantize", "", w.codes, w.stats, w.shared, ints(w), torch::kFloat);
   EXPECT_TRUE(dense.equal(dequantize(w, torch::kFloat)));
-  const auto sums =
-      call<at::Tensor, const at::Tensor&, const at::Tensor&, const at::Tensor&, at::IntArrayRef>(
-          "row_square_sums", "", w.codes, w.stats, w.shared, ints(w));
+  const auto sums = call<at::Tensor, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                         at::IntArrayRef, at::ScalarType>("row_square_sums", "", w.codes, w.stats,
+                                                          w.shared, ints(w), torch::kDouble);
   EXPECT_LE(relative(sums, dense.to(torch::kDouble).square().sum(1)), 1e-14);
+}
+
+TEST_F(CudaOps, KernelsOrOperatorsOfTorch) {
+  const PackedTensors w = packed(40, 64, hqq_options(4, 64));
+  const auto x = torch::randn({3, 64}).to(torch::kBFloat16);
+  const auto chosen = [&] {
+    return call<at::Tensor, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                const at::Tensor&, const OptionalTensor&, at::IntArrayRef>(
+        "chosen_linear", "", x, w.codes, w.stats, w.shared, std::nullopt, ints(w));
+  };
+  kernels_started();
+  EXPECT_LE(relative(chosen(), expected(x, w)), 6e-3);
+  EXPECT_GT(kernels_started(), 0);
+  use_cuda_library({nullptr, "off for a test"});
+  EXPECT_LE(relative(chosen(), expected(x, w)), 6e-3);
+  EXPECT_EQ(kernels_started(), 0);
 }
 
 TEST_F(CudaOps, RefusesByWord) {

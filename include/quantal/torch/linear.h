@@ -101,9 +101,10 @@ TORCH_MODULE(QuantizedLinear);
 /// Parameters `A` [r, in] and `B` [out, r] in float32 and, for DoRA, `magnitude` [out].
 class LoraImpl : public torch::nn::Module {
  public:
-  /// A ~ U(-1/sqrt(in), 1/sqrt(in)) (Kaiming-uniform with a = sqrt(5)), B = 0: no effect at first.
+  /// A ~ U(-1/sqrt(in), 1/sqrt(in)) (Kaiming-uniform with a = sqrt(5)), drawn on the CPU; B = 0: no
+  /// effect at first. `device` is where both stay.
   LoraImpl(std::int64_t in_features, std::int64_t out_features, std::int64_t r, double scaling,
-           double dropout);
+           double dropout, torch::Device device = torch::kCPU);
   /// `scaling * B A dropout(x)`; x is converted to float32 and the result to the dtype of x.
   torch::Tensor forward(const torch::Tensor& x);
   /// dropout(x) while training, else x.
@@ -168,6 +169,8 @@ class LinearImpl : public torch::nn::Module {
   void set_dense(torch::Tensor new_weight, torch::Tensor new_bias);
   /// The values of W as float32 [out, in], a new tensor unless the weight is dense float32.
   torch::Tensor dense_weight() const;
+  /// Where the weight is, in whatever form.
+  torch::Device device() const;
   /// The bias of either form; may be undefined.
   torch::Tensor current_bias() const;
 

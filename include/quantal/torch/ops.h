@@ -17,7 +17,7 @@ DType from_torch(torch::ScalarType type);
 /// Throws Error{kDevice} / Error{kShape}.
 TensorView tensor_view(const torch::Tensor& t);
 
-/// A packed matrix in three contiguous uint8 CPU tensors, sizes as layout_of(spec) says.
+/// A packed matrix in three contiguous uint8 tensors of one device, sizes as layout_of(spec) says.
 struct PackedTensors {
   PackedSpec spec;       ///< what the bytes mean
   torch::Tensor codes;   ///< [rows, code_bytes]
@@ -26,8 +26,13 @@ struct PackedTensors {
 
   bool defined() const { return codes.defined(); }  ///< whether there are tensors
   std::int64_t nbytes() const;                      ///< of the three tensors
-  /// Borrowed; throws Error{kShape} / Error{kDtype} if a tensor does not fit `spec`.
+  /// Throws Error{kShape} / Error{kDtype} if a tensor does not fit `spec`, Error{kDevice} if they
+  /// are on different devices.
+  void check() const;
+  /// Borrowed; throws what check() throws, Error{kDevice} for tensors that are not on the CPU.
   PackedView view() const;
+  /// On the CPU: the same tensors, or copies.
+  PackedTensors cpu() const;
 };
 
 /// Zero codes and statistics for `spec`.
@@ -38,7 +43,8 @@ PackedTensors to_tensors(const PackedView& w);
 PackedTensors to_tensors(PackedMatrix&& w);
 
 /// Quantizes `weight` [..., cols] (f32, f16 or bf16) on torch's thread pool; bits as
-/// Dialect::quantize. Throws what make_spec and Dialect::quantize throw.
+/// Dialect::quantize. The tensors come on the weight's device, and on another one than the CPU have
+/// the same bytes (docs/cuda.md). Throws what make_spec and Dialect::quantize throw.
 PackedTensors quantize(const torch::Tensor& weight, const QuantizeOptions& options);
 
 /// The same into a form that is known already: `weight` [..., spec.cols] of spec.rows rows. Throws
@@ -47,6 +53,9 @@ PackedTensors quantize(const torch::Tensor& weight, const PackedSpec& spec);
 
 /// The exact values w(r, c), rounded to `dtype`, as a fresh [rows, cols] tensor.
 torch::Tensor dequantize(const PackedTensors& w, torch::ScalarType dtype);
+
+/// Sums of squares of the rows of w, [rows] of `dtype`: kDouble, or kFloat for devices without it.
+torch::Tensor row_square_sums(const PackedTensors& w, torch::ScalarType dtype);
 
 /// ||W - deq(W)||_F / ||W||_F in double, decoding a few rows at a time. 0 for an all-zero W.
 double relative_error(const torch::Tensor& weight, const PackedTensors& w);
@@ -57,6 +66,7 @@ double relative_error(const torch::Tensor& weight, const PackedTensors& w);
 /// Differentiable, also twice, in x and in bias; keeps nothing for backward but the packed tensors.
 /// Few rows of x run straight from the codes, more through decoded panels of at most 8 MiB: both
 /// use the exact values, so they differ only by summation order. No full decoded copy ever exists.
+/// On other devices: docs/cuda.md.
 /// Throws Error{kShape}, Error{kDtype}, Error{kDevice}.
 ///
 /// The gradient is attached here, in C++, not to the dispatcher op quantal::linear. The Python
