@@ -64,7 +64,7 @@ def aten_int4(weight: torch.Tensor) -> Product:
 class Ggml:
     """Products of ggml's own library, the one inside llama-cpp-python."""
 
-    TYPES = {"Q4_0": 2, "Q8_0": 8, "Q4_K": 12}
+    TYPES = {"Q4_0": 2, "Q8_0": 8, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14}
     #: Types that ggml can interleave on x86; the product of others reads their own layout.
     INTERLEAVED = ("Q4_0", "Q4_K")
     _F32 = 0
@@ -194,7 +194,7 @@ def forward_rivals() -> dict[str, tuple[Callable[[torch.Tensor], Product], torch
         ggml = Ggml()
     except ImportError:
         return found
-    for name in ("Q4_0", "Q4_K", "Q8_0"):
+    for name in Ggml.TYPES:
         make = lambda weight, name=name: GgmlProduct(ggml, name, weight)  # noqa: E731
         found[f"ggml {name}"] = make, torch.float32
     return found

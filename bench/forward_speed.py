@@ -29,6 +29,9 @@ FORMS: dict[str, type[peers_candidate.Candidate]] = {
     "MLX 4-bit g64": peers_candidate.Mlx4,
     "HQQ 4-bit g64": peers_candidate.Hqq4,
     "Q4_0": peers_candidate.Q40,
+    "Q4_K": peers_candidate.Q4K,
+    "Q5_K": peers_candidate.Q5K,
+    "Q6_K": peers_candidate.Q6K,
     "HQQ 8-bit g64": peers_candidate.Hqq8,
     "Q8_0": peers_candidate.Q80,
     "MLX 3-bit g64": peers_candidate.Mlx3,
@@ -49,7 +52,7 @@ RIVALS = {
     "NF4, double quantization": ["bitsandbytes NF4", "torch int4", "ggml Q4_0", "ggml Q4_K"],
     "MLX 4-bit g64": ["ggml Q4_0"],
     "Q4_0": ["bitsandbytes NF4", "ggml Q4_0"],
-    "Q8_0": ["ggml Q8_0"],
+    **{name: [f"ggml {name}"] for name in ("Q4_K", "Q5_K", "Q6_K", "Q8_0")},
     **dict.fromkeys(INT8_FORMS, ["ggml Q4_0", "ggml Q4_K"]),
     "Q8_0, int8 activations": ["ggml Q8_0"],
 }

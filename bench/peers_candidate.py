@@ -134,6 +134,16 @@ class Q4K(Candidate):
     settings: ClassVar = {"mode": "Q4_K", "bits": 0, "group_size": 0}
 
 
+class Q5K(Candidate):
+    method = "gguf"
+    settings: ClassVar = {"mode": "Q5_K", "bits": 0, "group_size": 0}
+
+
+class Q6K(Candidate):
+    method = "gguf"
+    settings: ClassVar = {"mode": "Q6_K", "bits": 0, "group_size": 0}
+
+
 class Q80(Candidate):
     method = "gguf"
     settings: ClassVar = {"mode": "Q8_0", "bits": 0, "group_size": 0}

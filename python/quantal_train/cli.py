@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from quantal import ConfigError, QuantalError
+from quantal.chunked_loss import CHUNK_TOKENS
 
 from .quantization import add_quantization_flags
 
@@ -120,7 +121,7 @@ def _training_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--loss_chunk",
         type=int,
-        default=128,
+        default=CHUNK_TOKENS,
         help="tokens whose logits are in memory at once; 0: the model's own loss, all at once",
     )
 
