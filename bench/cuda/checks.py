@@ -72,7 +72,7 @@ def products(library: Library, device: torch.device, rows: int, cols: int) -> It
         dense = w.values.to(dtype).float()
         bias = torch.randn(rows, device=device)
         for name, inputs in (
-            ("small_matmul", (1, 8, 9, 16)),
+            ("small_matmul", (1, 8, 9, 16, 32)),
             ("tile_matmul", (5, 64, 200)),
             ("tile_matmul_transposed", (5, 200)),
         ):

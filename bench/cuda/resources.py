@@ -35,6 +35,7 @@ CHOICES = {
             strict=True,
         )
     ),
+    "DecodePath": {"0": "general", "1": "scaled", "2": "halves"},
     "Values": {"0": "numbers", "1": "table", "2": "e4m3", "3": "e5m2"},
 }
 
@@ -57,6 +58,8 @@ def readable(mangled: str) -> str:
     for kind, names in CHOICES.items():
         text = re.sub(rf"\({kind}\)(\d)", lambda m, n=names: n[m.group(1)], text)
     text = text.replace("_kernel", "")
+    text = re.sub(r"TileForm<(\w+), (\d)>", r"\1 \2", text).replace(" 4,", " 4 bits,")
+    text = text.replace(" 0,", " of any width,")
     text = re.sub(r"small_matmul<(\d)", r"small_matmul<\1 bits", text)
     return text.replace("true", "transposed").replace("false", "forward")
 

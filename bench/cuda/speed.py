@@ -17,6 +17,7 @@ from timing import Budget, Call, Timer, at_most, reason
 FORMS = {form.name: form for form in (*forms.FORMS, forms.INT8)}
 #: Rows of activations up to which a launch may take as long as the kernel: both are timed.
 FEW_ROWS = 16
+SMALL_ROWS = 32  #: that small_matmul takes
 SECONDS_OF_A_RIVAL = 20.0  # to quantize, compile and tune for one piece of work
 
 
@@ -151,7 +152,7 @@ def forward(bench: Bench, name: str, rows: int, cols: int, m: int) -> list[Row]:
     paths: dict[str, list[Call]] = {TORCH: [lambda d=d: torch.mm(x, d.t(), out=y) for d in dense]}
     if bench.op:
         paths[OP] = _op_calls(weights, "linear", x)
-    if m <= FEW_ROWS:
+    if m <= SMALL_ROWS:
         paths["quantal: few rows"] = [
             lambda w=w: library.matmul("small_matmul", w, x, y) for w in weights
         ]

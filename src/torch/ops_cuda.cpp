@@ -25,7 +25,7 @@ namespace {
 /// the rate of mma.sync, panels move 4.6 and run at the framework's: by arithmetic they meet at
 /// some hundred rows. Not measured.
 constexpr std::int64_t kMaxTileInputs = 256;
-constexpr std::int64_t kMaxSmallInputs = 16;
+constexpr std::int64_t kMaxSmallInputs = 32;
 
 int number_of(ScalarType type, const char* what) {
   return static_cast<int>(weight_dtype(what, type));

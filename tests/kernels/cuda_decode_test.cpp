@@ -5,7 +5,7 @@
 #include <bit>
 #include <cmath>
 
-#include "kernels/cuda/decode_inl.h"
+#include "kernels/cuda/halves_inl.h"
 #include "kernels/ref/ref.h"
 #include "kernels/specs.h"
 #include "kernels/support.h"
@@ -89,6 +89,126 @@ TEST(CudaDecode, ChunksHaveTheReferencesBits) {
     }
   }
   EXPECT_GT(forms, 500);
+}
+
+/// Whole chunks of a row as halves, widened.
+template <int kBits, FloatKind kKind>
+std::vector<float> decode_halves(const Matrix& m, std::int64_t row) {
+  std::vector<float> out(static_cast<std::size_t>(m.cols));
+  const RowStart start = row_start(m, row);
+  for (std::uint32_t chunk = 0; chunk * kChunk < m.cols; ++chunk) {
+    const RawPair raw = load_pair<kBits>(m.codes + row * m.code_bytes, m.code_bytes, chunk / 2);
+    const RawHalves stats = load_halves(m, start, m.group.quotient(start.phase + chunk * kChunk));
+    const HalfForm form = half_form<kKind>(m);
+    std::uint32_t words[kChunk / 2];
+    halves_of_chunk<kKind>(chunk_of<kBits>(raw, chunk / 2, chunk % 2), form.minus_origin,
+                           half_rule<kKind>(form, stats), words);
+    for (std::uint32_t j = 0; j < kChunk; ++j) {
+      out[chunk * kChunk + j] =
+          of_half<kKind>(static_cast<std::uint16_t>(words[j / 2] >> (16 * (j % 2))));
+    }
+  }
+  return out;
+}
+
+void expect_halves(const PackedMatrix& w, const std::string& what) {
+  const Matrix m = matrix_of(w.view());
+  for (std::int64_t r = 0; r < w.spec.rows; ++r) {
+    std::vector<float> row;
+    with_width(m.bits, [&](auto bits) {
+      constexpr int kBits = decltype(bits)::value;
+      if constexpr (kBits <= kMaxHalfBits) {
+        row = m.value_kind == FloatKind::kF16 ? decode_halves<kBits, FloatKind::kF16>(m, r)
+                                              : decode_halves<kBits, FloatKind::kBF16>(m, r);
+      }
+    });
+    for (std::int64_t c = 0; c < w.spec.cols; ++c) {
+      const float v = row[static_cast<std::size_t>(c)], expected = ref::value(w.view(), r, c);
+      ASSERT_TRUE(same(v, expected))
+          << v << " is not " << expected << " at " << r << ", " << c << ": " << what;
+    }
+  }
+}
+
+TEST(CudaDecode, HalvesOfEveryFormThatHasThem) {
+  std::uint64_t seed = 2700;
+  int forms = 0;
+  for (const PackedSpec& spec : kernel_specs()) {
+    ++seed;
+    if (!whole_chunks(spec) || spec.rows == 0) continue;
+    const PackedMatrix w = random_packed(spec, seed, seed % 2 == 0);
+    const Matrix m = matrix_of(w.view());
+    if (!decodes_to_halves(m, m.value_kind)) continue;
+    ++forms;
+    expect_halves(w, describe(spec) + " seed " + std::to_string(seed));
+    if (HasFatalFailure()) return;
+  }
+  EXPECT_GT(forms, 60);
+}
+
+TEST(CudaDecode, HalvesOfEveryCodeUnderStatisticsOfAnyBits) {
+  for (const auto& [value, scale] :
+       {std::pair{DType::kF16, ScaleSource::kF16}, std::pair{DType::kBF16, ScaleSource::kBF16}}) {
+    for (int bits : {1, 2, 3, 4, 5, 6}) {
+      for (Offset offset : {Offset::kNone, Offset::kBias, Offset::kShift, Offset::kZeroPoint}) {
+        for (int centre : {0, 1, 1 << (bits - 1), 64}) {
+          const PackedSpec spec{.rows = 8,
+                                .cols = 2048,
+                                .bits = bits,
+                                .centre = centre,
+                                .offset = offset,
+                                .scale = scale,
+                                .value_dtype = value,
+                                .group_size = 64};
+          if (centre > 0 && offset == Offset::kZeroPoint) continue;
+          PackedMatrix w = random_packed(spec, 11);
+          ASSERT_TRUE(decodes_to_halves(matrix_of(w.view()), static_cast<FloatKind>(value)));
+          for (std::int64_t r = 0; r < spec.rows; ++r) {
+            std::vector<std::uint8_t> codes(2048);
+            for (std::size_t c = 0; c < codes.size(); ++c) {
+              codes[c] = static_cast<std::uint8_t>(c & ((1U << static_cast<unsigned>(bits)) - 1U));
+            }
+            pack_row(bits, codes.data(), 2048, w.codes.data() + r * matrix_of(w.view()).code_bytes);
+          }
+          Random random(31);  // any bits: denormals, infinities and NaN too
+          for (auto& byte : w.stats) byte = static_cast<std::uint8_t>(random.below(256));
+          expect_halves(w, describe(spec));
+          if (HasFatalFailure()) return;
+        }
+      }
+    }
+  }
+}
+
+TEST(CudaDecode, OnlyFormsOfOneTypeDecodeToHalves) {
+  const PackedSpec good{.rows = 2,
+                        .cols = 64,
+                        .offset = Offset::kZeroPoint,
+                        .scale = ScaleSource::kBF16,
+                        .value_dtype = DType::kBF16};
+  const auto taken = [](const PackedSpec& spec, FloatKind kind) {
+    const PackedMatrix w = random_packed(spec, 3);
+    return decodes_to_halves(matrix_of(w.view()), kind);
+  };
+  EXPECT_TRUE(taken(good, FloatKind::kBF16));
+  EXPECT_FALSE(taken(good, FloatKind::kF16));
+  PackedSpec other = good;
+  other.scale = ScaleSource::kF32;
+  EXPECT_FALSE(taken(other, FloatKind::kBF16));
+  other = good;
+  other.value_dtype = DType::kF32;
+  EXPECT_FALSE(taken(other, FloatKind::kBF16));
+  other = good;
+  other.bits = 8;
+  EXPECT_FALSE(taken(other, FloatKind::kBF16));
+  other = good;
+  other.offset = Offset::kNone;
+  other.centre = 65;
+  EXPECT_FALSE(taken(other, FloatKind::kBF16));
+  other = good;
+  other.code_map = CodeMap::kNf4;
+  other.offset = Offset::kNone;
+  EXPECT_FALSE(taken(other, FloatKind::kBF16));
 }
 
 TEST(CudaDecode, EveryCodeOfEveryMapUnderEveryRule) {

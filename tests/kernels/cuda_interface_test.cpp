@@ -80,9 +80,9 @@ TEST_F(CudaInterface, ReportsFailuresOfLaunches) {
 }
 
 TEST_F(CudaInterface, RefusesFormsByReason) {
-  product_.inputs = 17;
+  product_.inputs = 33;
   expect(library().small_matmul(&product_, kStream, &status_), QUANTAL_CUDA_UNSUPPORTED,
-         "cuda small_matmul: rows of activations are 17, expected 0 .. 16");
+         "cuda small_matmul: rows of activations are 33, expected 0 .. 32");
   set({.rows = 64, .cols = 120});
   expect(library().supports_tile_matmul(&product_, &status_), QUANTAL_CUDA_UNSUPPORTED,
          "cuda tile_matmul: in_features are 120 in groups of 64, expected multiples of 16");

@@ -57,7 +57,8 @@ class CudaOps : public ::testing::Test {
 TEST_F(CudaOps, LinearByEveryPath) {
   const PackedTensors w = packed(40, 64, hqq_options(4, 64));
   for (const auto type : {torch::kBFloat16, torch::kHalf}) {
-    for (const auto& [m, kernels] : {std::pair{1, 1}, {16, 1}, {17, 1}, {256, 1}, {300, 1}}) {
+    for (const auto& [m, kernels] :
+         {std::pair{1, 1}, {16, 1}, {17, 1}, {33, 1}, {256, 1}, {300, 1}}) {
       const auto x = torch::randn({m, 64}).to(type);
       kernels_started();
       const auto y = linear_of(x, w);

@@ -43,23 +43,33 @@ struct RawPair {
   Words4 a, b;
 };
 
-/// Pair number `pair` of the row whose codes begin at `row`. Nothing is read behind its
+/// Strips that hold a pair.
+template <int kBits>
+inline constexpr int kPairStrips = kBits == 8 || Planes<kBits>::kHigh != 0 ? 2 : 1;
+
+/// Where strip `strip` of pair number `pair` begins in its row. Nothing is read behind the row's
 /// `row_bytes`: at 8 bits the second chunk of the last pair may not exist, and is the first one
 /// then.
 template <int kBits>
-QUANTAL_HD RawPair load_pair(const std::uint8_t* row, std::int64_t row_bytes, std::uint32_t pair) {
+QUANTAL_HD std::int64_t strip_of(std::int64_t row_bytes, std::uint32_t pair, int strip) {
   using W = Planes<kBits>;
-  RawPair raw{};
   if constexpr (kBits == 8) {
     const std::int64_t at = static_cast<std::int64_t>(pair) * 32;
-    raw.a = load_words(row + at);
-    raw.b = load_words(row + (at + 16 < row_bytes ? at + 16 : at));
+    return strip == 1 && at + 16 < row_bytes ? at + 16 : at;
   } else {
     const std::uint32_t unit = 2 * pair / W::kUnitChunks, inside = 2 * pair % W::kUnitChunks;
-    const std::uint8_t* at = row + static_cast<std::int64_t>(unit) * W::kUnitBytes;
-    raw.a = load_words(at + inside / W::kFields * 16);
-    if constexpr (W::kHigh != 0) raw.b = load_words(at + W::kLowBytes);
+    return static_cast<std::int64_t>(unit) * W::kUnitBytes +
+           (strip == 1 ? W::kLowBytes : static_cast<std::int64_t>(inside / W::kFields) * 16);
   }
+}
+
+/// Pair number `pair` of the row whose codes begin at `row`.
+template <int kBits>
+QUANTAL_HD RawPair load_pair(const std::uint8_t* row, std::int64_t row_bytes, std::uint32_t pair) {
+  RawPair raw{};
+  raw.a = load_words(row + strip_of<kBits>(row_bytes, pair, 0));
+  if constexpr (kPairStrips<kBits> == 2)
+    raw.b = load_words(row + strip_of<kBits>(row_bytes, pair, 1));
   return raw;
 }
 

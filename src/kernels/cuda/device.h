@@ -30,6 +30,10 @@ inline constexpr int kWarp = 32;
 struct alignas(16) Words4 {
   std::uint32_t w[4];
 };
+/// 8 bytes that one instruction loads.
+struct alignas(8) Float2 {
+  float x, y;
+};
 
 }  // namespace quantal::cuda
 
@@ -54,7 +58,8 @@ double shuffle_xor(double v, int mask);
 /// 16 bytes from global to shared memory, or zeros where not `valid`; done after async_wait.
 void async_copy16(void* shared, const void* global, bool valid);
 void async_commit();                  ///< closes a group of copies
-void async_wait_all_but(int groups);  ///< until at most so many groups are under way
+void async_wait_all_but(int groups);  ///< until at most so many groups, 0 to 3, are under way
+void prefetch(const void* global);    ///< its line into the second-level cache; no effect else
 
 /// Four 8 x 8 matrices of 16-bit elements. Lane 8 i + r names row r of matrix i (16 bytes); lane l
 /// receives of matrix i the elements (l / 4, 2 (l % 4)) and (l / 4, 2 (l % 4) + 1) in out[i]; the

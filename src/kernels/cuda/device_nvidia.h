@@ -34,9 +34,16 @@ QUANTAL_DEVICE void async_commit() { asm volatile("cp.async.commit_group;\n" :::
 QUANTAL_DEVICE void async_wait_all_but(int groups) {
   if (groups == 0) {
     asm volatile("cp.async.wait_group 0;\n" ::: "memory");
-  } else {
+  } else if (groups == 1) {
     asm volatile("cp.async.wait_group 1;\n" ::: "memory");
+  } else if (groups == 2) {
+    asm volatile("cp.async.wait_group 2;\n" ::: "memory");
+  } else {
+    asm volatile("cp.async.wait_group 3;\n" ::: "memory");
   }
+}
+QUANTAL_DEVICE void prefetch(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(global));
 }
 
 // "ldmatrix", fragment layout in device.h.

@@ -98,6 +98,34 @@ QUANTAL_HD std::uint32_t pair_of(float low, float high) {
 #endif
 }
 
+/// An element in both halves of a register.
+QUANTAL_HD constexpr std::uint32_t twice(std::uint32_t element) { return element | element << 16; }
+
+/// a b + c of the low halves and of the high ones, each rounded once: one instruction. For hosts
+/// one factor has to be 1 or `c` -0: the product is exact in float32, and float32 carries enough
+/// digits that rounding its sum again gives what rounding once does (24 >= 2 * 11 + 2: Figueroa,
+/// "When is double rounding innocuous?", 1995).
+template <FloatKind kKind>
+QUANTAL_HD std::uint32_t pair_fma(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
+#if defined(__CUDA_ARCH__)
+  std::uint32_t d;
+  if constexpr (kKind == FloatKind::kF16) {
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  } else {
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  }
+  return d;
+#else
+  const auto one = [&](unsigned shift) -> std::uint32_t {
+    const auto value = [&](std::uint32_t v) {
+      return of_half<kKind>(static_cast<std::uint16_t>(v >> shift));
+    };
+    return half_of<kKind>(value(a) * value(b) + value(c));
+  };
+  return one(0) | one(16) << 16;
+#endif
+}
+
 /// r() of quantal::Offset.
 template <FloatKind kKind>
 QUANTAL_HD float round_to(float v) {

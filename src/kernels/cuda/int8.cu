@@ -41,7 +41,10 @@ Int8Scratch int8_scratch(void* workspace, std::int64_t inputs, std::int64_t cols
 
 void int8_matmul(const Int8Args& args, Stream stream) {
   if (args.inputs == 0 || args.w.rows == 0) return;
-  start("int8_mark", int8_mark, mark_geometry(args.w.cols), args, stream);
+  if (args.inputs > kMarkRows) {
+    start("int8_clear", int8_clear, clear_geometry(args.w.cols), args, stream);
+  }
+  start("int8_mark", int8_mark, mark_geometry(args.w.cols, args.inputs), args, stream);
   start("int8_list", int8_list, list_geometry(), args, stream);
   start("int8_round", int8_round, round_geometry(args.inputs), args, stream);
   start("int8_matmul", int8_matmul_kernel, int8_geometry(args.w.rows, args.inputs), args, stream);

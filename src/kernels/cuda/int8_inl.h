@@ -15,22 +15,38 @@ inline constexpr int kInt8Threads = 256;
 
 // ------------------------------------------------------------------ outliers
 
-inline Geometry mark_geometry(std::int64_t cols) {
+/// Rows of x that one block looks at.
+inline constexpr std::int64_t kMarkRows = 64;
+inline Geometry clear_geometry(std::int64_t cols) {
   return {.blocks_x = (cols + kInt8Threads - 1) / kInt8Threads, .threads = kInt8Threads};
 }
+inline Geometry mark_geometry(std::int64_t cols, std::int64_t inputs) {
+  Geometry g = clear_geometry(cols);
+  g.blocks_y = (inputs + kMarkRows - 1) / kMarkRows;
+  return g;
+}
 
-/// marks[c] = some |f16(x[m, c])| >= threshold; a thread takes a column.
+/// marks = 0, before several blocks mark one column.
+QUANTAL_KERNEL void QUANTAL_KERNEL_THREADS(kInt8Threads, 1) int8_clear(const Int8Args a) {
+  const std::int64_t c = block_x() * kInt8Threads + thread_index();
+  if (c < a.w.cols) a.scratch.marks[c] = 0;
+}
+
+/// marks[c] = some |f16(x[m, c])| >= threshold; a thread takes a column of kMarkRows rows. More
+/// rows than that have been cleared.
 QUANTAL_KERNEL void QUANTAL_KERNEL_THREADS(kInt8Threads, 1) int8_mark(const Int8Args a) {
   const std::int64_t c = block_x() * kInt8Threads + thread_index();
   if (c >= a.w.cols) return;
   bool outlier = false;
   if (a.threshold > 0.0F) {
-    for (std::int64_t m = 0; m < a.inputs; ++m) {
+    const std::int64_t begin = block_y() * kMarkRows;
+    const std::int64_t end = begin + kMarkRows < a.inputs ? begin + kMarkRows : a.inputs;
+    for (std::int64_t m = begin; m < end; ++m) {
       const float v = round_to<FloatKind::kF16>(load_float(a.kind, a.x, m * a.w.cols + c));
       outlier = outlier || a.threshold <= magnitude(v);
     }
   }
-  a.scratch.marks[c] = outlier ? 1 : 0;
+  if (outlier || a.inputs <= kMarkRows) a.scratch.marks[c] = outlier ? 1 : 0;
 }
 
 inline Geometry list_geometry() {
@@ -110,12 +126,13 @@ QUANTAL_KERNEL void QUANTAL_KERNEL_THREADS(kInt8Threads, 1) int8_round(const Int
 
 // ------------------------------------------------------------------ products
 
-inline constexpr int kInt8TileRows = 64;
+inline constexpr int kInt8TileRows = 64, kInt8TileWidth = 128;
+inline constexpr int kInt8OutputTiles = kOutputTilesOf<kInt8TileWidth>;
 inline constexpr int kInt8LeftBytes = kInt8TileRows * kStepGranules * 16;
-inline constexpr int kInt8StageBytes = kInt8LeftBytes + kTileWidth * kStepGranules * 16;
+inline constexpr int kInt8StageBytes = kInt8LeftBytes + kInt8TileWidth * kStepGranules * 16;
 
 inline Geometry int8_geometry(std::int64_t rows, std::int64_t inputs) {
-  return {.blocks_x = (rows + kTileWidth - 1) / kTileWidth,
+  return {.blocks_x = (rows + kInt8TileWidth - 1) / kInt8TileWidth,
           .blocks_y = (inputs + kInt8TileRows - 1) / kInt8TileRows,
           .threads = kTileThreads,
           .shared_bytes = 2 * kInt8StageBytes};
@@ -155,18 +172,18 @@ QUANTAL_DEVICE void store_int8(const Int8Args& a, std::int64_t m, std::int64_t n
 }
 
 QUANTAL_DEVICE void multiply_int8_step(const unsigned char* left, const unsigned char* right,
-                                       const WarpPlace& place,
-                                       std::int32_t sums[kInt8TileRows / 32][kOutputTiles][4]) {
+                                       const Fragment& of_left, const Fragment& of_right,
+                                       std::int32_t sums[kInt8TileRows / 32][kInt8OutputTiles][4]) {
   constexpr int kRowTiles = kInt8TileRows / 32;
   QUANTAL_UNROLL
   for (int k = 0; k < kStepGranules / 2; ++k) {
     std::uint32_t x[kRowTiles][4];
     QUANTAL_UNROLL
-    for (int i = 0; i < kRowTiles; ++i) load_left(left, place.row + 16 * i, k, place.lane, x[i]);
+    for (int i = 0; i < kRowTiles; ++i) load_left(left, of_left, 16 * i, k, x[i]);
     QUANTAL_UNROLL
-    for (int j = 0; j < kOutputTiles; j += 2) {
+    for (int j = 0; j < kInt8OutputTiles; j += 2) {
       std::uint32_t b[4];
-      load_right(right, place.output + 8 * j, k, place.lane, b);
+      load_right(right, of_right, 8 * j, k, b);
       QUANTAL_UNROLL
       for (int e = 0; e < 4; ++e) b[e] ^= 0x80808080U;  // bytes 0 .. 255 to code - 128
       QUANTAL_UNROLL
@@ -180,20 +197,22 @@ QUANTAL_DEVICE void multiply_int8_step(const unsigned char* left, const unsigned
 
 QUANTAL_KERNEL void QUANTAL_KERNEL_THREADS(kTileThreads, 1) int8_matmul_kernel(const Int8Args a) {
   constexpr int kRowTiles = kInt8TileRows / 32;
-  constexpr int kStepBytes = kStepGranules * 16;
   unsigned char* stages = shared_memory();
-  const WarpPlace place = warp_place<kInt8TileRows>();
-  const std::int64_t output = block_x() * kTileWidth, input = block_y() * kInt8TileRows;
-  const auto* x = reinterpret_cast<const unsigned char*>(a.scratch.q + input * a.ld);
-  const std::uint8_t* codes = a.w.codes + output * a.w.code_bytes;
+  const WarpPlace place = warp_place<kInt8TileRows, kInt8TileWidth>();
+  const std::int64_t output = block_x() * kInt8TileWidth, input = block_y() * kInt8TileRows;
+  const StepSource x =
+      step_source(reinterpret_cast<const unsigned char*>(a.scratch.q) + input * a.ld, a.ld,
+                  a.inputs - input, a.ld);
+  const StepSource codes = step_source(a.w.codes + output * a.w.code_bytes, a.w.code_bytes,
+                                       a.w.rows - output, a.w.code_bytes);
+  const Fragment left = left_fragment(place), right = right_fragment(place);
   const auto copy = [&](int stage, std::int64_t from) {
     unsigned char* tile = stages + stage * kInt8StageBytes;
-    copy_step<kInt8TileRows>(tile, x, a.ld, a.inputs - input, from, a.ld);
-    copy_step<kTileWidth>(tile + kInt8LeftBytes, codes, a.w.code_bytes, a.w.rows - output, from,
-                          a.w.code_bytes);
+    copy_step<kInt8TileRows>(tile, x, from);
+    copy_step<kInt8TileWidth>(tile + kInt8LeftBytes, codes, from);
     async_commit();
   };
-  std::int32_t sums[kRowTiles][kOutputTiles][4] = {};
+  std::int32_t sums[kRowTiles][kInt8OutputTiles][4] = {};
   copy(0, 0);
   int stage = 0;
   for (std::int64_t from = 0; from < a.ld; from += kStepBytes, stage ^= 1) {
@@ -201,12 +220,12 @@ QUANTAL_KERNEL void QUANTAL_KERNEL_THREADS(kTileThreads, 1) int8_matmul_kernel(c
     block_sync();
     if (from + kStepBytes < a.ld) copy(stage ^ 1, from + kStepBytes);
     const unsigned char* tile = stages + stage * kInt8StageBytes;
-    multiply_int8_step(tile, tile + kInt8LeftBytes, place, sums);
+    multiply_int8_step(tile, tile + kInt8LeftBytes, left, right, sums);
   }
   QUANTAL_UNROLL
   for (int i = 0; i < kRowTiles; ++i) {
     QUANTAL_UNROLL
-    for (int j = 0; j < kOutputTiles; ++j) {
+    for (int j = 0; j < kInt8OutputTiles; ++j) {
       QUANTAL_UNROLL
       for (int e = 0; e < 4; ++e) {
         const std::int64_t m = input + place.row + 16 * i + place.lane / 4 + e / 2 * 8;

@@ -140,7 +140,7 @@ typedef struct {
   int (*dequantize)(const quantal_cuda_panel* p, quantal_cuda_stream stream,
                     quantal_cuda_status* status);
 
-  /** At most 16 rows of x, straight from packed codes. */
+  /** At most 32 rows of x, straight from packed codes. */
   int (*supports_small_matmul)(const quantal_cuda_product* p, quantal_cuda_status* status);
   int (*small_matmul)(const quantal_cuda_product* p, quantal_cuda_stream stream,
                       quantal_cuda_status* status);

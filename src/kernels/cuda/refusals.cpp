@@ -6,7 +6,7 @@
 namespace quantal::cuda {
 namespace {
 
-constexpr std::int64_t kMaxSmallInputs = 16;   // two operands of the tensor cores
+constexpr std::int64_t kMaxSmallInputs = 32;   // four operands of the tensor cores
 constexpr std::int64_t kGranule = 8;           // 16-bit elements of a copy of 16 bytes
 constexpr std::int64_t kMaxInt8Cols = 131072;  // sums of 127 * 128 stay below 2^31
 

@@ -1,125 +1,160 @@
-// y = x w^T for up to 16 rows of x, straight from packed codes.
+// y = x w^T for up to 32 rows of x, straight from packed codes.
 //
 // Weights are the 16 x 16 operand of the tensor cores, activations its 16 x 8 partner, so that a
 // weight is decoded once for up to 8 rows of x and float32 sums cost nothing. The order of columns
 // inside a product is free as long as both operands agree: lane (g, t) of a warp takes 32
-// consecutive columns (a pair: at 4 bits one strip, one load of 16 bytes) of rows g and g + 8, four
-// columns per product, and the same columns of row g of x. The warps of a block share the columns
-// of its rows; their sums are added in order, so results depend on nothing but the shapes.
+// consecutive columns (a pair: at 4 bits one strip, 16 bytes) of rows g and g + 8, four columns per
+// product, and the same columns of row g of x. The warps of a block share the columns of its rows;
+// their sums are added in order, so results depend on nothing but the shapes.
+//
+// What keeps memory busy (reckoned, not measured: an H100 moves 25 bytes a nanosecond and
+// multiprocessor and answers in some 650 ns, so 14 KiB have to be under way for 85 %): every lane
+// copies its strips of the next four steps (two where rows or planes are many) asynchronously into
+// shared memory, past the first-level cache, which x keeps. At 4 bits that is 4 KiB a warp, 64 KiB
+// for two blocks. Statistics are asked for into the second-level cache when the block begins and
+// into registers a step ahead.
 #pragma once
 
 #include "kernels/cuda/args.h"
 #include "kernels/cuda/geometry.h"
-#include "kernels/cuda/table_inl.h"
+#include "kernels/cuda/small_decode_inl.h"
 
 namespace quantal::cuda {
 
 inline constexpr int kSmallThreads = 256;
 inline constexpr int kSmallWarps = kSmallThreads / kWarp;
+inline constexpr int kMaxRingBytes = 64 * 1024;  // codes of a block that are under way
+inline constexpr int kStepPairs = 4;             // of a warp: one for each t
 
 /// kRowTiles x 16 rows of weights per block, kInputTiles x 8 rows of x.
-template <int kRowTiles, int kInputTiles>
+template <int kBits, Values kValues, DecodePath kPath, int kRowTiles, int kInputTiles>
 struct SmallShape {
   static constexpr int kRows = 16 * kRowTiles, kInputs = 8 * kInputTiles;
   static constexpr int kSums = kRowTiles * kInputTiles * kWarp * 4;  // of a warp
+  static constexpr int kTable = small_table_bytes<kPath, kValues>();
+  static constexpr int kLaneBytes = 16 * kWarp;  // a strip of each lane
+  static constexpr int kStageBytes = kRowTiles * 2 * kPairStrips<kBits> * kLaneBytes;
+  static constexpr int kStages = kSmallWarps * kStageBytes * 4 <= kMaxRingBytes ? 4 : 2;
+  static constexpr int kWarpBytes = kStages * kStageBytes;  // codes; then sums
+  static_assert(kWarpBytes >= kSums * 4);
 
   static Geometry geometry(std::int64_t rows) {
     return {.blocks_x = (rows + kRows - 1) / kRows,
             .threads = kSmallThreads,
-            .shared_bytes = kTableBytes + kSmallWarps * kSums * 4};
+            .shared_bytes = kTable + kSmallWarps * kWarpBytes};
   }
 };
 
-/// A row's packed codes and statistics; rows beyond the matrix read the last one.
-struct SmallRow {
-  const std::uint8_t* codes;
-  RowStart start;
-};
-QUANTAL_DEVICE SmallRow small_row(const Matrix& w, std::int64_t row) {
-  const std::int64_t r = row < w.rows ? row : w.rows - 1;
-  return {w.codes + r * w.code_bytes, row_start(w, r)};
+/// A row of weights of a lane; rows beyond the matrix are the last one.
+QUANTAL_DEVICE std::int64_t small_row(const Matrix& w, std::int64_t row) {
+  return row < w.rows ? row : w.rows - 1;
 }
-
-/// 16 columns of row `m` of x from `col` on, zeros where there are none.
-QUANTAL_DEVICE void load_inputs(const SmallArgs& a, int m, std::uint32_t col, bool inside,
-                                std::uint32_t out[8]) {
-  Words4 low{}, high{};
-  if (inside && m < a.inputs) {
-    const auto* at = reinterpret_cast<const std::uint8_t*>(a.x + m * a.w.cols + col);
-    low = load_words(at);
-    high = load_words(at + 16);
-  }
-  QUANTAL_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    out[i] = low.w[i];
-    out[4 + i] = high.w[i];
-  }
-}
-
-/// The strips of one step for all rows of a lane.
+/// The rows g and g + 8 of each tile of a lane: where their codes begin, where their statistics do.
 template <int kRowTiles>
-struct SmallRaw {
-  RawPair rows[kRowTiles][2];
+struct SmallCodes {
+  const std::uint8_t* of[2 * kRowTiles];
 };
+template <int kRowTiles>
+struct SmallStarts {
+  RowStart of[2 * kRowTiles];
+};
+
+/// Asks for the statistics of a block's rows.
+QUANTAL_DEVICE void prefetch_statistics(const Matrix& w, std::int64_t first_row, int rows) {
+  constexpr std::int64_t kLine = 128;
+  const std::int64_t left = w.rows - first_row;
+  const std::int64_t bytes = (left < rows ? left : rows) * w.stat_bytes;
+  const std::uint8_t* from = w.stats + first_row * w.stat_bytes;
+  for (std::int64_t at = thread_index() * kLine; at < bytes; at += kSmallThreads * kLine) {
+    prefetch(from + at);
+  }
+}
+
+/// 32 columns of a row of x from `pair` on, zeros where there are none.
+struct SmallInputs {
+  Words4 w[4];
+};
+QUANTAL_DEVICE SmallInputs load_inputs(const std::uint16_t* x, std::uint32_t cols,
+                                       std::uint32_t pair) {
+  SmallInputs found{};
+  const std::uint32_t col = 2 * pair * kChunk;
+  const auto* at = reinterpret_cast<const std::uint8_t*>(x + col);
+  if (col < cols) {
+    found.w[0] = load_words(at);
+    found.w[1] = load_words(at + 16);
+  }
+  if (col + kChunk < cols) {
+    found.w[2] = load_words(at + 32);
+    found.w[3] = load_words(at + 48);
+  }
+  return found;
+}
+
+/// Starts to copy the strips of one step of a lane; `inside` is false beyond the row.
 template <int kBits, int kRowTiles>
-QUANTAL_DEVICE SmallRaw<kRowTiles> load_step(const Matrix& w, const SmallRow rows[kRowTiles][2],
-                                             std::uint32_t pair, bool inside) {
-  SmallRaw<kRowTiles> raw{};
+QUANTAL_DEVICE void copy_codes(const Matrix& w, const SmallCodes<kRowTiles>& codes,
+                               std::uint32_t pair, bool inside, unsigned char* stage) {
   QUANTAL_UNROLL
-  for (int i = 0; i < kRowTiles; ++i) {
+  for (int i = 0; i < 2 * kRowTiles; ++i) {
     QUANTAL_UNROLL
-    for (int h = 0; h < 2; ++h) {
-      if (inside) raw.rows[i][h] = load_pair<kBits>(rows[i][h].codes, w.code_bytes, pair);
+    for (int strip = 0; strip < kPairStrips<kBits>; ++strip) {
+      const std::int64_t at = inside ? strip_of<kBits>(w.code_bytes, pair, strip) : 0;
+      async_copy16(stage + (i * kPairStrips<kBits> + strip) * 16 * kWarp, codes.of[i] + at, inside);
     }
   }
+}
+/// Row `i` of what copy_codes brought.
+template <int kBits>
+QUANTAL_DEVICE RawPair copied_pair(const unsigned char* stage, int i) {
+  const auto* at = reinterpret_cast<const Words4*>(stage + i * kPairStrips<kBits> * 16 * kWarp);
+  RawPair raw{};
+  raw.a = at[0];
+  if constexpr (kPairStrips<kBits> == 2) raw.b = at[kWarp];
   return raw;
 }
 
-/// Weights of a chunk of one row as 16-bit elements, zeros outside of the matrix.
-template <int kBits, Values kValues, FloatKind kKind>
-QUANTAL_DEVICE void decode_weights(const Matrix& w, Table table, const SmallRow& row,
-                                   const RawPair& raw, std::uint32_t pair, std::uint32_t second,
-                                   bool inside, std::uint32_t out[8]) {
-  float v[kChunk] = {};
-  if (inside) decode_chunk<kBits, kValues>(w, table, row.start, raw, pair, second, v);
-  pack_chunk<kKind>(v, out);
+/// Statistics of one step of a lane.
+template <DecodePath kPath, int kRowTiles>
+struct SmallStatistics {
+  RawStatistics<kPath> of[2 * kRowTiles];
+};
+template <DecodePath kPath, int kRowTiles>
+QUANTAL_DEVICE SmallStatistics<kPath, kRowTiles> load_step(const Matrix& w,
+                                                           const SmallStarts<kRowTiles>& starts,
+                                                           std::uint32_t pair) {
+  SmallStatistics<kPath, kRowTiles> step;
+  QUANTAL_UNROLL
+  for (int i = 0; i < 2 * kRowTiles; ++i) {
+    step.of[i] = load_statistics<kPath>(w, starts.of[i], pair);
+  }
+  return step;
 }
 
-/// Adds the products of one chunk of columns.
-template <int kBits, Values kValues, FloatKind kKind, int kRowTiles, int kInputTiles>
-QUANTAL_DEVICE void multiply_chunk(const SmallArgs& a, Table table,
-                                   const SmallRow rows[kRowTiles][2],
-                                   const SmallRaw<kRowTiles>& raw, std::uint32_t pair,
-                                   std::uint32_t second, float sums[kRowTiles][kInputTiles][4]) {
-  const std::uint32_t col = (2 * pair + second) * kChunk;
-  const bool inside = col < a.w.cols;
-  std::uint32_t x[kInputTiles][8];
+/// Adds the products of one pair of columns of 16 rows; `low` and `high` are rows g and g + 8.
+template <FloatKind kKind, int kInputTiles>
+QUANTAL_DEVICE void multiply_pair(const std::uint32_t low[2][8], const std::uint32_t high[2][8],
+                                  const SmallInputs x[kInputTiles], float sums[kInputTiles][4]) {
   QUANTAL_UNROLL
-  for (int j = 0; j < kInputTiles; ++j) {
-    load_inputs(a, 8 * j + thread_index() % kWarp / 4, col, inside, x[j]);
-  }
-  QUANTAL_UNROLL
-  for (int i = 0; i < kRowTiles; ++i) {
-    std::uint32_t low[8], high[8];  // rows g and g + 8
-    decode_weights<kBits, kValues, kKind>(a.w, table, rows[i][0], raw.rows[i][0], pair, second,
-                                          inside, low);
-    decode_weights<kBits, kValues, kKind>(a.w, table, rows[i][1], raw.rows[i][1], pair, second,
-                                          inside, high);
+  for (int second = 0; second < 2; ++second) {
     QUANTAL_UNROLL
     for (int k = 0; k < 4; ++k) {
-      const std::uint32_t operand[4] = {low[2 * k], high[2 * k], low[2 * k + 1], high[2 * k + 1]};
+      const std::uint32_t operand[4] = {low[second][2 * k], high[second][2 * k],
+                                        low[second][2 * k + 1], high[second][2 * k + 1]};
       QUANTAL_UNROLL
-      for (int j = 0; j < kInputTiles; ++j) multiply<kKind>(sums[i][j], operand, x[j] + 2 * k);
+      for (int j = 0; j < kInputTiles; ++j) {
+        const Words4& words = x[j].w[2 * second + k / 2];
+        const std::uint32_t partner[2] = {words.w[2 * (k % 2)], words.w[2 * (k % 2) + 1]};
+        multiply<kKind>(sums[j], operand, partner);
+      }
     }
   }
 }
 
-/// Adds the sums of the warps in order and writes y.
-template <FloatKind kKind, int kRowTiles, int kInputTiles>
-QUANTAL_DEVICE void store_sums(const SmallArgs& a, std::int64_t first_row, float* shared,
+/// Adds the sums of the warps in order and writes y. Every warp has done with its codes.
+template <class Shape, FloatKind kKind, int kRowTiles, int kInputTiles>
+QUANTAL_DEVICE void store_sums(const SmallArgs& a, std::int64_t first_row, unsigned char* shared,
                                const float sums[kRowTiles][kInputTiles][4]) {
-  using Shape = SmallShape<kRowTiles, kInputTiles>;
-  float* own = shared + thread_index() / kWarp * Shape::kSums;
+  auto* own = reinterpret_cast<float*>(shared + thread_index() / kWarp * Shape::kWarpBytes);
   QUANTAL_UNROLL
   for (int i = 0; i < kRowTiles; ++i) {
     QUANTAL_UNROLL
@@ -135,46 +170,82 @@ QUANTAL_DEVICE void store_sums(const SmallArgs& a, std::int64_t first_row, float
     const int r = o % Shape::kRows, m = o / Shape::kRows;
     if (first_row + r >= a.w.rows || m >= a.inputs) continue;
     const int lane = r % 8 * 4 + m % 8 / 2, element = r % 16 / 8 * 2 + m % 2;
-    const float* at = shared + ((r / 16 * kInputTiles + m / 8) * 4 + element) * kWarp + lane;
+    const int at = ((r / 16 * kInputTiles + m / 8) * 4 + element) * kWarp + lane;
     float sum = 0.0F;
     QUANTAL_UNROLL
-    for (int warp = 0; warp < kSmallWarps; ++warp) sum += at[warp * Shape::kSums];
+    for (int warp = 0; warp < kSmallWarps; ++warp) {
+      sum += reinterpret_cast<const float*>(shared + warp * Shape::kWarpBytes)[at];
+    }
     if (a.bias != nullptr) sum += load_float(a.bias_kind, a.bias, first_row + r);
     a.y[m * a.w.rows + first_row + r] = half_of<kKind>(sum);
   }
 }
 
-template <int kBits, Values kValues, FloatKind kKind, int kRowTiles, int kInputTiles>
+template <int kBits, Values kValues, DecodePath kPath, FloatKind kKind, int kRowTiles,
+          int kInputTiles>
 QUANTAL_KERNEL void QUANTAL_KERNEL_THREADS(kSmallThreads, kRowTiles == 1 ? 2 : 1)
     small_matmul_kernel(const SmallArgs a) {
-  auto* shared = reinterpret_cast<float*>(shared_memory());
-  if constexpr (kValues == Values::kTable) stage_table(a.w, shared, kSmallThreads);
-  const Table table = own_table(shared);
+  using Shape = SmallShape<kBits, kValues, kPath, kRowTiles, kInputTiles>;
+  unsigned char* codes = shared_memory() + Shape::kTable;
   const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
-  const std::int64_t first_row = block_x() * (16 * kRowTiles);
-  SmallRow rows[kRowTiles][2];
+  unsigned char* own = codes + warp * Shape::kWarpBytes + lane * 16;
+  const std::int64_t first_row = block_x() * Shape::kRows;
+  prefetch_statistics(a.w, first_row, Shape::kRows);
+  const auto row = [&](int i) { return small_row(a.w, first_row + 8 * i + lane / 4); };
+  SmallCodes<kRowTiles> rows;
   QUANTAL_UNROLL
-  for (int i = 0; i < kRowTiles; ++i) {
-    rows[i][0] = small_row(a.w, first_row + 16 * i + lane / 4);
-    rows[i][1] = small_row(a.w, first_row + 16 * i + 8 + lane / 4);
+  for (int i = 0; i < 2 * kRowTiles; ++i) rows.of[i] = a.w.codes + row(i) * a.w.code_bytes;
+  const std::uint16_t* inputs[kInputTiles];  // beyond x its last row: nobody looks at those sums
+  QUANTAL_UNROLL
+  for (int j = 0; j < kInputTiles; ++j) {
+    const int m = 8 * j + lane / 4;
+    inputs[j] = a.x + (m < a.inputs ? m : a.inputs - 1) * a.w.cols;
   }
+  const auto cols = static_cast<std::uint32_t>(a.w.cols), pairs = (cols + 31) / 32;
+  constexpr std::uint32_t kStride = kStepPairs * kSmallWarps;
+  std::uint32_t pair = static_cast<std::uint32_t>(warp * kStepPairs + lane % 4);
+  QUANTAL_UNROLL
+  for (std::uint32_t s = 0; s < Shape::kStages; ++s) {
+    copy_codes<kBits, kRowTiles>(a.w, rows, pair + s * kStride, pair + s * kStride < pairs,
+                                 own + s * Shape::kStageBytes);
+    async_commit();
+  }
+  SmallStarts<kRowTiles> starts;  // reads headers: behind the first copies
+  QUANTAL_UNROLL
+  for (int i = 0; i < 2 * kRowTiles; ++i) starts.of[i] = row_start(a.w, row(i));
+  stage_small_table<kPath, kValues>(a.w, shared_memory(), kSmallThreads);
+  const auto decoder = small_decoder<kPath, kKind>(a.w, shared_memory());
+  SmallStatistics<kPath, kRowTiles> stats = load_step<kPath, kRowTiles>(a.w, starts, pair);
   float sums[kRowTiles][kInputTiles][4] = {};
-  const auto pairs = static_cast<std::uint32_t>((a.w.cols + 31) / 32);
-  std::uint32_t pair = static_cast<std::uint32_t>(warp * 4 + lane % 4);
-  SmallRaw<kRowTiles> raw = load_step<kBits, kRowTiles>(a.w, rows, pair, pair < pairs);
+  std::uint32_t stage = 0;
   // All lanes of a warp make the same number of steps: products need every lane.
-  for (std::uint32_t first = static_cast<std::uint32_t>(warp) * 4; first < pairs;
-       first += 4 * kSmallWarps, pair += 4 * kSmallWarps) {
-    const std::uint32_t next = pair + 4 * kSmallWarps;
-    const SmallRaw<kRowTiles> ahead = load_step<kBits, kRowTiles>(a.w, rows, next, next < pairs);
+  for (std::uint32_t first = static_cast<std::uint32_t>(warp) * kStepPairs; first < pairs;
+       first += kStride, pair += kStride, stage = (stage + 1) % Shape::kStages) {
+    const auto ahead = load_step<kPath, kRowTiles>(a.w, starts, pair + kStride);
+    SmallInputs x[kInputTiles];
     QUANTAL_UNROLL
-    for (std::uint32_t second = 0; second < 2; ++second) {
-      multiply_chunk<kBits, kValues, kKind, kRowTiles, kInputTiles>(a, table, rows, raw, pair,
-                                                                    second, sums);
+    for (int j = 0; j < kInputTiles; ++j) x[j] = load_inputs(inputs[j], cols, pair);
+    unsigned char* here = own + stage * Shape::kStageBytes;
+    async_wait_all_but(Shape::kStages - 1);
+    QUANTAL_UNROLL
+    for (int i = 0; i < kRowTiles; ++i) {
+      std::uint32_t low[2][8], high[2][8];
+      decode_small<kBits, kValues, kPath, kKind>(a.w, decoder, starts.of[2 * i],
+                                                 copied_pair<kBits>(here, 2 * i), stats.of[2 * i],
+                                                 pair, low);
+      decode_small<kBits, kValues, kPath, kKind>(a.w, decoder, starts.of[2 * i + 1],
+                                                 copied_pair<kBits>(here, 2 * i + 1),
+                                                 stats.of[2 * i + 1], pair, high);
+      multiply_pair<kKind, kInputTiles>(low, high, x, sums[i]);
     }
-    raw = ahead;
+    stats = ahead;
+    const std::uint32_t next = pair + Shape::kStages * kStride;
+    copy_codes<kBits, kRowTiles>(a.w, rows, next, next < pairs, here);
+    async_commit();
   }
-  store_sums<kKind, kRowTiles, kInputTiles>(a, first_row, shared + kTableBytes / 4, sums);
+  async_wait_all_but(0);
+  warp_sync();  // sums take the place of codes that other lanes may still read
+  store_sums<Shape, kKind, kRowTiles, kInputTiles>(a, first_row, codes, sums);
 }
 
 }  // namespace quantal::cuda
