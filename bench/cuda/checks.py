@@ -63,6 +63,20 @@ def _product_ratio(
     return float(((y.double().cpu() - exact).abs() / bound).nan_to_num(math.inf).max())
 
 
+def _product(
+    library: Library, name: str, weight: Weight, dense: torch.Tensor, m: int, dtype: torch.dtype
+) -> float:
+    """Error of one product of random activations as a share of what is allowed."""
+    transposed = name.endswith("transposed")
+    depth, width = dense.shape if transposed else reversed(dense.shape)
+    device = weight.codes.device
+    bias = None if transposed else torch.randn(width, device=device)
+    x = torch.randn(m, depth, device=device).to(dtype)
+    y = _poisoned(m, width, dtype=dtype, device=device)
+    library.matmul(name, weight, x, y, bias)
+    return _product_ratio(y, x, dense.t() if transposed else dense, bias)
+
+
 def products(library: Library, device: torch.device, rows: int, cols: int) -> Iterator[Outcome]:
     """Every form by the kernel of few rows and by tiles, forward and transposed."""
     for number, form in enumerate(forms.FORMS):
@@ -70,22 +84,31 @@ def products(library: Library, device: torch.device, rows: int, cols: int) -> It
         weight = on_device(w, device)
         dtype = HALVES[number % 2]
         dense = w.values.to(dtype).float()
-        bias = torch.randn(rows, device=device)
         for name, inputs in (
             ("small_matmul", (1, 8, 9, 16, 32)),
             ("tile_matmul", (5, 64, 200)),
             ("tile_matmul_transposed", (5, 200)),
         ):
-            transposed = name.endswith("transposed")
-            depth, width = (rows, cols) if transposed else (cols, rows)
             for m in inputs:
-                x = torch.randn(m, depth, device=device).to(dtype)
-                y = _poisoned(m, width, dtype=dtype, device=device)
-                library.matmul(name, weight, x, y, None if transposed else bias)
-                ratio = _product_ratio(
-                    y, x, dense.t() if transposed else dense, None if transposed else bias
-                )
+                ratio = _product(library, name, weight, dense, m, dtype)
                 yield Outcome(f"{name} {form.name} {dtype} m={m}", ratio)
+
+
+def large_tiles(library: Library, device: torch.device) -> Iterator[Outcome]:
+    """Widths at which tiles of 128 outputs are taken, for each way to decode."""
+    for name in ("NF4 nested", "HQQ 4 bits", "HQQ 3 bits", "Q4_K"):
+        form = next(form for form in forms.FORMS if form.name == name)
+        dtype = forms.TYPES.get(form.value, torch.bfloat16)
+        dtype = torch.bfloat16 if dtype == torch.float32 else dtype
+        for kernel, rows, cols in (
+            ("tile_matmul", 12296, 256),
+            ("tile_matmul_transposed", 264, 12288),
+        ):
+            w = forms.make(form, rows, cols, seed=16)
+            weight, dense = on_device(w, device), w.values.to(dtype).float()
+            for m in (5, 200):
+                ratio = _product(library, kernel, weight, dense, m, dtype)
+                yield Outcome(f"{kernel} {name} {rows} x {cols} m={m}", ratio)
 
 
 def _int8_reference(w: forms.Packed, x: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -200,4 +223,5 @@ def all_checks(
     yield from norms(library, device, rows, cols)
     yield from quantize(library, reference, device, 24, 512)
     if device.type == "cuda":
+        yield from large_tiles(library, device)
         yield from streams(library, device)

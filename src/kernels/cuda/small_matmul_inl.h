@@ -45,11 +45,12 @@ struct SmallShape {
   }
 };
 
-/// A row of weights of a lane; rows beyond the matrix are the last one.
-QUANTAL_DEVICE std::int64_t small_row(const Matrix& w, std::int64_t row) {
+/// Row i of those of a lane: g, g + 8, ... of the tiles; beyond the matrix it is the last one.
+QUANTAL_DEVICE std::int64_t small_row(const Matrix& w, std::int64_t first_row, int i) {
+  const std::int64_t row = first_row + 8 * i + thread_index() % kWarp / 4;
   return row < w.rows ? row : w.rows - 1;
 }
-/// The rows g and g + 8 of each tile of a lane: where their codes begin, where their statistics do.
+/// Where the codes of the rows of a lane begin, and their statistics.
 template <int kRowTiles>
 struct SmallCodes {
   const std::uint8_t* of[2 * kRowTiles];
@@ -58,6 +59,22 @@ template <int kRowTiles>
 struct SmallStarts {
   RowStart of[2 * kRowTiles];
 };
+template <int kRowTiles>
+QUANTAL_DEVICE SmallCodes<kRowTiles> small_codes(const Matrix& w, std::int64_t first_row) {
+  SmallCodes<kRowTiles> rows;
+  QUANTAL_UNROLL
+  for (int i = 0; i < 2 * kRowTiles; ++i) {
+    rows.of[i] = w.codes + small_row(w, first_row, i) * w.code_bytes;
+  }
+  return rows;
+}
+template <int kRowTiles>
+QUANTAL_DEVICE SmallStarts<kRowTiles> small_starts(const Matrix& w, std::int64_t first_row) {
+  SmallStarts<kRowTiles> rows;
+  QUANTAL_UNROLL
+  for (int i = 0; i < 2 * kRowTiles; ++i) rows.of[i] = row_start(w, small_row(w, first_row, i));
+  return rows;
+}
 
 /// Asks for the statistics of a block's rows.
 QUANTAL_DEVICE void prefetch_statistics(const Matrix& w, std::int64_t first_row, int rows) {
@@ -88,6 +105,22 @@ QUANTAL_DEVICE SmallInputs load_inputs(const std::uint16_t* x, std::uint32_t col
     found.w[3] = load_words(at + 48);
   }
   return found;
+}
+
+/// Row g of each tile of x; beyond x it is the last one: nobody looks at those sums.
+template <int kInputTiles>
+struct InputRows {
+  const std::uint16_t* of[kInputTiles];
+};
+template <int kInputTiles>
+QUANTAL_DEVICE InputRows<kInputTiles> input_rows(const SmallArgs& a) {
+  InputRows<kInputTiles> rows;
+  QUANTAL_UNROLL
+  for (int j = 0; j < kInputTiles; ++j) {
+    const int m = 8 * j + thread_index() % kWarp / 4;
+    rows.of[j] = a.x + (m < a.inputs ? m : a.inputs - 1) * a.w.cols;
+  }
+  return rows;
 }
 
 /// Starts to copy the strips of one step of a lane; `inside` is false beyond the row.
@@ -191,16 +224,8 @@ QUANTAL_KERNEL void QUANTAL_KERNEL_THREADS(kSmallThreads, kRowTiles == 1 ? 2 : 1
   unsigned char* own = codes + warp * Shape::kWarpBytes + lane * 16;
   const std::int64_t first_row = block_x() * Shape::kRows;
   prefetch_statistics(a.w, first_row, Shape::kRows);
-  const auto row = [&](int i) { return small_row(a.w, first_row + 8 * i + lane / 4); };
-  SmallCodes<kRowTiles> rows;
-  QUANTAL_UNROLL
-  for (int i = 0; i < 2 * kRowTiles; ++i) rows.of[i] = a.w.codes + row(i) * a.w.code_bytes;
-  const std::uint16_t* inputs[kInputTiles];  // beyond x its last row: nobody looks at those sums
-  QUANTAL_UNROLL
-  for (int j = 0; j < kInputTiles; ++j) {
-    const int m = 8 * j + lane / 4;
-    inputs[j] = a.x + (m < a.inputs ? m : a.inputs - 1) * a.w.cols;
-  }
+  const auto rows = small_codes<kRowTiles>(a.w, first_row);
+  const auto inputs = input_rows<kInputTiles>(a);
   const auto cols = static_cast<std::uint32_t>(a.w.cols), pairs = (cols + 31) / 32;
   constexpr std::uint32_t kStride = kStepPairs * kSmallWarps;
   std::uint32_t pair = static_cast<std::uint32_t>(warp * kStepPairs + lane % 4);
@@ -210,9 +235,7 @@ QUANTAL_KERNEL void QUANTAL_KERNEL_THREADS(kSmallThreads, kRowTiles == 1 ? 2 : 1
                                  own + s * Shape::kStageBytes);
     async_commit();
   }
-  SmallStarts<kRowTiles> starts;  // reads headers: behind the first copies
-  QUANTAL_UNROLL
-  for (int i = 0; i < 2 * kRowTiles; ++i) starts.of[i] = row_start(a.w, row(i));
+  const auto starts = small_starts<kRowTiles>(a.w, first_row);  // reads: behind the first copies
   stage_small_table<kPath, kValues>(a.w, shared_memory(), kSmallThreads);
   const auto decoder = small_decoder<kPath, kKind>(a.w, shared_memory());
   SmallStatistics<kPath, kRowTiles> stats = load_step<kPath, kRowTiles>(a.w, starts, pair);
@@ -224,7 +247,7 @@ QUANTAL_KERNEL void QUANTAL_KERNEL_THREADS(kSmallThreads, kRowTiles == 1 ? 2 : 1
     const auto ahead = load_step<kPath, kRowTiles>(a.w, starts, pair + kStride);
     SmallInputs x[kInputTiles];
     QUANTAL_UNROLL
-    for (int j = 0; j < kInputTiles; ++j) x[j] = load_inputs(inputs[j], cols, pair);
+    for (int j = 0; j < kInputTiles; ++j) x[j] = load_inputs(inputs.of[j], cols, pair);
     unsigned char* here = own + stage * Shape::kStageBytes;
     async_wait_all_but(Shape::kStages - 1);
     QUANTAL_UNROLL

@@ -169,6 +169,23 @@ QUANTAL_DEVICE void store_outputs(const TileArgs& a, std::int64_t width, std::in
   if (both) to[1] = half_of<kKind>(second);
 }
 
+/// Writes the outputs of a warp, whose first are (m, n).
+template <FloatKind kKind, int kRowTiles, int kOutputTiles>
+QUANTAL_DEVICE void store_tile(const TileArgs& a, std::int64_t width, std::int64_t m,
+                               std::int64_t n, const float sums[kRowTiles][kOutputTiles][4]) {
+  m += thread_index() % kWarp / 4;
+  n += thread_index() % 4 * 2;
+  QUANTAL_UNROLL
+  for (int i = 0; i < kRowTiles; ++i) {
+    QUANTAL_UNROLL
+    for (int j = 0; j < kOutputTiles; ++j) {
+      const float* v = sums[i][j];
+      store_outputs<kKind>(a, width, m + 16 * i, n + 8 * j, v[0], v[1]);
+      store_outputs<kKind>(a, width, m + 16 * i + 8, n + 8 * j, v[2], v[3]);
+    }
+  }
+}
+
 template <class Form, FloatKind kKind, bool kTransposed, int kTileRows, int kTileWidth>
 QUANTAL_KERNEL void QUANTAL_KERNEL_THREADS(kTileThreads, !kTransposed && kTileRows == 64 ? 2 : 1)
     tile_matmul_kernel(const TileArgs a) {
@@ -218,17 +235,8 @@ QUANTAL_KERNEL void QUANTAL_KERNEL_THREADS(kTileThreads, !kTransposed && kTileRo
           a.w, table, halves, pair, stages + (stage ^ 1) * Shape::kStageBytes + Shape::kLeftBytes);
     }
   }
-  const int g = place.lane / 4, t = place.lane % 4;
-  QUANTAL_UNROLL
-  for (int i = 0; i < kRowTiles; ++i) {
-    QUANTAL_UNROLL
-    for (int j = 0; j < kOutputTiles; ++j) {
-      const std::int64_t m = input + place.row + 16 * i + g;
-      const std::int64_t n = output + place.output + 8 * j + 2 * t;
-      store_outputs<kKind>(a, width, m, n, sums[i][j][0], sums[i][j][1]);
-      store_outputs<kKind>(a, width, m + 8, n, sums[i][j][2], sums[i][j][3]);
-    }
-  }
+  store_tile<kKind, kRowTiles, kOutputTiles>(a, width, input + place.row, output + place.output,
+                                             sums);
 }
 
 }  // namespace quantal::cuda
