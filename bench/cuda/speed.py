@@ -248,7 +248,7 @@ class Plan:
     shapes: tuple[tuple[int, int], ...] = SHAPES
     few: tuple[int, ...] = (1, 16)
     many: tuple[int, ...] = (64, 2048, 512, 128, 256, 32, 8, 4)
-    back: tuple[int, ...] = (2048, 512)
+    back: tuple[int, ...] = (2048, 64, 512, 16, 1)
     llama: tuple[tuple[int, int], ...] = tuple(LLAMA_70B)
     encoded: tuple[str, ...] = tuple(forms.ENCODED)
 
@@ -256,7 +256,7 @@ class Plan:
 QUICK = Plan(
     shapes=((4096, 4096), (28672, 8192)),
     many=(64, 512, 2048),
-    back=(2048,),
+    back=(2048, 64),
     encoded=("NF4 nested", "MLX 4 bits", "LLM.int8"),
 )
 #: Where kernels are emulated: everything once, and nothing is concluded from it.
@@ -285,10 +285,16 @@ def products(bench: Bench, plan: Plan) -> Iterator[Item]:
 
 
 def backwards(bench: Bench, plan: Plan) -> Iterator[Item]:
+    """dx by importance: what QLoRA does first."""
+
+    def item(name: str, shape: tuple[int, int], m: int) -> Item:
+        what = f"backward, {name}, {shape[0]} x {shape[1]}, m {m}"
+        return what, lambda: backward(bench, name, *shape, m)
+
+    yield item("NF4 nested", plan.shapes[0], plan.back[0])
     for m in plan.back:
         for shape in plan.shapes:
-            what = f"backward, HQQ 4 bits, {shape[0]} x {shape[1]}, m {m}"
-            yield what, lambda s=shape, m=m: backward(bench, "HQQ 4 bits", *s, m)
+            yield item("HQQ 4 bits", shape, m)
 
 
 def weights_as_bytes(bench: Bench, plan: Plan) -> Iterator[Item]:

@@ -431,6 +431,7 @@ def test_one_cuda_version_of_bitsandbytes_is_kept(tmp_path):
 def test_plans_hold_what_the_targets_are_about():
     full = speed.Plan()
     assert set(full.few) == {1, 16} and {64, 128, 256, 512, 2048} <= set(full.many)
+    assert set(full.back) == {1, 16, 64, 512, 2048}
     assert full.shapes[0] == (4096, 4096) and full.shapes[-1] == (28672, 8192)
     bench = speed.Bench(None, timing.Timer(CPU), timing.Budget(1), Report(None, "x", True))
     for plan in (full, speed.QUICK, speed.TINY):
