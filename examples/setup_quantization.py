@@ -31,12 +31,13 @@ def setup_quantization(
     args  quantize, q_bits, q_group_size, q_compute_dtype, q_skip_modules, q_double_quant, as
           add_quantization_flags defines them; None where the method or the backend decides
     """
+    dense = args.q_skip_modules.split(",") if args.q_skip_modules else ["lm_head"]
     config = QuantizationConfig(
         method=QuantizationMethod(args.quantize),
         bits=args.q_bits,
         group_size=args.q_group_size,
         compute_dtype=getattr(torch, args.q_compute_dtype) if args.q_compute_dtype else None,
-        skip_modules=args.q_skip_modules.split(",") if args.q_skip_modules else ["lm_head"],
+        skip_modules=[] if dense == ["none"] else dense,
         double_quant=args.q_double_quant,
     )
     for issue in validate_quantization_config(config, backend_manager.backend):
@@ -68,7 +69,7 @@ def add_quantization_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--q_skip_modules",
         metavar="NAMES",
-        help="layers that stay dense, separated by commas; default: lm_head",
+        help='layers that stay dense, separated by commas, or none; default, also of "": lm_head',
     )
     group.add_argument(
         "--q_double_quant",

@@ -183,11 +183,19 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of a flag; a text that says what happens without the flag stays alone."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        unset = action.default is None or action.default is False
+        return action.help if unset else super()._get_help_string(action)
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train.py",
         description="LoRA, QLoRA and DoRA fine-tuning on one or many ranks (torchrun).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Defaults,
     )
     _data_flags(parser)
     add_quantization_flags(parser)

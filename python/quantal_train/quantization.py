@@ -26,7 +26,7 @@ def add_quantization_flags(parser: argparse.ArgumentParser) -> None:
         choices=[method.value for method in QuantizationMethod],
         default="none",
         type=str.lower,
-        help="method (default: none: the base as its file has it, packed or dense)",
+        help="method; none: the base as its file has it, packed or dense",
     )
     group.add_argument("--q_bits", type=int, help="width; default: that of the method, else 4")
     group.add_argument("--q_group_size", type=int, default=64, help="weights per scale")
@@ -34,7 +34,7 @@ def add_quantization_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--q_skip_modules",
         metavar="NAMES",
-        help='layers that stay dense, separated by commas, "" for none; default: lm_head',
+        help='layers that stay dense, separated by commas, or none; default, also of "": lm_head',
     )
     group.add_argument(
         "--q_double_quant",
@@ -50,8 +50,10 @@ def add_quantization_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _names(text: str | None, default: list[str]) -> list[str]:
-    """Names separated by commas; "" names none."""
-    return default if text is None else [name for name in text.split(",") if name]
+    """Names separated by commas; unset or empty: the default, as in api.md; "none": no name."""
+    if not text:
+        return default
+    return [] if text == "none" else [name for name in text.split(",") if name]
 
 
 def make_config(args: argparse.Namespace) -> QuantizationConfig:

@@ -13,6 +13,8 @@ import torch
 from backend_manager import BackendManager
 from conftest import GOLDEN, tiny_llama
 from quantal import load_model
+from quantal_train import cli
+from quantal_train.quantization import make_config
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "examples" / "setup_quantization.py"
 
@@ -62,6 +64,22 @@ def test_adapter_of_the_flags(flags, adapter, bits):
     assert made.config.skip_modules == ["lm_head"]
     if "float32" in flags:
         assert made.config.compute_dtype is torch.float32
+
+
+@pytest.mark.parametrize(
+    "names, dense",
+    [
+        (None, ["lm_head"]),
+        ("", ["lm_head"]),  # as in the document
+        ("none", []),
+        ("lm_head,down_proj", ["lm_head", "down_proj"]),
+    ],
+)
+def test_layers_that_stay_dense_are_those_of_train_py(names, dense):
+    flags = ["--quantize", "hqq", *([] if names is None else ["--q_skip_modules", names])]
+    assert setup(*flags).config.skip_modules == dense
+    training = cli.parse(["--model", "m", "--data", "d", *flags])
+    assert make_config(training).skip_modules == dense
 
 
 def test_findings_are_printed(capsys):

@@ -481,6 +481,7 @@ def test_help_names_every_flag():
     for name in ("--quantize", "--q_bits", "--q_group_size", "--q_compute_dtype",
                  "--q_skip_modules", "--q_double_quant", "--resume", "--dry-run"):  # fmt: skip
         assert name in text
+    assert "(default: 64)" in text and "None" not in text
     done = subprocess.run(
         [sys.executable, "-m", "quantal_train", "--help"], capture_output=True, text=True
     )
