@@ -65,3 +65,12 @@ def model() -> LlamaForCausalLM:
 @pytest.fixture
 def tokens() -> torch.Tensor:
     return torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def one_thread():
+    """For models that are too small for two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,5 +1,6 @@
 """What the tests of adapter training share: a config of every dialect, small models, adapters."""
 
+import pytest
 import torch
 from peft import LoraConfig
 
@@ -23,6 +24,10 @@ METHODS = {
     "mlx4": _config("mlx_int4"),
     "quanto4": _config("quanto_int4", group_size=32),
 }
+#: A test of one `method` for every dialect.
+every_method = pytest.mark.parametrize("method", list(METHODS.values()), ids=list(METHODS))
+#: Kinds of LoRA, as arguments of `lora`.
+VARIANTS = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}
 #: LLM.int8: activations in int8, outliers apart. Its forward is not the exact product.
 LLM_INT8 = _config("bnb_int8", backend_options={"int8_threshold": 1.5})
 #: Every linear layer of a Llama block.
@@ -75,3 +80,8 @@ def gradients(model, tokens) -> dict[str, torch.Tensor]:
     model.zero_grad()
     model(tokens, labels=tokens).loss.backward()
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def first_layer(model):
+    """q_proj of the first block, below PEFT."""
+    return model.base_model.model.model.layers[0].self_attn.q_proj

@@ -1,97 +1,30 @@
-"""Checkpoints of training: any world size, atomic whatever happens, errors that name the file."""
+"""Checkpoints of training: going on with any number of ranks, what is on disk, errors that name the
+file. test_training_checkpoint_ends.py ends processes."""
 
 import json
 import os
 import random
-import resource
-import signal
-import time
 
 import pytest
 import torch
-import torch.distributed as dist
-from peft import get_peft_model
-from torch.distributed.fsdp import fully_shard
 
 import quantal
 import quantal.fsdp
-from qlora_support import METHODS, lora, packed_bytes, quantized, same_bytes
-from quantal import TrainingCheckpoints, base_identity, chunked_loss
-from quantal import _checkpoint_store as store
+from checkpoint_support import (
+    BASE,
+    flip,
+    make,
+    manager,
+    numbered,
+    saved,
+    scheduler_of,
+    step,
+)
+from qlora_support import METHODS, packed_bytes, same_bytes
+from quantal import TrainingCheckpoints, base_identity
 from ranks import Ranks, run_ranks
 
-GLOBAL_BATCH = 12
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These models are too small for two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def make(world: int = 0, method: str = "hqq4", optimizer=torch.optim.AdamW, **kwargs):
-    torch.manual_seed(11)
-    model = get_peft_model(quantized(METHODS[method]), lora(**kwargs)).train()
-    if world:
-        base = model.get_base_model()
-        for block in base.model.layers:
-            fully_shard(block)
-        fully_shard(base)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return model, optimizer(trained, lr=1e-2)
-
-
-def scheduler_of(optimizer):
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-
-
-def step(model, optimizer, number: int, scheduler=None) -> float:
-    """One step over the same 12 rows for any number of ranks. The loss is summed in the order of
-    the rows, so equal weights give equal bits."""
-    ids = torch.randint(
-        0, 256, (GLOBAL_BATCH, 24), generator=torch.Generator().manual_seed(100 + number)
-    )
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    losses = torch.zeros(GLOBAL_BATCH, dtype=torch.float64)
-    for i in range(rank, GLOBAL_BATCH, ranks):
-        loss = chunked_loss(model, ids[i : i + 1], ids[i : i + 1])
-        (loss * ranks / GLOBAL_BATCH).backward()
-        losses[i] = loss.detach().double()
-    if ranks > 1:
-        dist.all_reduce(losses)
-    optimizer.step()
-    if scheduler is not None:
-        scheduler.step()
-    optimizer.zero_grad()
-    return sum(losses.tolist())
-
-
-def manager(folder, model, **kwargs) -> TrainingCheckpoints:
-    return TrainingCheckpoints(folder, base_identity(model), **kwargs)
-
-
-def saved(folder, steps: int = 2, **kwargs):
-    """A folder with one checkpoint; returns (checkpoints, model, optimizer)."""
-    model, optimizer = make(**kwargs)
-    for number in range(steps):
-        step(model, optimizer, number)
-    checkpoints = manager(folder, model)
-    checkpoints.save(steps, model, optimizer)
-    checkpoints.wait()
-    return checkpoints, model, optimizer
-
-
-def flip(path: str, at: int = -100) -> None:
-    with open(path, "r+b") as file:
-        file.seek(at, os.SEEK_END)
-        byte = file.read(1)
-        file.seek(at, os.SEEK_END)
-        file.write(bytes([byte[0] ^ 1]))
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # ---------------------------------------------------------------------- resuming
 
@@ -255,181 +188,6 @@ def test_a_step_is_saved_again(tmp_path):
     again, optimizer_again = make()
     manager(tmp_path, again).load(again, optimizer_again)
     assert step(again, optimizer_again, 8) == step(model, optimizer, 8)
-
-
-# ---------------------------------------------------------------------- ends of processes
-
-
-class Numbered(torch.nn.Module):
-    """Every value is the number of the step: a mixture of two saves shows."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__()
-        for name in "abc":
-            setattr(self, name, torch.nn.Parameter(torch.full((50, 1000), float(step))))
-
-
-BASE = quantal.BaseIdentity({}, {})
-
-
-def numbered(step: int):
-    model = Numbered(step)
-    return model, torch.optim.SGD(model.parameters(), lr=0.1)
-
-
-def assert_whole(folder) -> int:
-    """The step of the last good checkpoint, which has to be whole; 0 where there is none."""
-    checkpoints = TrainingCheckpoints(folder, BASE)
-    if checkpoints.latest() is None:
-        return 0
-    model, optimizer = numbered(-1)
-    step = checkpoints.load(model, optimizer).step
-    for p in model.parameters():
-        assert (p == step).all()
-    return step
-
-
-def _die_at(rank, world, folder, count):
-    """Saves two steps; the process is killed at its count-th change on disk."""
-    left = [count]
-
-    def dies(function):
-        def call(*args, **kwargs):
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-
-        return call
-
-    for name in ("fsync", "rename", "replace", "makedirs"):
-        setattr(os, name, dies(getattr(os, name)))
-    store.shutil.rmtree = dies(store.shutil.rmtree)
-    with TrainingCheckpoints(folder, BASE, keep_last=1) as checkpoints:
-        for number in (1, 2):
-            checkpoints.save(number, *numbered(number))
-            checkpoints.wait()
-
-
-def test_killed_at_every_change_on_disk(tmp_path):
-    steps = []
-    for count in range(1, 60):
-        folder = tmp_path / str(count)
-        ((kind, _),) = Ranks(0, _die_at, folder, count).join()
-        steps.append(assert_whole(folder))
-        if kind == "value":
-            break
-        # the next run removes what is left and saves over it
-        with TrainingCheckpoints(folder, BASE, keep_last=1) as checkpoints:
-            checkpoints.save(3, *numbered(3))
-        assert assert_whole(folder) == 3
-        assert sorted(os.listdir(folder)) == ["base.json", "latest", "step-00000003"]
-    assert steps == sorted(steps) and set(steps) == {0, 1, 2} and len(steps) > 12
-
-
-def _save_for_ever(rank, world, folder):
-    with TrainingCheckpoints(folder, BASE, keep_last=2) as checkpoints:
-        for number in range(1, 10_000):
-            checkpoints.save(number, *numbered(number))
-
-
-def wait_for_commits(folder, count: int) -> None:
-    """Until `latest` was replaced that often."""
-    seen = {mark_of(folder)}
-    end = time.monotonic() + 600
-    while len(seen) <= count and time.monotonic() < end:
-        seen.add(mark_of(folder))
-        time.sleep(0.002)
-
-
-def mark_of(folder) -> int:
-    try:
-        return (folder / "latest").stat().st_mtime_ns
-    except FileNotFoundError:
-        return 0
-
-
-def test_killed_at_random_moments(tmp_path):
-    generator = random.Random(1)
-    found = []
-    for _ in range(8):
-        ranks = Ranks(2, _save_for_ever, tmp_path)
-        wait_for_commits(tmp_path, generator.randrange(1, 4))
-        time.sleep(generator.uniform(0, 0.1))
-        ranks.kill(generator.randrange(2))
-        time.sleep(generator.uniform(0, 0.05))
-        ranks.kill(0), ranks.kill(1)
-        ranks.join()
-        found.append(assert_whole(tmp_path))
-    assert min(found) >= 1, found
-
-
-def test_killed_while_a_step_is_saved_again(tmp_path):
-    for count in range(1, 60):
-        with TrainingCheckpoints(tmp_path / str(count), BASE) as checkpoints:
-            checkpoints.save(1, *numbered(1))  # what `latest` names is saved again
-        ((kind, _),) = Ranks(0, _die_at, tmp_path / str(count), count).join()
-        assert assert_whole(tmp_path / str(count)) in (1, 2)
-        if kind == "value":
-            break
-    assert count > 12
-
-
-def _full_disk(rank, world, folder):
-    with TrainingCheckpoints(folder, BASE) as checkpoints:
-        checkpoints.save(1, *numbered(1))
-        checkpoints.wait()
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        if rank == world - 1:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        checkpoints.save(2, *numbered(2))
-        checkpoints.wait()
-
-
-@pytest.mark.parametrize("world", [1, 2])
-def test_full_disk(tmp_path, world):
-    for kind, error in Ranks(world, _full_disk, tmp_path).join():
-        assert kind == "error" and isinstance(error, quantal.IoError), error
-        assert f"rank {world - 1} cannot write" in str(error) and "disk full" in str(error), error
-        assert str(error).endswith("last good checkpoint: step-00000001")
-    assert assert_whole(tmp_path) == 1
-    assert sorted(os.listdir(tmp_path)) == ["base.json", "latest", "step-00000001"]
-
-
-def _one_dies(rank, world, folder, how):
-    checkpoints = TrainingCheckpoints(
-        folder, BASE, group=dist.new_group(backend="gloo", timeout=store_timeout())
-    )
-    checkpoints.save(1, *numbered(1))
-    checkpoints.wait()
-    if rank == 1 and how == "ends":
-        os._exit(3)
-    if rank == 1:
-        os.kill(os.getpid(), signal.SIGSTOP)
-    checkpoints.save(2, *numbered(2))
-    checkpoints.wait()
-
-
-def store_timeout():
-    import datetime
-
-    return datetime.timedelta(seconds=10)
-
-
-@pytest.mark.parametrize("how", ["ends", "hangs"])
-def test_a_rank_is_gone(tmp_path, how):
-    ranks = Ranks(3, _one_dies, tmp_path, how)
-    for rank in (0, 2):
-        ranks.processes[rank].join(300)
-    ranks.kill(1)
-    found = ranks.join(60)
-    for rank in (0, 2):
-        kind, error = found[rank]
-        assert kind == "error" and isinstance(error, quantal.IoError), (kind, error)
-        assert f"rank {rank} of 3 cannot finish step-00000002" in str(error)
-        assert "another rank ended or does not answer" in str(error)
-    assert found[1][0] == "died"
-    assert assert_whole(tmp_path) == 1
 
 
 # ---------------------------------------------------------------------- bad input
