@@ -93,19 +93,6 @@ struct Extremes {
   F high, low;
 };
 
-/// Calls body(Reader) with the reader of the run's dtype.
-template <class Body>
-inline bool with_reader(WeightRun w, Body body) {
-  switch (w.dtype) {
-    case DType::kF16:
-      return body(Reader<DType::kF16>(w.data));
-    case DType::kBF16:
-      return body(Reader<DType::kBF16>(w.data));
-    default:
-      return body(Reader<DType::kF32>(w.data));
-  }
-}
-
 template <class In>
 inline F read_vector(const In& in, std::int64_t group, int v) {
   return in.vec(group * kShortGroup + v * kWidth);

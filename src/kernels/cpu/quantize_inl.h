@@ -8,19 +8,6 @@
 namespace quantal {
 namespace {
 
-/// Calls body(Reader) with the reader of the run's dtype.
-template <class Body>
-inline auto with_reader(WeightRun w, Body body) {
-  switch (w.dtype) {
-    case DType::kF16:
-      return body(Reader<DType::kF16>(w.data));
-    case DType::kBF16:
-      return body(Reader<DType::kBF16>(w.data));
-    default:
-      return body(Reader<DType::kF32>(w.data));
-  }
-}
-
 /// Calls body(i, parts, valid) for each 16 elements of a run; `parts` are kParts registers, lanes
 /// beyond `valid` hold `fill`.
 template <class In, class Body>

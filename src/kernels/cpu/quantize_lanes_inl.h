@@ -108,6 +108,19 @@ struct Reader<DType::kF16> {
   float one(std::int64_t i) const { return f16_to_f32(data[i]); }
 };
 
+/// Calls body(Reader) with the reader of the run's dtype.
+template <class Body>
+inline auto with_reader(WeightRun w, Body body) {
+  switch (w.dtype) {
+    case DType::kF16:
+      return body(Reader<DType::kF16>(w.data));
+    case DType::kBF16:
+      return body(Reader<DType::kBF16>(w.data));
+    default:
+      return body(Reader<DType::kF32>(w.data));
+  }
+}
+
 /// Elements [i, i + valid) of a run and `fill` in the other virtual lanes.
 template <DType kType>
 inline void read_tail(const Reader<kType>& in, std::int64_t i, std::int64_t valid, float fill,

@@ -44,19 +44,6 @@ inline F rounded<DType::kF16>(F x) {
   return (F)(value | (bits ^ m));
 }
 
-/// Calls body(Reader) with the reader of the run's dtype, which is also the dtype to round to.
-template <class Body>
-inline auto with_dtype(WeightRun w, Body body) {
-  switch (w.dtype) {
-    case DType::kF16:
-      return body(Reader<DType::kF16>(w.data));
-    case DType::kBF16:
-      return body(Reader<DType::kBF16>(w.data));
-    default:
-      return body(Reader<DType::kF32>(w.data));
-  }
-}
-
 template <DType kType>
 inline F round_as(const Reader<kType>&, F x) {
   return rounded<kType>(x);
@@ -128,14 +115,14 @@ inline void encode_run(const In& in, std::int64_t n, const Lanes& lanes, std::ui
 
 void encode(WeightRun w, std::int64_t n, const RoundedCode& code, std::uint8_t* codes) {
   const LaneCodes c = lanes_of(code);
-  with_dtype(w, [&](const auto& in) {
+  with_reader(w, [&](const auto& in) {
     encode_run(
         in, n, [&](std::int64_t, std::int64_t) { return c; }, codes);
   });
 }
 
 void encode_each(WeightRun w, std::int64_t n, const RoundedCodes& code, std::uint8_t* codes) {
-  with_dtype(w, [&](const auto& in) {
+  with_reader(w, [&](const auto& in) {
     encode_run(
         in, n, [&](std::int64_t i, std::int64_t valid) { return lanes_at(code, i, valid); }, codes);
   });
@@ -144,7 +131,7 @@ void encode_each(WeightRun w, std::int64_t n, const RoundedCodes& code, std::uin
 // ------------------------------------------------------------------ ranges
 
 bool range_each(WeightRun w, std::int64_t n, float* low, float* high) {
-  return with_dtype(w, [&](const auto& in) {
+  return with_reader(w, [&](const auto& in) {
     I most = {};
     std::int64_t i = 0;
     for (; i + kWidth <= n; i += kWidth) {
@@ -240,12 +227,12 @@ inline SolverSums step_run(const In& in, std::int64_t n, const LaneCodes& c, con
 
 SolverSums shrink_step(WeightRun w, std::int64_t n, const RoundedCode& code, const Shrink& shrink) {
   const LaneCodes c = lanes_of(code);
-  return with_dtype(w, [&](const auto& in) { return step_run(in, n, c, shrink); });
+  return with_reader(w, [&](const auto& in) { return step_run(in, n, c, shrink); });
 }
 
 void shrink_step_each(WeightRun w, std::int64_t n, const RoundedCodes& code, const Shrink& shrink,
                       double* zero, double* error) {
-  with_dtype(w, [&](const auto& in) {
+  with_reader(w, [&](const auto& in) {
     for (std::int64_t i = 0; i < n; i += kWidth) {
       const std::int64_t valid = n - i < kWidth ? n - i : kWidth;
       const F x = valid == kWidth ? in.vec(i) : read_some(in, i, valid);
