@@ -136,12 +136,15 @@ class TorchValue {
   const TorchValue* find(std::string_view key) const;
 
  private:
+  using Data =
+      std::variant<std::monostate, bool, std::int64_t, double, DType,
+                   std::shared_ptr<const std::string>, std::shared_ptr<const Items>,
+                   std::shared_ptr<const Pairs>, std::shared_ptr<const std::vector<std::int64_t>>,
+                   std::shared_ptr<const TorchTensor>>;
+  TorchValue(Kind kind, Data data) : kind_(kind), data_(std::move(data)) {}
+
   Kind kind_ = Kind::kNone;
-  std::variant<std::monostate, bool, std::int64_t, double, DType,
-               std::shared_ptr<const std::string>, std::shared_ptr<const Items>,
-               std::shared_ptr<const Pairs>, std::shared_ptr<const std::vector<std::int64_t>>,
-               std::shared_ptr<const TorchTensor>>
-      data_;
+  Data data_;
 };
 /// "None", "an int", "a list" ...
 std::string_view torch_kind_name(TorchValue::Kind kind) noexcept;

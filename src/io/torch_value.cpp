@@ -27,91 +27,38 @@ std::string_view torch_kind_name(TorchValue::Kind kind) noexcept {
   return kNames[static_cast<std::size_t>(kind)];
 }
 
-TorchValue TorchValue::boolean(bool value) {
-  TorchValue out;
-  out.kind_ = Kind::kBool;
-  out.data_ = value;
-  return out;
-}
+TorchValue TorchValue::boolean(bool value) { return {Kind::kBool, value}; }
 
-TorchValue TorchValue::integer(std::int64_t value) {
-  TorchValue out;
-  out.kind_ = Kind::kInt;
-  out.data_ = value;
-  return out;
-}
+TorchValue TorchValue::integer(std::int64_t value) { return {Kind::kInt, value}; }
 
-TorchValue TorchValue::real(double value) {
-  TorchValue out;
-  out.kind_ = Kind::kFloat;
-  out.data_ = value;
-  return out;
-}
+TorchValue TorchValue::real(double value) { return {Kind::kFloat, value}; }
 
-TorchValue TorchValue::text(std::string value) {
-  TorchValue out;
-  out.kind_ = Kind::kText;
-  out.data_ = shared(std::move(value));
-  return out;
-}
+TorchValue TorchValue::text(std::string value) { return {Kind::kText, shared(std::move(value))}; }
 
-TorchValue TorchValue::list(Items items) {
-  TorchValue out;
-  out.kind_ = Kind::kList;
-  out.data_ = shared(std::move(items));
-  return out;
-}
+TorchValue TorchValue::list(Items items) { return {Kind::kList, shared(std::move(items))}; }
 
-TorchValue TorchValue::tuple(Items items) {
-  TorchValue out = list(std::move(items));
-  out.kind_ = Kind::kTuple;
-  return out;
-}
+TorchValue TorchValue::tuple(Items items) { return {Kind::kTuple, shared(std::move(items))}; }
 
-TorchValue TorchValue::set(Items items) {
-  TorchValue out = list(std::move(items));
-  out.kind_ = Kind::kSet;
-  return out;
-}
+TorchValue TorchValue::set(Items items) { return {Kind::kSet, shared(std::move(items))}; }
 
-TorchValue TorchValue::dict(Pairs pairs) {
-  TorchValue out;
-  out.kind_ = Kind::kDict;
-  out.data_ = shared(std::move(pairs));
-  return out;
-}
+TorchValue TorchValue::dict(Pairs pairs) { return {Kind::kDict, shared(std::move(pairs))}; }
 
 TorchValue TorchValue::ordered_dict(Pairs pairs) {
-  TorchValue out = dict(std::move(pairs));
-  out.kind_ = Kind::kOrderedDict;
-  return out;
+  return {Kind::kOrderedDict, shared(std::move(pairs))};
 }
 
 TorchValue TorchValue::size(std::vector<std::int64_t> dims) {
-  TorchValue out;
-  out.kind_ = Kind::kSize;
-  out.data_ = shared(std::move(dims));
-  return out;
+  return {Kind::kSize, shared(std::move(dims))};
 }
 
-TorchValue TorchValue::dtype(DType value) {
-  TorchValue out;
-  out.kind_ = Kind::kDtype;
-  out.data_ = value;
-  return out;
-}
+TorchValue TorchValue::dtype(DType value) { return {Kind::kDtype, value}; }
 
 TorchValue TorchValue::device(std::string value) {
-  TorchValue out = text(std::move(value));
-  out.kind_ = Kind::kDevice;
-  return out;
+  return {Kind::kDevice, shared(std::move(value))};
 }
 
 TorchValue TorchValue::tensor(TorchTensor value) {
-  TorchValue out;
-  out.kind_ = Kind::kTensor;
-  out.data_ = shared(std::move(value));
-  return out;
+  return {Kind::kTensor, shared(std::move(value))};
 }
 
 bool TorchValue::as_bool() const {
