@@ -6,7 +6,7 @@
 #   make bench        tables of bench/results, measured against the rivals on this machine
 #   make docs         reference of the interfaces as HTML, build/docs/html/index.html
 #   make lint         clang-format, clang-tidy, ruff, mypy
-#   make sanitize     C++ tests under AddressSanitizer and UBSan
+#   make sanitize     C++ tests under AddressSanitizer and UBSan, those of threads under ThreadSanitizer
 #   make neon         C++ tests of core, kernels and formats for 64-bit ARM, cross-compiled, run under qemu
 #   make install      C++ library, cli and CMake package into PREFIX (default build/install)
 #   make clean
@@ -77,6 +77,9 @@ sanitize: setup
 	$(CMAKE) --preset asan-ubsan -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja > build/asan-ubsan.log
 	$(CMAKE) --build build/asan-ubsan
 	$(CTEST) --test-dir build/asan-ubsan --output-on-failure -j 2
+	$(CMAKE) --preset tsan -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja > build/tsan.log
+	$(CMAKE) --build --preset tsan
+	$(CTEST) --preset tsan
 
 neon:  # needs no environment and installs nothing
 	bash scripts/neon.sh
