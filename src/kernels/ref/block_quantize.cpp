@@ -8,17 +8,14 @@
 
 #include "core/half.h"
 #include "kernels/block_fit.h"
+#include "kernels/ref/floats.h"
 
 namespace quantal {
 namespace {
 
 constexpr int kLanes = 16;
 
-float weight(WeightRun w, std::int64_t i) {
-  if (w.dtype == DType::kF32) return static_cast<const float*>(w.data)[i];
-  const std::uint16_t bits = static_cast<const std::uint16_t*>(w.data)[i];
-  return w.dtype == DType::kF16 ? f16_to_f32(bits) : bf16_to_f32(bits);
-}
+using ref::weight;
 
 /// 1 / d, or 0 where that is no finite number.
 float inverse(float d) {

@@ -2,16 +2,11 @@
 #include <cstring>
 
 #include "core/half.h"
+#include "kernels/ref/floats.h"
 #include "kernels/ref/ref.h"
 
 namespace quantal::ref {
 namespace {
-
-float round_to(DType dtype, float v) {
-  if (dtype == DType::kF16) return f16_to_f32(f32_to_f16(v));
-  if (dtype == DType::kBF16) return bf16_to_f32(f32_to_bf16(v));
-  return v;
-}
 
 float read_f32(const std::uint8_t* p) {
   float v = 0;

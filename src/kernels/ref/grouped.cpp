@@ -6,16 +6,13 @@
 #include <cmath>
 #include <limits>
 
+#include "kernels/ref/floats.h"
 #include "kernels/small_float.h"
 
 namespace quantal {
 namespace {
 
-float weight(WeightRun w, std::int64_t i) {
-  if (w.dtype == DType::kF32) return static_cast<const float*>(w.data)[i];
-  const std::uint16_t bits = static_cast<const std::uint16_t*>(w.data)[i];
-  return w.dtype == DType::kF16 ? f16_to_f32(bits) : bf16_to_f32(bits);
-}
+using ref::weight;
 
 /// Scale and bias of a group that lies in [low, high].
 void anchor(float low, float high, int bits, float* scale, float* bias) {

@@ -6,19 +6,15 @@
 #include <cmath>
 #include <limits>
 
-#include "core/half.h"
 #include "kernels/quantize_power.h"
+#include "kernels/ref/floats.h"
 
 namespace quantal {
 namespace {
 
 constexpr int kLanes = 16;
 
-float weight(WeightRun w, std::int64_t i) {
-  if (w.dtype == DType::kF32) return static_cast<const float*>(w.data)[i];
-  const std::uint16_t bits = static_cast<const std::uint16_t*>(w.data)[i];
-  return w.dtype == DType::kF16 ? f16_to_f32(bits) : bf16_to_f32(bits);
-}
+using ref::weight;
 
 /// NaN and infinities have the largest bit patterns of all magnitudes.
 std::uint32_t magnitude_bits(float x) { return std::bit_cast<std::uint32_t>(x) & 0x7FFFFFFFu; }

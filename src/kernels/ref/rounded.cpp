@@ -4,7 +4,7 @@
 #include <array>
 #include <cmath>
 
-#include "core/half.h"
+#include "kernels/ref/floats.h"
 #include "kernels/rounded_power.h"
 
 namespace quantal {
@@ -12,17 +12,7 @@ namespace {
 
 constexpr std::size_t kLanes = 16;
 
-float weight(WeightRun w, std::int64_t i) {
-  if (w.dtype == DType::kF32) return static_cast<const float*>(w.data)[i];
-  const std::uint16_t bits = static_cast<const std::uint16_t*>(w.data)[i];
-  return w.dtype == DType::kF16 ? f16_to_f32(bits) : bf16_to_f32(bits);
-}
-
-float round_to(DType dtype, float x) {
-  if (dtype == DType::kF16) return f16_to_f32(f32_to_f16(x));
-  if (dtype == DType::kBF16) return bf16_to_f32(f32_to_bf16(x));
-  return x;
-}
+using ref::round_to, ref::weight;
 
 /// Code of one weight, before `zero` is added.
 float centred_code(DType dtype, float w, const RoundedCode& c) {
