@@ -10,7 +10,7 @@ import torch
 
 INTEGER, NF4, E2M1, E4M3 = 0, 1, 4, 6
 NONE, BIAS, SHIFT, ZERO_POINT, OVER_127 = range(5)
-F32, F16, BF16, NESTED, E8M0, SUPER_U8 = 0, 1, 2, 3, 4, 6
+F32, F16, BF16, NESTED, E8M0, E4M3_SCALE, SUPER_U8 = range(7)
 TYPES = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
 NF4_TABLE = [
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -55,6 +55,7 @@ FORMS = [
     Form("8 bits", bits=8, centre=128, scale=BF16, value=BF16),
     Form("E4M3", bits=8, code_map=E4M3, scale=F32, value=F32),
     Form("MXFP4", code_map=E2M1, scale=E8M0, value=BF16, group=32),
+    Form("NVFP4", code_map=E2M1, scale=E4M3_SCALE, value=BF16, group=16),
     Form("Q4_K", offset=SHIFT, scale=SUPER_U8, value=F32, group=32, nested=8),
 ]
 #: What the encoders of kernels/cuda/quantizer.h make, by their number, with settings of theirs.
@@ -81,6 +82,9 @@ ENCODED = {
         Form("HQQ", bits=3, offset=ZERO_POINT, scale=BF16, value=BF16),
         {"tiny_range": 1e-4, "largest_scale": 2e4},
     ),
+    "MXFP4": (7, Form("MXFP4", code_map=E2M1, scale=E8M0, value=BF16, group=32), {}),
+    "NVFP4": (7, Form("NVFP4", code_map=E2M1, scale=E4M3_SCALE, value=BF16, group=16), {}),
+    "MXFP8": (7, Form("MXFP8", bits=8, code_map=E4M3, scale=E8M0, value=BF16, group=32), {}),
 }
 INT8 = Form("LLM.int8", bits=8, centre=128, offset=OVER_127, group=0)
 
@@ -141,6 +145,9 @@ def _statistics(form: Form, rows: int, slots: int, random: torch.Generator):
     if form.scale == E8M0:
         bytes_ = 119 + bytes_ % 4
         return torch.exp2(bytes_.float() - 127), zeros, bytes_, nothing
+    if form.scale == E4M3_SCALE:
+        bytes_ = 16 + bytes_ % 32
+        return bytes_.view(torch.float8_e4m3fn).float(), zeros, bytes_, nothing
     if form.scale == NESTED:
         return _nested(form, bytes_, random)
     offsets = torch.randint(0, 256, (rows, slots), generator=random).to(torch.uint8)

@@ -26,15 +26,14 @@ ENTRY = re.compile(
     r"stores, (\d+) bytes spill loads.*?Used (\d+) registers",
     re.DOTALL,
 )
+#: Of kernels/cuda/quantizer.h, by number.
+ENCODERS = (
+    "table", "row int8", "anchored", "shifted", "rounded zero", "symmetric", "affine",
+    "microscaled",
+)  # fmt: skip
 CHOICES = {
     "FloatKind": {"1": "f16", "2": "bf16"},
-    "Encoder": dict(
-        zip(
-            "0123456",
-            ("table", "row int8", "anchored", "shifted", "rounded zero", "symmetric", "affine"),
-            strict=True,
-        )
-    ),
+    "Encoder": {str(number): name for number, name in enumerate(ENCODERS)},
     "DecodePath": {"0": "general", "1": "scaled", "2": "halves"},
     "Values": {"0": "numbers", "1": "table", "2": "e4m3", "3": "e5m2"},
 }
@@ -56,7 +55,7 @@ def readable(mangled: str) -> str:
     text = re.sub(r"^void |quantal::cuda::|quantal::", "", text.strip())
     text = re.sub(r"\(\w+Args\)$", "", text)
     for kind, names in CHOICES.items():
-        text = re.sub(rf"\({kind}\)(\d)", lambda m, n=names: n[m.group(1)], text)
+        text = re.sub(rf"\({kind}\)(\d+)", lambda m, n=names: n[m.group(1)], text)
     text = text.replace("_kernel", "")
     text = re.sub(r"TileForm<(\w+), (\d)>", r"\1 \2", text).replace(" 4,", " 4 bits,")
     text = text.replace(" 0,", " of any width,")

@@ -43,9 +43,8 @@ std::optional<Quantizer> hqq_quantizer(const PackedSpec& spec) {
 }
 
 std::optional<Quantizer> mlx_quantizer(const PackedSpec& spec) {
-  if (spec.code_map != CodeMap::kInteger) return std::nullopt;
   Quantizer how;
-  how.encoder = Encoder::kAnchored;
+  how.encoder = spec.code_map == CodeMap::kInteger ? Encoder::kAnchored : Encoder::kMicroscaled;
   return how;
 }
 

@@ -9,7 +9,7 @@
 namespace quantal {
 
 /// The encoder and its settings for a spec that the dialect's make_spec gave; nothing where only
-/// the CPU's code makes them: gguf, mlx's small floats, Quanto's solver, axis -1 and scales per
+/// the CPU's code makes them: gguf, Quanto's solver, axis -1 and scales per
 /// tensor, HQQ's axis 0 and quantized parameters.
 std::optional<cuda::Quantizer> device_quantizer(const PackedSpec& spec);
 

@@ -1,10 +1,11 @@
 // Steps of the searches of kernels/block_quantize.h that stand between two passes over a group:
-// plain double arithmetic on its sums, the same for every instruction set.
+// plain double arithmetic on its sums, the same for every instruction set and on a device.
 //
 // Internal linkage on purpose: files compiled for one instruction set include this.
 #pragma once
 
 #include "kernels/block_quantize.h"
+#include "kernels/host_device.h"
 
 namespace quantal {
 namespace {  // NOLINT: see above
@@ -19,19 +20,19 @@ struct ScoredFit {
 };
 
 /// Sum of squares of w - (scale * q - shift).
-[[maybe_unused]] inline double fit_error(const FitSums& s, double scale, double shift) {
+[[maybe_unused]] QUANTAL_HD double fit_error(const FitSums& s, double scale, double shift) {
   return s.ww - 2.0 * scale * s.wq + 2.0 * shift * s.w + scale * scale * s.qq -
          2.0 * scale * shift * s.q + s.n * shift * shift;
 }
 
 /// Least squares scale without a shift.
-[[maybe_unused]] inline ScoredFit best_symmetric(const FitSums& s) {
+[[maybe_unused]] QUANTAL_HD ScoredFit best_symmetric(const FitSums& s) {
   const double scale = s.qq > 0 ? s.wq / s.qq : 0.0;
   return {scale, 0.0, fit_error(s, scale, 0.0)};
 }
 
 /// Least squares scale and shift, the shift kept at 0 or above.
-[[maybe_unused]] inline ScoredFit best_shifted(const FitSums& s) {
+[[maybe_unused]] QUANTAL_HD ScoredFit best_shifted(const FitSums& s) {
   const double determinant = s.n * s.qq - s.q * s.q;
   if (determinant > 0) {
     const double scale = (s.n * s.wq - s.w * s.q) / determinant;
@@ -42,7 +43,7 @@ struct ScoredFit {
 }
 
 /// Step number `step` of the search, -1 .. 1.
-[[maybe_unused]] inline float fit_offset(int step) {
+[[maybe_unused]] QUANTAL_HD float fit_offset(int step) {
   return static_cast<float>(step - kFitSteps / 2) * kFitSpread;
 }
 

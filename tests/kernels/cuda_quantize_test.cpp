@@ -59,7 +59,7 @@ Outcome by_kernels(const PackedSpec& spec, DType dtype, const void* weight) {
   return out;
 }
 
-/// Weights with runs of zeros of both signs, equal ones, tiny and large ones.
+/// Weights with runs of zeros of both signs, equal ones, tiny (also subnormal) and large ones.
 std::vector<float> odd_weights(std::int64_t n, std::uint64_t seed) {
   Random random(seed);
   std::vector<float> w(static_cast<std::size_t>(n));
@@ -72,6 +72,7 @@ std::vector<float> odd_weights(std::int64_t n, std::uint64_t seed) {
            : kind == 3 ? x * 1e-6F
            : kind == 4 ? (i % 2 == 0 ? -0.0F : x * x)
            : kind == 5 ? x * 300.0F
+           : kind == 6 ? x * std::ldexp(1.0F, -static_cast<int>(random.below(150)))
                        : x;
   }
   return w;
@@ -118,6 +119,14 @@ std::vector<Case> cases() {
           5, 160, [&](QuantizeOptions& o) {
             if (bits != 4 && bits != 8) o.method = QuantizationMethod::MLX_INT4;
           });
+    }
+  }
+  for (const char* mode : {"mxfp4", "nvfp4", "mxfp8"}) {
+    const bool wide = std::string(mode) == "mxfp8";
+    for (const auto& [rows, cols] : {std::pair<std::int64_t, std::int64_t>{12, 192}, {7, 96}}) {
+      add(std::string("mlx ") + mode,
+          wide ? QuantizationMethod::MLX_INT8 : QuantizationMethod::MLX_INT4, 0, 0, rows, cols,
+          [&](QuantizeOptions& o) { o.mode = mode; });
     }
   }
   add("hqq rows", QuantizationMethod::HQQ, 4, 0, 6, 200, same);
@@ -217,7 +226,7 @@ TEST(CudaQuantize, RefusesEncodersThatDoNotMakeTheForm) {
       "2 makes");
   how.encoder = 9;
   EXPECT_EQ(library().supports_quantize(&p, &status), QUANTAL_CUDA_UNSUPPORTED);
-  EXPECT_STREQ(status.text, "cuda quantize: encoder is number 9, expected 0 .. 6");
+  EXPECT_STREQ(status.text, "cuda quantize: encoder is number 9, expected 0 .. 7");
   how.encoder = 0;
   p.workspace_bytes = 16;
   EXPECT_EQ(library().supports_quantize(&p, &status), QUANTAL_CUDA_SHAPE);
@@ -236,7 +245,7 @@ TEST(CudaQuantize, PowerOfEveryHalfAndManyFloats) {
   std::vector<float> expected(in.size());
   quantize_kernels_scalar().power(in.data(), std::ssize(in), expected.data());
   for (std::size_t i = 0; i < in.size(); ++i) {
-    ASSERT_EQ(std::bit_cast<std::uint32_t>(cuda::solver_power(in[i])),
+    ASSERT_EQ(std::bit_cast<std::uint32_t>(power_of_one(in[i], kSolverPower)),
               std::bit_cast<std::uint32_t>(expected[i]))
         << in[i];
   }

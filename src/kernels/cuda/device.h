@@ -14,12 +14,10 @@
 #define QUANTAL_DEVICE __device__ __forceinline__
 #define QUANTAL_KERNEL __global__
 #define QUANTAL_KERNEL_THREADS(threads, blocks) __launch_bounds__(threads, blocks)
-#define QUANTAL_UNROLL _Pragma("unroll")
 #else
 #define QUANTAL_DEVICE inline
 #define QUANTAL_KERNEL inline
 #define QUANTAL_KERNEL_THREADS(threads, blocks)
-#define QUANTAL_UNROLL
 #endif
 
 namespace quantal::cuda {

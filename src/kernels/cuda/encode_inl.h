@@ -3,12 +3,12 @@
 // are those of the CPU.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 #include "kernels/cuda/floats_inl.h"
 #include "kernels/cuda/quantizer.h"
-#include "kernels/quantize_power.h"
+#include "kernels/rounded_power.h"
+#include "kernels/small_float.h"
 
 namespace quantal::cuda {
 
@@ -45,7 +45,8 @@ QUANTAL_HD float weight_at(const QuantizeArgs& a, std::int64_t i) {
 }
 
 /// What codes of a group are made with. `scale` and `offset` are stored too, kAffine's scale as its
-/// inverse; kTable's offset is 1 where codes are made by division.
+/// inverse; kTable's offset is 1 where codes are made by division, kMicroscaled's is the byte of
+/// the scale.
 struct GroupCode {
   float scale, offset;
 };
@@ -56,11 +57,10 @@ QUANTAL_HD float smaller(float a, float b) { return a < b ? a : b; }
 // ------------------------------------------------------------------ statistics
 
 QUANTAL_HD GroupCode anchored_code(const Extent& e, int bits) {
-  constexpr float kTiny = 1e-7F;  // kTinyScale of kernels/small_float.h
   const float range = e.high - e.low;
-  if (bits == 1) return {larger(range, kTiny), e.low};
+  if (bits == 1) return {larger(range, kTinyScale), e.low};
   const bool at_low = magnitude(e.low) > magnitude(e.high);
-  const float s = larger(range / static_cast<float>((1 << bits) - 1), kTiny);
+  const float s = larger(range / static_cast<float>((1 << bits) - 1), kTinyScale);
   const float signed_scale = at_low ? s : -s;
   const float edge = at_low ? e.low : e.high;
   const float q0 = rounded(edge / signed_scale);
@@ -87,6 +87,16 @@ QUANTAL_HD GroupCode affine_code(const QuantizeArgs& a, const Extent& e) {
   return {scale, a.how.round_zero ? rounded(zero) : zero};
 }
 
+QUANTAL_HD GroupCode microscaled_code(const QuantizeArgs& a, float most) {
+  const float unit = round_to(a.kind, most / (a.bits == 4 ? kE2M1Max : kE4M3Max));
+  if (a.scale_kind == ScaleKind::kE8M0) {
+    const int e = unit == 0 ? 0 : ceil_log2(unit);
+    return {power_of_two(e), static_cast<float>((e + 127) & 255)};
+  }
+  const std::uint8_t byte = e4m3_from_f32(unit);
+  return {e4m3_magnitude(byte), static_cast<float>(byte)};
+}
+
 /// Of a group of `size` weights.
 QUANTAL_HD GroupCode group_code(const QuantizeArgs& a, const Extent& e, std::int64_t size) {
   const float most = larger(magnitude(e.low), magnitude(e.high));
@@ -103,6 +113,8 @@ QUANTAL_HD GroupCode group_code(const QuantizeArgs& a, const Extent& e, std::int
       return {round_to(a.value_kind, most / 127.0F), 0.0F};
     case Encoder::kAffine:
       return affine_code(a, e);
+    case Encoder::kMicroscaled:
+      return microscaled_code(a, most);
     default:
       return shifted_code(a, e);
   }
@@ -126,7 +138,8 @@ QUANTAL_HD std::uint32_t rounded_code(const QuantizeArgs& a, float w, float scal
   return static_cast<std::uint32_t>(static_cast<std::int32_t>(q + zero));
 }
 
-template <Encoder kEncoder>
+/// kBits: the width, or 0 where any is taken.
+template <Encoder kEncoder, int kBits = 0>
 QUANTAL_HD std::uint32_t code_of(const QuantizeArgs& a, float w, GroupCode g) {
   const auto top = static_cast<float>((1 << a.bits) - 1);
   if constexpr (kEncoder == Encoder::kTable) {
@@ -142,6 +155,13 @@ QUANTAL_HD std::uint32_t code_of(const QuantizeArgs& a, float w, GroupCode g) {
   } else if constexpr (kEncoder == Encoder::kAffine) {
     const float x = w * g.scale + g.offset;
     return static_cast<std::uint32_t>(rounded(smaller(x > 0.0F ? x : 0.0F, top)));
+  } else if constexpr (kEncoder == Encoder::kMicroscaled) {
+    const float v = round_to(a.kind, w / g.scale);
+    if constexpr (kBits == 4) {
+      return nearest_e2m1(v);
+    } else {
+      return e4m3_from_f32(v);
+    }
   } else if constexpr (kEncoder == Encoder::kSymmetric) {
     return rounded_code(a, w, g.scale, 0.0F, 128.0F, 255.0F);
   } else if constexpr (kEncoder == Encoder::kShifted) {
@@ -153,59 +173,6 @@ QUANTAL_HD std::uint32_t code_of(const QuantizeArgs& a, float w, GroupCode g) {
 
 // ------------------------------------------------------------------ the half-quadratic solver
 
-template <std::size_t kIndex>
-QUANTAL_HD double log2_polynomial(double t) {
-  constexpr double kTerm = kLog2Poly[kIndex];
-  if constexpr (kIndex + 1 == kLog2Poly.size()) {
-    return kTerm;
-  } else {
-    return log2_polynomial<kIndex + 1>(t) * t + kTerm;
-  }
-}
-template <std::size_t kIndex>
-QUANTAL_HD double exp2_polynomial(double f) {
-  constexpr double kTerm = kExp2Poly[kIndex];
-  if constexpr (kIndex + 1 == kExp2Poly.size()) {
-    return kTerm;
-  } else {
-    return exp2_polynomial<kIndex + 1>(f) * f + kTerm;
-  }
-}
-QUANTAL_HD std::int64_t bits_of_double(double v) {
-#if defined(__CUDA_ARCH__)
-  return __double_as_longlong(v);
-#else
-  return std::bit_cast<std::int64_t>(v);
-#endif
-}
-QUANTAL_HD double double_of_bits(std::int64_t bits) {
-#if defined(__CUDA_ARCH__)
-  return __longlong_as_double(bits);
-#else
-  return std::bit_cast<double>(bits);
-#endif
-}
-QUANTAL_HD double rounded_double(double v) {
-#if defined(__CUDA_ARCH__)
-  return rint(v);
-#else
-  return __builtin_nearbyint(v);
-#endif
-}
-
-/// a^-0.3 as kernels/quantize_power.h describes it.
-QUANTAL_HD float solver_power(float a) {
-  const std::int64_t bits = bits_of_double(static_cast<double>(a));
-  const std::int64_t k = (bits - kSqrtHalfBits) >> 52;
-  const double t = double_of_bits(bits - k * (std::int64_t{1} << 52)) - 1.0;
-  const double log2 = log2_polynomial<0>(t) * t + static_cast<double>(k);
-  const double y = static_cast<double>(kSolverPower) * log2;
-  const double whole = rounded_double(y);
-  const double exp2 = exp2_polynomial<0>(y - whole);
-  const std::int64_t scale = static_cast<std::int64_t>(whole) + 1023;
-  return static_cast<float>(exp2 * double_of_bits(scale * (std::int64_t{1} << 52)));
-}
-
 /// Terms of one weight in a step of the solver.
 struct SolverTerms {
   float zero, residual;
@@ -215,7 +182,7 @@ QUANTAL_HD SolverTerms solver_terms(float w, GroupCode g, float top) {
   const float q = rounded(smaller(x > 0.0F ? x : 0.0F, top));
   const float d = w - (q - g.offset) / g.scale;
   const float size = magnitude(d);
-  const float shrunk = size - kSolverInverseBeta * solver_power(size);
+  const float shrunk = size - kSolverInverseBeta * power_of_one(size, kSolverPower);
   const float positive = shrunk > 0.0F ? shrunk : 0.0F;
   const float e = float_of_bits(bits_of_float(positive) | (bits_of_float(d) & 0x80000000U));
   return {q - (w - e) * g.scale, size};

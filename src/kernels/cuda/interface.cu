@@ -251,8 +251,7 @@ QuantizeArgs checked(const quantal_cuda_quantization& p) {
   }
   a.kind = kind_of(where, "dtype", p.dtype);
   a.converts = a.kind != a.value_kind && a.value_kind != FloatKind::kF32;
-  const bool converting = a.how.encoder != Encoder::kTable && a.how.encoder != Encoder::kAffine;
-  a.converts = a.converts && converting;
+  a.converts = a.converts && rounds_weights(a.how.encoder);
   a.weight = p.weight;
   a.codes = const_cast<std::uint8_t*>(m.codes);
   a.stats = const_cast<std::uint8_t*>(m.stats);

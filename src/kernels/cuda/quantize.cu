@@ -48,6 +48,8 @@ void start_codes(const QuantizeArgs& args, Stream stream) {
       return encode(quantize_codes<Encoder::kSymmetric>);
     case Encoder::kAffine:
       return encode(quantize_codes<Encoder::kAffine>);
+    case Encoder::kMicroscaled:
+      return encode(quantize_codes<Encoder::kMicroscaled>);
   }
 }
 

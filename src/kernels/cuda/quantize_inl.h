@@ -221,6 +221,10 @@ QUANTAL_KERNEL void QUANTAL_KERNEL_THREADS(kQuantizeThreads, 1)
     }
     return;
   }
+  if (a.scale_kind == ScaleKind::kE8M0 || a.scale_kind == ScaleKind::kE4M3) {
+    stats[slot] = static_cast<std::uint8_t>(used ? a.scratch.offset[first + slot] : 0.0F);
+    return;
+  }
   float scale = used ? a.scratch.scale[first + slot] : 0.0F;
   if (used && a.how.encoder == Encoder::kAffine) scale = 1.0F / scale;
   const auto kind = static_cast<FloatKind>(a.scale_kind);
@@ -231,7 +235,7 @@ QUANTAL_KERNEL void QUANTAL_KERNEL_THREADS(kQuantizeThreads, 1)
 }
 
 /// Codes of a chunk, 0 beyond the row.
-template <Encoder kEncoder>
+template <Encoder kEncoder, int kBits>
 QUANTAL_DEVICE Codes16 encode_chunk(const QuantizeArgs& a, std::int64_t row, std::int64_t chunk) {
   Codes16 out = {{0, 0, 0, 0}};
   const std::int64_t begin = row * a.cols + chunk * kChunk;
@@ -248,7 +252,7 @@ QUANTAL_DEVICE Codes16 encode_chunk(const QuantizeArgs& a, std::int64_t row, std
       border += a.group_size;
       code = {a.scratch.scale[group], a.scratch.offset[group]};
     }
-    out.w[j / 4] |= code_of<kEncoder>(a, weight_at(a, begin + j), code) << (8 * (j % 4));
+    out.w[j / 4] |= code_of<kEncoder, kBits>(a, weight_at(a, begin + j), code) << (8 * (j % 4));
   }
   return out;
 }
@@ -265,7 +269,7 @@ QUANTAL_DEVICE Words4 encode_strip(const QuantizeArgs& a, std::int64_t row, std:
   const std::int64_t first = unit * W::kUnitChunks + (low ? inside * W::kFields : 0);
   Words4 out = {{0, 0, 0, 0}};
   for (int c = 0; c < chunks; ++c) {
-    const Codes16 codes = encode_chunk<kEncoder>(a, row, first + c);
+    const Codes16 codes = encode_chunk<kEncoder, kBits>(a, row, first + c);
     QUANTAL_UNROLL
     for (int k = 0; k < 4; ++k) {
       if (low) {
@@ -285,15 +289,10 @@ QUANTAL_KERNEL void QUANTAL_KERNEL_THREADS(kQuantizeThreads, 1)
   const std::int64_t row = item / strips, strip = item % strips;
   if (row >= a.rows) return;
   Words4 out{};
-  if constexpr (kEncoder == Encoder::kTable) {
-    out = encode_strip<kEncoder, 4>(a, row, strip);
-  } else if constexpr (kEncoder == Encoder::kRowInt8 || kEncoder == Encoder::kSymmetric) {
-    out = encode_strip<kEncoder, 8>(a, row, strip);
-  } else {
-    with_width(a.bits, [&](auto bits) {
-      out = encode_strip<kEncoder, decltype(bits)::value>(a, row, strip);
-    });
-  }
+  with_width(a.bits, [&](auto bits) {
+    constexpr int kBits = decltype(bits)::value;
+    if constexpr (makes_width(kEncoder, kBits)) out = encode_strip<kEncoder, kBits>(a, row, strip);
+  });
   *reinterpret_cast<Words4*>(a.codes + row * a.code_bytes + strip * 16) = out;
 }
 

@@ -29,7 +29,31 @@ enum class Encoder : int {
   kSymmetric = 5,
   /// The half-quadratic form: code = rint(clamp(w * scale + zero)), 1 / scale is stored.
   kAffine = 6,
+  /// GroupedKernels::encode_microscaled of w as it is: 4 bits are E2M1, 8 bits E4M3.
+  kMicroscaled = 7,
 };
+inline constexpr int kEncoders = 8;
+
+/// Widths of the codes that an encoder makes.
+QUANTAL_HD constexpr bool makes_width(Encoder encoder, int bits) {
+  switch (encoder) {
+    case Encoder::kTable:
+      return bits == 4;
+    case Encoder::kRowInt8:
+    case Encoder::kSymmetric:
+      return bits == 8;
+    case Encoder::kMicroscaled:
+      return bits == 4 || bits == 8;
+    default:
+      return true;
+  }
+}
+
+/// Encoders of r(w): weights are rounded to the value type first.
+constexpr bool rounds_weights(Encoder encoder) {
+  return encoder == Encoder::kAnchored || encoder == Encoder::kShifted ||
+         encoder == Encoder::kRoundedZero || encoder == Encoder::kSymmetric;
+}
 
 /// The settings that an encoder has; others are ignored.
 struct Quantizer {

@@ -63,26 +63,33 @@ std::string quantize_refusal(const PackedSpec& spec, Encoder encoder) {
   const bool floats = spec.scale == ScaleSource::kF32 || spec.scale == ScaleSource::kF16 ||
                       spec.scale == ScaleSource::kBF16;
   const bool offsets = stores_offsets(spec.offset);
-  bool legal = spec.group_map == GroupMap::kRowRuns;
+  const bool whole = spec.cols % spec.group_size == 0;
+  bool legal = spec.group_map == GroupMap::kRowRuns && makes_width(encoder, spec.bits);
   switch (encoder) {
     case Encoder::kTable:
-      legal = legal && spec.bits == 4 && !offsets &&
+      legal = legal && !offsets &&
               (spec.scale == ScaleSource::kF32 || spec.scale == ScaleSource::kNestedU8);
       break;
     case Encoder::kRowInt8:
     case Encoder::kSymmetric:
-      legal = legal && spec.bits == 8 && floats && !offsets && spec.cols % spec.group_size == 0;
+      legal = legal && floats && !offsets && whole;
       break;
     case Encoder::kAnchored:
     case Encoder::kShifted:
     case Encoder::kRoundedZero:
-      legal = legal && floats && offsets && spec.cols % spec.group_size == 0;
+      legal = legal && floats && offsets && whole;
       break;
     case Encoder::kAffine:
       legal = legal && floats && offsets && spec.rows * spec.cols % spec.group_size == 0;
       break;
+    case Encoder::kMicroscaled:
+      legal = legal && !offsets && whole &&
+              (spec.scale == ScaleSource::kE8M0 || spec.scale == ScaleSource::kE4M3) &&
+              spec.code_map == (spec.bits == 4 ? CodeMap::kE2M1 : CodeMap::kE4M3);
+      break;
     default:
-      return "encoder is number " + std::to_string(static_cast<int>(encoder)) + ", expected 0 .. 6";
+      return "encoder is number " + std::to_string(static_cast<int>(encoder)) + ", expected 0 .. " +
+             std::to_string(kEncoders - 1);
   }
   if (legal) return {};
   return "a form of " + std::to_string(spec.bits) + " bits in groups of " +
