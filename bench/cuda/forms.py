@@ -3,6 +3,7 @@ layout in include/quantal/packed.h and of nothing else: a third opinion beside t
 
 from __future__ import annotations
 
+import ctypes
 import math
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import torch
 INTEGER, NF4, E2M1, E4M3 = 0, 1, 4, 6
 NONE, BIAS, SHIFT, ZERO_POINT, OVER_127 = range(5)
 F32, F16, BF16, NESTED, E8M0, E4M3_SCALE, SUPER_U8 = range(7)
+ROW_RUNS, COLUMN_RUNS, COLUMN_BLOCKS = range(3)
 TYPES = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
 NF4_TABLE = [
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -23,7 +25,7 @@ E2M1_TABLE = [0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6
 
 @dataclass(frozen=True)
 class Form:
-    """Members of a PackedSpec whose groups divide rows."""
+    """Members of a PackedSpec whose groups divide rows, or are columns (only quantized here)."""
 
     name: str
     bits: int = 4
@@ -34,11 +36,12 @@ class Form:
     value: int = F32
     group: int = 64
     nested: int = 256
+    group_map: int = ROW_RUNS
 
     def spec(self, rows: int, cols: int) -> list[int]:
         group = self.group or cols
         return [1, rows, cols, self.bits, self.code_map, self.centre, self.offset, self.scale,
-                self.value, 0, group, self.nested, 0, 0, 0, 0]  # fmt: skip
+                self.value, self.group_map, group, self.nested, 0, 0, 0, 0]  # fmt: skip
 
 
 FORMS = [
@@ -85,6 +88,45 @@ ENCODED = {
     "MXFP4": (7, Form("MXFP4", code_map=E2M1, scale=E8M0, value=BF16, group=32), {}),
     "NVFP4": (7, Form("NVFP4", code_map=E2M1, scale=E4M3_SCALE, value=BF16, group=16), {}),
     "MXFP8": (7, Form("MXFP8", bits=8, code_map=E4M3, scale=E8M0, value=BF16, group=32), {}),
+}
+
+_BETAS = [10.0]
+while len(_BETAS) < 21:
+    _BETAS.append(_BETAS[-1] * 1.01)
+
+
+def _shrinks(power: float) -> dict[str, object]:
+    """Quanto's schedule; below no_shrink the remainder is 0 by two roundings."""
+    edges = [(0.97 / beta) ** (1 / 1.3) for beta in _BETAS]
+    return {
+        "rounds": len(_BETAS),
+        "power": power,
+        "inverse_beta": (ctypes.c_float * 32)(*(1 / beta for beta in _BETAS)),
+        "no_shrink": (ctypes.c_float * 32)(*edges),
+    }
+
+
+_HQQ = {"tiny_range": 1e-4, "largest_scale": 2e4, "rounds": 20}
+_SHIFT = {"offset": SHIFT, "scale": BF16, "value": BF16}
+_BF16_POWER = -0.30078125  # -0.3 as bfloat16
+ENCODED |= {
+    "HQQ columns": (
+        6,
+        Form("HQQ", offset=ZERO_POINT, scale=BF16, value=BF16, group_map=COLUMN_RUNS),
+        {**_HQQ, "round_zero": 1},
+    ),
+    "HQQ ternary": (
+        6,
+        Form("HQQ", bits=2, offset=ZERO_POINT, scale=F16, value=F16),
+        {**_HQQ, "max_code": 2.0},
+    ),
+    "Quanto solver": (3, Form("Quanto", group=128, **_SHIFT), _shrinks(_BF16_POWER)),
+    "Quanto columns": (3, Form("Quanto", group=8, group_map=COLUMN_BLOCKS, **_SHIFT), {}),
+    "Quanto columns, solver, zero points": (
+        4,
+        Form("Quanto", group=8, group_map=COLUMN_BLOCKS, offset=ZERO_POINT, scale=F32),
+        {**_shrinks(-0.3), "not_a_number": -3.4028234663852886e38},
+    ),
 }
 INT8 = Form("LLM.int8", bits=8, centre=128, offset=OVER_127, group=0)
 
@@ -184,7 +226,10 @@ def _nested(form: Form, codes: torch.Tensor, random: torch.Generator):
 def random_bytes(form: Form, rows: int, cols: int, device: str = "cpu") -> tuple[torch.Tensor, ...]:
     """(codes, stats, shared) with any codes, for times: nothing is packed or decoded."""
     random = torch.Generator().manual_seed(1)
-    stats, shared = _statistics(form, rows, cols // (form.group or cols), random)[2:]
+    group = form.group or cols
+    by_rows = form.group_map == ROW_RUNS
+    shape = (rows, cols // group) if by_rows else (rows * cols // group, 1)
+    stats, shared = _statistics(form, *shape, random)[2:]
     width = pack(torch.zeros(1, cols, dtype=torch.uint8), form.bits).shape[1]
     codes = torch.randint(0, 256, (rows, width), dtype=torch.uint8, device=device)
     return codes, stats.contiguous().to(device), shared.to(device)

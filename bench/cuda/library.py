@@ -14,7 +14,7 @@ import forms
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-VERSION = 2
+VERSION = 3
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -87,6 +87,10 @@ class Quantizer(ctypes.Structure):
         ("largest_scale", ctypes.c_float),
         ("round_zero", ctypes.c_int32),
         ("rounds", ctypes.c_int32),
+        ("max_code", ctypes.c_float),
+        ("power", ctypes.c_float),
+        ("inverse_beta", ctypes.c_float * 32),
+        ("no_shrink", ctypes.c_float * 32),
         ("nested_map", ctypes.c_float * 256),
     ]
 

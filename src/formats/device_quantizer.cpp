@@ -6,7 +6,7 @@
 #include "formats/bnb/bnb_params.h"
 #include "formats/hqq/hqq_params.h"
 #include "formats/mlx/mlx_params.h"
-#include "formats/quanto/quanto_params.h"
+#include "formats/quanto/quanto_codec.h"
 
 namespace quantal {
 namespace {
@@ -31,14 +31,14 @@ std::optional<Quantizer> bnb_quantizer(const PackedSpec& spec) {
 
 std::optional<Quantizer> hqq_quantizer(const PackedSpec& spec) {
   const hqq::Flags flags = hqq::Flags::from_int(spec.dialect_flags);
-  const bool plain = !flags.quant_zero && !flags.quant_scale && !flags.ternary;
-  if (!plain || spec.group_map != GroupMap::kRowRuns) return std::nullopt;
+  if (flags.quant_zero || flags.quant_scale) return std::nullopt;
   Quantizer how;
   how.encoder = Encoder::kAffine;
   how.tiny_range = hqq::kTinyRange;
   how.largest_scale = hqq::kMaxInverseScale;
   how.round_zero = flags.round_zero;
   how.rounds = flags.optimize ? hqq::kSolverRounds : 0;
+  how.max_code = hqq::max_code_of(spec);
   return how;
 }
 
@@ -50,15 +50,21 @@ std::optional<Quantizer> mlx_quantizer(const PackedSpec& spec) {
 
 std::optional<Quantizer> quanto_quantizer(const PackedSpec& spec) {
   const quanto::Flags flags = quanto::Flags::from_int(spec.dialect_flags);
-  if (flags.optimize || flags.per_tensor || spec.group_map != GroupMap::kRowRuns ||
-      spec.code_map != CodeMap::kInteger) {
-    return std::nullopt;
-  }
+  const bool one_scale = spec.rows * spec.cols <= spec.group_size;
+  if ((flags.per_tensor && !one_scale) || spec.code_map != CodeMap::kInteger) return std::nullopt;
   Quantizer how;
   how.encoder = spec.offset == Offset::kNone ? Encoder::kSymmetric
                 : flags.zero_point           ? Encoder::kRoundedZero
                                              : Encoder::kShifted;
   how.not_a_number = flags.zero_point ? std::numeric_limits<float>::lowest() : 0.0F;
+  if (!flags.optimize) return how;
+  how.rounds = quanto::kSolverRounds + 1;
+  for (int round = 0; round < how.rounds; ++round) {
+    const Shrink shrink = quanto::shrink_of(round, spec.value_dtype);
+    how.power = shrink.power;
+    how.inverse_beta[round] = shrink.inverse_beta;
+    how.no_shrink[round] = shrink.no_shrink;
+  }
   return how;
 }
 

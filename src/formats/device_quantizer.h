@@ -9,8 +9,8 @@
 namespace quantal {
 
 /// The encoder and its settings for a spec that the dialect's make_spec gave; nothing where only
-/// the CPU's code makes them: gguf, Quanto's solver, axis -1 and scales per
-/// tensor, HQQ's axis 0 and quantized parameters.
+/// the CPU's code makes them: gguf, HQQ's quantized parameters, Quanto's one scale for a matrix of
+/// one column.
 std::optional<cuda::Quantizer> device_quantizer(const PackedSpec& spec);
 
 }  // namespace quantal

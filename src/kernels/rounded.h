@@ -22,6 +22,10 @@ struct RoundedCode {
   float not_a_number = 0;
 };
 
+/// Groups that lie side by side, each a column of a block of rows, add their residuals in runs of
+/// so many columns.
+inline constexpr std::int64_t kColumnChunk = 512;
+
 /// The same with one scale, shift and zero per element.
 struct RoundedCodes {
   const float* scale = nullptr;

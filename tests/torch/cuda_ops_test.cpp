@@ -164,9 +164,15 @@ TEST_F(CudaOps, QuantizeByKernelsOrTheCpu) {
   };
   QuantizeOptions odd = hqq_options(4, 64);
   odd.quant_zero = true;
+  const QuantizeOptions mxfp4{
+      .method = QuantizationMethod::MLX_INT4, .bits = 4, .group_size = 32, .mode = "mxfp4"};
+  const QuantizeOptions quanto{
+      .method = QuantizationMethod::QUANTO_INT4, .bits = 4, .axis = -1, .mode = "hqq"};
   for (const auto& [options, kernels] : {std::pair{hqq_options(3, 64), true},
                                          {nf4_options(64, true), true},
-                                         {hqq_options(4, 64, 0), false},
+                                         {hqq_options(4, 64, 0), true},
+                                         {mxfp4, true},
+                                         {quanto, true},
                                          {odd, false}}) {
     const PackedTensors w = quantize(weight, options);
     kernels_started();

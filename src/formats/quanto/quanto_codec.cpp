@@ -14,9 +14,6 @@
 namespace quantal::quanto {
 namespace {
 
-/// Columns that one task of the axis -1 path handles.
-constexpr std::int64_t kColumnChunk = 512;
-
 float round_to(DType dtype, float x) {
   if (dtype == DType::kF16) return f16_to_f32(f32_to_f16(x));
   if (dtype == DType::kBF16) return bf16_to_f32(f32_to_bf16(x));
@@ -254,21 +251,25 @@ bool initialize(const Groups& g, GroupParameters& p, const Executor& executor,
 
 }  // namespace
 
+Shrink shrink_of(int round, DType value_dtype) {
+  constexpr double kFirstBeta = 10, kKappa = 1.01, kNorm = 0.7;
+  double beta = kFirstBeta;
+  for (int i = 0; i < round; ++i) beta *= kKappa;
+  // Below this |d| - |d|^power / beta is negative by more than two roundings.
+  constexpr double kMargin = 0.97;
+  return {.inverse_beta = static_cast<float>(1.0 / beta),
+          .power = round_to(value_dtype, static_cast<float>(kNorm - 1)),
+          .no_shrink = static_cast<float>(std::pow(kMargin / beta, 1.0 / (2.0 - kNorm)))};
+}
+
 void optimize_shifts(const PackedSpec& spec, WeightRun weights, GroupParameters& p,
                      const Executor& executor, const RowGather& gather) {
-  constexpr double kFirstBeta = 10, kKappa = 1.01, kNorm = 0.7;
   const Groups g = groups_of(spec, weights);
   const auto size = static_cast<double>(spec.group_size);
-  const auto power = static_cast<float>(kNorm - 1);
   std::vector<double> sums(p.scale.size());
   std::vector<float> best = p.shift;
-  double beta = kFirstBeta;
-  for (int round = 0; round <= kSolverRounds; ++round, beta *= kKappa) {
-    Shrink shrink{static_cast<float>(1.0 / beta), g.round(power), 0.0F};
-    // Below this |d| - |d|^power / beta is negative by more than two roundings.
-    constexpr double kMargin = 0.97;
-    shrink.no_shrink = static_cast<float>(std::pow(kMargin / beta, 1.0 / (2.0 - kNorm)));
-    std::vector<double> rows = step(g, p, shrink, sums, executor);
+  for (int round = 0; round <= kSolverRounds; ++round) {
+    std::vector<double> rows = step(g, p, shrink_of(round, spec.value_dtype), sums, executor);
     if (gather) rows = gather(std::move(rows));
     double error = 0;
     for (const double row : rows) error += row;

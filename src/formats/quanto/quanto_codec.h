@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "formats/quanto/quanto_params.h"
-#include "kernels/quantize.h"
+#include "kernels/rounded.h"
 #include "quantal/formats.h"
 
 namespace quantal::quanto {
@@ -34,6 +34,8 @@ struct GroupParameters {
   std::vector<float> scale, shift, zero;
   std::vector<float> errors;
 };
+/// How round `round` (0 .. kSolverRounds) of the optimizer shrinks residuals.
+Shrink shrink_of(int round, DType value_dtype);
 /// Half-quadratic optimizer on `p` (scale and shift of the max optimizer); replaces p.shift. The
 /// error of a round is added in double by row (axis -1: by row block), then in order of rows;
 /// `gather` (may be empty) brings rows that are not in `weights`.

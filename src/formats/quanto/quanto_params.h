@@ -15,7 +15,7 @@ inline constexpr int kDialectId = 4;
 inline constexpr std::array<int, 3> kBits = {2, 4, 8};
 /// Codes of qint8 are stored with this added.
 inline constexpr int kInt8Centre = 128;
-/// Rounds of the half-quadratic optimizer.
+/// Rounds of the half-quadratic optimizer behind the first evaluation.
 inline constexpr int kSolverRounds = 20;
 /// What float8 rows of scale 0 hold upstream: 0 / 0 converted to float8.
 inline constexpr std::uint8_t kUpstreamNan = 0xFF;

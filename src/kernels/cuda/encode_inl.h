@@ -44,6 +44,21 @@ QUANTAL_HD float weight_at(const QuantizeArgs& a, std::int64_t i) {
   return a.converts ? round_to(a.value_kind, w) : w;
 }
 
+/// A group's first weight in the flattened matrix, and how far apart its weights lie.
+struct GroupRun {
+  std::int64_t begin, step;
+};
+QUANTAL_HD GroupRun group_run(const QuantizeArgs& a, std::int64_t group) {
+  switch (a.group_map) {
+    case GroupKind::kColumnRuns:
+      return {group, a.groups};
+    case GroupKind::kColumnBlocks:
+      return {group / a.cols * a.group_size * a.cols + group % a.cols, a.cols};
+    default:
+      return {group * a.group_size, 1};
+  }
+}
+
 /// What codes of a group are made with. `scale` and `offset` are stored too, kAffine's scale as its
 /// inverse; kTable's offset is 1 where codes are made by division, kMicroscaled's is the byte of
 /// the scale.
@@ -68,19 +83,23 @@ QUANTAL_HD GroupCode anchored_code(const Extent& e, int bits) {
   return {edge / q0, edge};
 }
 
-QUANTAL_HD GroupCode shifted_code(const QuantizeArgs& a, const Extent& e) {
-  const auto top = static_cast<float>((1 << a.bits) - 1);
-  const float scale = round_to(a.value_kind, round_to(a.value_kind, e.high - e.low) / top);
-  const float shift = -e.low;
-  if (a.how.encoder == Encoder::kShifted) return {scale, shift};
+/// A shift as a number of codes.
+QUANTAL_HD float rounded_zero(const QuantizeArgs& a, float scale, float shift) {
   const float x = round_to(a.value_kind, shift / scale);
-  const float inside = x < 0.0F ? 0.0F : top < x ? top : x;  // -0 stays -0
-  return {scale, x != x ? 0.0F : rounded(inside)};
+  const float inside = x < 0.0F ? 0.0F : a.top < x ? a.top : x;  // -0 stays -0
+  return x != x ? 0.0F : rounded(inside);
+}
+
+QUANTAL_HD GroupCode shifted_code(const QuantizeArgs& a, const Extent& e) {
+  const float range = round_to(a.value_kind, e.high - e.low);
+  const float scale = round_to(a.value_kind, range / a.top), shift = -e.low;
+  const bool codes = a.how.encoder == Encoder::kRoundedZero && a.how.rounds == 0;
+  return {scale, codes ? rounded_zero(a, scale, shift) : shift};
 }
 
 QUANTAL_HD GroupCode affine_code(const QuantizeArgs& a, const Extent& e) {
   const float range = e.high - e.low;
-  float scale = (1.0F / range) * static_cast<float>((1 << a.bits) - 1);
+  float scale = (1.0F / range) * a.top;
   if (magnitude(range) <= a.how.tiny_range) scale = 1.0F;
   scale = smaller(scale, a.how.largest_scale);
   const float zero = -e.low * scale;
@@ -129,19 +148,21 @@ QUANTAL_HD std::uint32_t table_code(const Quantizer& how, float s) {
   return how.codes[below];
 }
 
-/// clamp(rint(r(r(w + shift) / scale)) + zero, 0, top).
-QUANTAL_HD std::uint32_t rounded_code(const QuantizeArgs& a, float w, float scale, float shift,
-                                      float zero, float top) {
-  float x = round_to(a.value_kind, round_to(a.value_kind, w + shift) / scale);
-  if (x != x) x = a.how.not_a_number;
-  const float q = rounded(smaller(larger(x, -zero), top - zero));
+/// clamp(rint(r(r(w + shift) / scale)), -zero, top - zero); NaN counts as `nan`.
+QUANTAL_HD float centred_code(FloatKind kind, float w, GroupCode g, float zero, float top,
+                              float nan) {
+  const float x = round_to(kind, round_to(kind, w + g.offset) / g.scale);
+  return rounded(smaller(larger(x != x ? nan : x, -zero), top - zero));
+}
+QUANTAL_HD std::uint32_t rounded_code(const QuantizeArgs& a, float w, GroupCode g, float zero,
+                                      float top) {
+  const float q = centred_code(a.value_kind, w, g, zero, top, a.how.not_a_number);
   return static_cast<std::uint32_t>(static_cast<std::int32_t>(q + zero));
 }
 
 /// kBits: the width, or 0 where any is taken.
 template <Encoder kEncoder, int kBits = 0>
 QUANTAL_HD std::uint32_t code_of(const QuantizeArgs& a, float w, GroupCode g) {
-  const auto top = static_cast<float>((1 << a.bits) - 1);
   if constexpr (kEncoder == Encoder::kTable) {
     const float divisor = larger(g.scale, a.how.least);
     const float s = g.offset != 0.0F ? w / divisor : w * (1.0F / divisor);
@@ -151,10 +172,10 @@ QUANTAL_HD std::uint32_t code_of(const QuantizeArgs& a, float w, GroupCode g) {
     return static_cast<std::uint32_t>(static_cast<std::int32_t>(rounded(w * factor)) + 128);
   } else if constexpr (kEncoder == Encoder::kAnchored) {
     const float q = rounded((w - g.offset) / g.scale);
-    return static_cast<std::uint32_t>(q > 0 ? smaller(q, top) : 0.0F);
+    return static_cast<std::uint32_t>(q > 0 ? smaller(q, a.top) : 0.0F);
   } else if constexpr (kEncoder == Encoder::kAffine) {
     const float x = w * g.scale + g.offset;
-    return static_cast<std::uint32_t>(rounded(smaller(x > 0.0F ? x : 0.0F, top)));
+    return static_cast<std::uint32_t>(rounded(smaller(x > 0.0F ? x : 0.0F, a.top)));
   } else if constexpr (kEncoder == Encoder::kMicroscaled) {
     const float v = round_to(a.kind, w / g.scale);
     if constexpr (kBits == 4) {
@@ -163,15 +184,15 @@ QUANTAL_HD std::uint32_t code_of(const QuantizeArgs& a, float w, GroupCode g) {
       return e4m3_from_f32(v);
     }
   } else if constexpr (kEncoder == Encoder::kSymmetric) {
-    return rounded_code(a, w, g.scale, 0.0F, 128.0F, 255.0F);
+    return rounded_code(a, w, {g.scale, 0.0F}, 128.0F, 255.0F);
   } else if constexpr (kEncoder == Encoder::kShifted) {
-    return rounded_code(a, w, g.scale, g.offset, 0.0F, top);
+    return rounded_code(a, w, g, 0.0F, a.top);
   } else {
-    return rounded_code(a, w, g.scale, 0.0F, g.offset, top);
+    return rounded_code(a, w, {g.scale, 0.0F}, g.offset, a.top);
   }
 }
 
-// ------------------------------------------------------------------ the half-quadratic solver
+// ------------------------------------------------------------------ the half-quadratic solvers
 
 /// Terms of one weight in a step of the solver.
 struct SolverTerms {
@@ -186,6 +207,21 @@ QUANTAL_HD SolverTerms solver_terms(float w, GroupCode g, float top) {
   const float positive = shrunk > 0.0F ? shrunk : 0.0F;
   const float e = float_of_bits(bits_of_float(positive) | (bits_of_float(d) & 0x80000000U));
   return {q - (w - e) * g.scale, size};
+}
+/// The same as RoundedKernels::shrink_step defines it.
+QUANTAL_HD SolverTerms shrink_terms(const QuantizeArgs& a, float w, GroupCode g) {
+  const FloatKind kind = a.value_kind;
+  const float p = round_to(kind, g.scale * centred_code(kind, w, g, 0.0F, a.top, 0.0F));
+  const float d = round_to(kind, w - round_to(kind, p - g.offset));
+  const float size = magnitude(d);
+  float e = 0.0F;
+  if (size > a.shrink.no_shrink) {
+    const float power = round_to(kind, power_of_one(size, a.shrink.power));
+    const float shrunk = round_to(kind, size - round_to(kind, a.shrink.inverse_beta * power));
+    const float positive = shrunk > 0.0F ? shrunk : 0.0F;
+    e = float_of_bits(bits_of_float(positive) | (bits_of_float(d) & 0x80000000U));
+  }
+  return {round_to(kind, p - round_to(kind, w - e)), size};
 }
 
 }  // namespace quantal::cuda

@@ -214,6 +214,10 @@ Quantizer quantizer_of(const quantal_cuda_quantizer& q) {
   how.largest_scale = q.largest_scale;
   how.round_zero = q.round_zero != 0;
   how.rounds = q.rounds;
+  how.max_code = q.max_code;
+  how.power = q.power;
+  std::copy(std::begin(q.inverse_beta), std::end(q.inverse_beta), how.inverse_beta);
+  std::copy(std::begin(q.no_shrink), std::end(q.no_shrink), how.no_shrink);
   std::copy(std::begin(q.nested_map), std::end(q.nested_map), how.nested_map);
   return how;
 }
@@ -232,6 +236,8 @@ QuantizeArgs quantize_form(const PackedSpec& spec) {
   a.nested_slots = layout.nested_slots;
   a.nested_group_size = spec.nested_group_size;
   a.bits = spec.bits;
+  a.top = static_cast<float>((1 << spec.bits) - 1);
+  a.group_map = static_cast<GroupKind>(spec.group_map);
   a.scale_kind = static_cast<ScaleKind>(spec.scale);
   a.value_kind = static_cast<FloatKind>(spec.value_dtype);
   a.has_header = layout.has_header;
@@ -246,9 +252,8 @@ QuantizeArgs checked(const quantal_cuda_quantization& p) {
   if (p.how == nullptr) fail(Errc::kConfig, "cuda quantize: how is null, expected a quantizer");
   QuantizeArgs a = quantize_form(view.spec);
   a.how = quantizer_of(*p.how);
-  if (const auto why = quantize_refusal(view.spec, a.how.encoder); !why.empty()) {
-    refuse(where, why);
-  }
+  if (const auto why = quantize_refusal(view.spec, a.how); !why.empty()) refuse(where, why);
+  if (a.how.max_code > 0) a.top = a.how.max_code;
   a.kind = kind_of(where, "dtype", p.dtype);
   a.converts = a.kind != a.value_kind && a.value_kind != FloatKind::kF32;
   a.converts = a.converts && rounds_weights(a.how.encoder);

@@ -26,7 +26,7 @@ extern "C" {
 #endif
 
 /** Changes with any change of this file. */
-#define QUANTAL_CUDA_VERSION 2
+#define QUANTAL_CUDA_VERSION 3
 
 enum quantal_cuda_code {
   QUANTAL_CUDA_OK = 0,
@@ -113,6 +113,10 @@ typedef struct {
   float largest_scale;
   int32_t round_zero;
   int32_t rounds;
+  float max_code;
+  float power;
+  float inverse_beta[32];
+  float no_shrink[32];
   float nested_map[256];
 } quantal_cuda_quantizer;
 

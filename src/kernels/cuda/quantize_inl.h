@@ -1,5 +1,7 @@
-// The kernels of one quantization, in this order: statistics of groups; rounds of the solver or the
-// second level of nested scales, where there are any; statistics as bytes; codes.
+// The kernels of one quantization, in this order: statistics of groups; rounds of a solver
+// (quantize_solver_inl.h) or the second level of nested scales, where there are any; statistics as
+// bytes; codes. Where weights of a group lie side by side a warp takes a group, where they lie a
+// row apart a thread does, so that threads side by side read weights side by side.
 #pragma once
 
 #include "kernels/cuda/decode_inl.h"
@@ -21,6 +23,15 @@ QUANTAL_DEVICE std::int64_t quantize_thread() {
 
 // ------------------------------------------------------------------ groups
 
+QUANTAL_DEVICE void store_group(const QuantizeArgs& a, std::int64_t group, const Extent& e,
+                                std::int64_t size) {
+  if (!e.finite) *a.refused = 1;
+  const GroupCode code = group_code(a, e, size);
+  a.scratch.scale[group] = code.scale;
+  a.scratch.offset[group] = code.offset;
+  a.scratch.terms[group] = static_cast<double>(code.scale);
+}
+
 /// A warp takes a group; lane l its weights l, l + 32, ...
 QUANTAL_KERNEL void QUANTAL_KERNEL_THREADS(kQuantizeThreads, 1)
     quantize_groups(const QuantizeArgs a) {
@@ -41,97 +52,22 @@ QUANTAL_KERNEL void QUANTAL_KERNEL_THREADS(kQuantizeThreads, 1)
                           shuffle_xor(e.finite ? 1 : 0, mask) != 0};
     e = joined(e, other);
   }
-  if (lane != 0) return;
-  if (!e.finite) *a.refused = 1;
-  const GroupCode code = group_code(a, e, end - begin);
-  a.scratch.scale[group] = code.scale;
-  a.scratch.offset[group] = code.offset;
-  a.scratch.terms[group] = static_cast<double>(code.scale);
+  if (lane == 0) store_group(a, group, e, end - begin);
 }
 
-// ------------------------------------------------------------------ sums over the matrix
-
-inline Geometry start_geometry() { return {.blocks_x = 1, .threads = kWarp}; }
-
-QUANTAL_KERNEL void quantize_start(const QuantizeArgs a) {
-  if (thread_index() != 0) return;
-  *a.refused = 0;
-  *a.scratch.done = 0;
-  *a.scratch.best = float_of_bits(0x7F800000U);
-}
-
-/// One step of the solver; half a warp takes a group, lane l its weights l, l + 16, ... in order,
-/// and lanes are added as l += l + 8, 4, 2, 1: the order of kernels/quantize.h.
+/// A thread takes a group whose weights lie apart.
 QUANTAL_KERNEL void QUANTAL_KERNEL_THREADS(kQuantizeThreads, 1)
-    quantize_solve(const QuantizeArgs a) {
-  constexpr int kLanes = 16;
-  if (*a.scratch.done != 0) return;
-  const int lane = thread_index() % kLanes;
-  const std::int64_t group = quantize_thread() / kLanes;
-  const bool inside = group < a.groups;  // both halves of a warp reach the shuffles
-  double zero = 0, residual = 0;
-  if (inside) {
-    const GroupCode code = {a.scratch.scale[group], a.scratch.offset[group]};
-    const auto top = static_cast<float>((1 << a.bits) - 1);
-    for (std::int64_t i = lane; i < a.group_size; i += kLanes) {
-      const SolverTerms t = solver_terms(weight_at(a, group * a.group_size + i), code, top);
-      zero += static_cast<double>(t.zero);
-      residual += static_cast<double>(t.residual);
-    }
+    quantize_column_groups(const QuantizeArgs a) {
+  const std::int64_t group = quantize_thread();
+  if (group >= a.groups) return;
+  const GroupRun run = group_run(a, group);
+  Extent e = no_extent();
+  for (std::int64_t i = 0; i < a.group_size; ++i) {
+    const float w = weight_at(a, run.begin + i * run.step);
+    const auto at = static_cast<std::int32_t>(i);
+    e = joined(e, {w, w, at, at, is_finite(w)});
   }
-  for (int mask = kLanes / 2; mask > 0; mask /= 2) {
-    zero += shuffle_xor(zero, mask);
-    residual += shuffle_xor(residual, mask);
-  }
-  if (lane != 0 || !inside) return;
-  a.scratch.offset[group] = static_cast<float>(zero / static_cast<double>(a.group_size));
-  a.scratch.terms[group] = residual;
-}
-
-/// Terms of the groups that begin in a row, added in order; a thread takes a row.
-QUANTAL_KERNEL void QUANTAL_KERNEL_THREADS(kQuantizeThreads, 1)
-    quantize_row_sums(const QuantizeArgs a) {
-  const std::int64_t row = quantize_thread();
-  if (row >= a.rows || *a.scratch.done != 0) return;
-  const auto first = [&](std::int64_t r) { return (r * a.cols + a.group_size - 1) / a.group_size; };
-  const std::int64_t end = first(row + 1) < a.groups ? first(row + 1) : a.groups;
-  double sum = 0;
-  for (std::int64_t g = first(row); g < end; ++g) sum += a.scratch.terms[g];
-  a.scratch.rows[row] = sum;
-}
-
-inline constexpr std::int64_t kStaged = 2048;
-inline Geometry sum_geometry() {
-  return {.blocks_x = 1, .threads = kQuantizeThreads, .shared_bytes = kStaged * 8};
-}
-
-/// Sum of all rows in order, by one thread of one block; the others bring the rows near. With the
-/// solver: stops it if the mean residual did not fall. Else best = mean over groups.
-QUANTAL_KERNEL void QUANTAL_KERNEL_THREADS(kQuantizeThreads, 1)
-    quantize_decide(const QuantizeArgs a) {
-  if (*a.scratch.done != 0) return;
-  auto* staged = reinterpret_cast<double*>(shared_memory());
-  double sum = 0;
-  for (std::int64_t from = 0; from < a.rows; from += kStaged) {
-    const std::int64_t count = a.rows - from < kStaged ? a.rows - from : kStaged;
-    for (std::int64_t i = thread_index(); i < count; i += kQuantizeThreads) {
-      staged[i] = a.scratch.rows[from + i];
-    }
-    block_sync();
-    if (thread_index() == 0) {
-      for (std::int64_t i = 0; i < count; ++i) sum += staged[i];
-    }
-    block_sync();
-  }
-  if (thread_index() != 0) return;
-  const bool solver = a.how.encoder == Encoder::kAffine;
-  const std::int64_t count = solver ? a.rows * a.cols : a.groups;
-  const auto mean = static_cast<float>(sum / static_cast<double>(count));
-  if (solver && !(mean < *a.scratch.best)) {
-    *a.scratch.done = 1;
-  } else {
-    *a.scratch.best = mean;
-  }
+  store_group(a, group, e, a.group_size);
 }
 
 // ------------------------------------------------------------------ nested scales
@@ -193,6 +129,11 @@ QUANTAL_DEVICE void store_word(std::uint8_t* to, std::uint32_t word) {
   for (int i = 0; i < 4; ++i) to[i] = static_cast<std::uint8_t>(word >> (8 * i));
 }
 
+QUANTAL_DEVICE float stored_scale(const QuantizeArgs& a, std::int64_t group) {
+  const float scale = a.scratch.scale[group];
+  return a.how.encoder == Encoder::kAffine ? 1.0F / scale : scale;
+}
+
 /// Statistics of a row as quantal/packed.h lays them out; a thread takes a slot. Unused slots are
 /// 0.
 QUANTAL_KERNEL void QUANTAL_KERNEL_THREADS(kQuantizeThreads, 1)
@@ -225,12 +166,44 @@ QUANTAL_KERNEL void QUANTAL_KERNEL_THREADS(kQuantizeThreads, 1)
     stats[slot] = static_cast<std::uint8_t>(used ? a.scratch.offset[first + slot] : 0.0F);
     return;
   }
-  float scale = used ? a.scratch.scale[first + slot] : 0.0F;
-  if (used && a.how.encoder == Encoder::kAffine) scale = 1.0F / scale;
   const auto kind = static_cast<FloatKind>(a.scale_kind);
-  store_float(kind, stats, slot, scale);
+  store_float(kind, stats, slot, used ? stored_scale(a, first + slot) : 0.0F);
   if (a.has_offsets) {
     store_float(kind, stats, a.slots + slot, used ? a.scratch.offset[first + slot] : 0.0F);
+  }
+}
+
+/// Statistics of groups that rows share; a thread takes a group.
+QUANTAL_KERNEL void QUANTAL_KERNEL_THREADS(kQuantizeThreads, 1)
+    quantize_column_stats(const QuantizeArgs a) {
+  const std::int64_t group = quantize_thread();
+  if (group >= a.groups) return;
+  std::uint8_t* stats = a.stats + group * a.stat_bytes;
+  const auto kind = static_cast<FloatKind>(a.scale_kind);
+  store_float(kind, stats, 0, stored_scale(a, group));
+  if (a.has_offsets) store_float(kind, stats, 1, a.scratch.offset[group]);
+}
+
+/// The groups of weights that follow each other in a row.
+struct GroupWalk {
+  std::int64_t group, left, length, wrap;
+
+  QUANTAL_DEVICE bool step() {
+    if (--left > 0) return false;
+    left = length;
+    if (++group == wrap) group = 0;
+    return true;
+  }
+};
+QUANTAL_DEVICE GroupWalk walk_from(const QuantizeArgs& a, std::int64_t row, std::int64_t col) {
+  const std::int64_t at = row * a.cols + col;
+  switch (a.group_map) {
+    case GroupKind::kColumnRuns:
+      return {at % a.groups, 1, 1, a.groups};
+    case GroupKind::kColumnBlocks:
+      return {row / a.group_size * a.cols + col, 1, 1, a.groups};
+    default:
+      return {at / a.group_size, a.group_size - at % a.group_size, a.group_size, a.groups};
   }
 }
 
@@ -241,18 +214,13 @@ QUANTAL_DEVICE Codes16 encode_chunk(const QuantizeArgs& a, std::int64_t row, std
   const std::int64_t begin = row * a.cols + chunk * kChunk;
   const std::int64_t left = a.cols - chunk * kChunk;
   if (left <= 0) return out;
-  std::int64_t group = begin / a.group_size;
-  std::int64_t border = (group + 1) * a.group_size - begin;  // first weight of the next group
-  GroupCode code = {a.scratch.scale[group], a.scratch.offset[group]};
+  GroupWalk walk = walk_from(a, row, chunk * kChunk);
+  GroupCode code = {a.scratch.scale[walk.group], a.scratch.offset[walk.group]};
   QUANTAL_UNROLL
   for (int j = 0; j < kChunk; ++j) {
     if (j >= left) break;
-    if (j == border) {
-      ++group;
-      border += a.group_size;
-      code = {a.scratch.scale[group], a.scratch.offset[group]};
-    }
     out.w[j / 4] |= code_of<kEncoder, kBits>(a, weight_at(a, begin + j), code) << (8 * (j % 4));
+    if (walk.step()) code = {a.scratch.scale[walk.group], a.scratch.offset[walk.group]};
   }
   return out;
 }

@@ -8,11 +8,12 @@
 #include "kernels/cpu/cpu_kernels.h"
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/launch.h"
+#include "kernels/rounded.h"
 #include "quantal/packed.h"
 
 namespace quantal::cuda {
 
-/// Groups are runs of the flattened matrix; r() rounds to the value type.
+/// r() rounds to the value type.
 enum class Encoder : int {
   /// scale = max |w|; code = table(clamp(w / max(scale, least), -1, 1)), the division as a product
   /// with 1 / max(..) but in a short last group, whose scale is max(scale, least).
@@ -21,7 +22,8 @@ enum class Encoder : int {
   kRowInt8 = 1,
   /// GroupedKernels::encode_anchored of r(w).
   kAnchored = 2,
-  /// Of r(w): scale = r(r(high - low) / max), shift = -low, code as RoundedKernels::encode.
+  /// Of r(w): scale = r(r(high - low) / max), shift = -low, code as RoundedKernels::encode. With
+  /// rounds, shifts by RoundedKernels::shrink_step until the mean residual does not fall.
   kShifted = 3,
   /// The same with the shift as a rounded number of codes.
   kRoundedZero = 4,
@@ -49,11 +51,20 @@ QUANTAL_HD constexpr bool makes_width(Encoder encoder, int bits) {
   }
 }
 
+/// Encoders whose rounds optimize shifts.
+constexpr bool optimizes_shifts(Encoder encoder) {
+  return encoder == Encoder::kShifted || encoder == Encoder::kRoundedZero;
+}
+
 /// Encoders of r(w): weights are rounded to the value type first.
 constexpr bool rounds_weights(Encoder encoder) {
   return encoder == Encoder::kAnchored || encoder == Encoder::kShifted ||
          encoder == Encoder::kRoundedZero || encoder == Encoder::kSymmetric;
 }
+
+/// Rounds that a quantizer may ask for, and those that it may have a schedule for.
+inline constexpr int kMaxRounds = 1000, kMaxShrinks = 32;
+static_assert(kMaxShrinks == std::size(quantal_cuda_quantizer{}.no_shrink));
 
 /// The settings that an encoder has; others are ignored.
 struct Quantizer {
@@ -65,8 +76,12 @@ struct Quantizer {
   float tiny_range = 0;         ///< kAffine: ranges up to it have scale 1
   float largest_scale = 0;      ///< kAffine
   bool round_zero = false;      ///< kAffine
-  int rounds = 0;               ///< kAffine: of the solver at most; 0: none
-  float nested_map[256] = {};   ///< kNestedU8: ascending values of the second level's codes
+  int rounds = 0;               ///< kAffine, kShifted, kRoundedZero: of the solver at most; 0: none
+  float max_code = 0;           ///< kAffine: largest code; 0: that of the width
+  float power = 0;  ///< kShifted, kRoundedZero with rounds: members of Shrink, those that
+  float inverse_beta[kMaxShrinks] = {};  ///< change by round
+  float no_shrink[kMaxShrinks] = {};
+  float nested_map[256] = {};  ///< kNestedU8: ascending values of the second level's codes
 };
 
 /// The same as it crosses the interface of launch.h.
@@ -81,6 +96,10 @@ inline quantal_cuda_quantizer interface_form(const Quantizer& q) {
   out.largest_scale = q.largest_scale;
   out.round_zero = q.round_zero ? 1 : 0;
   out.rounds = q.rounds;
+  out.max_code = q.max_code;
+  out.power = q.power;
+  std::ranges::copy(q.inverse_beta, out.inverse_beta);
+  std::ranges::copy(q.no_shrink, out.no_shrink);
   std::ranges::copy(q.nested_map, out.nested_map);
   return out;
 }
@@ -90,6 +109,7 @@ struct QuantizeScratch {
   float *scale, *offset;  ///< [groups], what codes are made with
   double* terms;          ///< [groups], of a sum over the matrix
   double* rows;           ///< [rows], the same by row
+  float *next, *kept;     ///< [groups], shifts of the next round and of the best one
   float* best;            ///< least mean residual so far, or the mean of the first level
   std::int32_t* done;     ///< 1 when the solver has stopped
   std::uint8_t* nested;   ///< [groups], codes of the first level
@@ -105,6 +125,10 @@ struct QuantizeArgs {
   std::int64_t rows, cols, group_size, groups;
   std::int64_t code_bytes, stat_bytes, slots, nested_slots, nested_group_size;
   int bits;
+  float top;        ///< largest code
+  int round_index;  ///< of a solver, from 0
+  Shrink shrink;    ///< of this round
+  GroupKind group_map;
   ScaleKind scale_kind;
   FloatKind value_kind;
   bool has_header, has_offsets;

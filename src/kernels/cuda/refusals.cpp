@@ -22,6 +22,43 @@ std::string chunk_refusal(const PackedSpec& spec, DType dtype) {
          std::to_string(spec.group_size) + ", expected multiples of 16";
 }
 
+/// Whether rows are whole groups, or columns where they may be groups.
+bool is_whole(const PackedSpec& spec, bool columns) {
+  if (spec.group_map == GroupMap::kRowRuns) return spec.cols % spec.group_size == 0;
+  return columns && spec.group_map == GroupMap::kColumnBlocks;
+}
+
+/// `encoder` is one of the enumerators.
+bool makes_form(const PackedSpec& spec, Encoder encoder) {
+  const bool floats = spec.scale == ScaleSource::kF32 || spec.scale == ScaleSource::kF16 ||
+                      spec.scale == ScaleSource::kBF16;
+  const bool offsets = stores_offsets(spec.offset);
+  const bool numbers = spec.code_map == CodeMap::kInteger;
+  if (!makes_width(encoder, spec.bits)) return false;
+  switch (encoder) {
+    case Encoder::kTable:
+      return !offsets && spec.group_map == GroupMap::kRowRuns &&
+             (spec.scale == ScaleSource::kF32 || spec.scale == ScaleSource::kNestedU8);
+    case Encoder::kRowInt8:
+      return numbers && floats && !offsets && is_whole(spec, false);
+    case Encoder::kSymmetric:
+      return numbers && floats && !offsets && is_whole(spec, true);
+    case Encoder::kAnchored:
+      return numbers && floats && offsets && is_whole(spec, false);
+    case Encoder::kShifted:
+    case Encoder::kRoundedZero:
+      return numbers && floats && offsets && is_whole(spec, true);
+    case Encoder::kAffine:
+      return numbers && floats && offsets && spec.group_map != GroupMap::kColumnBlocks &&
+             spec.rows * spec.cols % spec.group_size == 0;
+    case Encoder::kMicroscaled:
+      return !offsets && is_whole(spec, false) &&
+             (spec.scale == ScaleSource::kE8M0 || spec.scale == ScaleSource::kE4M3) &&
+             spec.code_map == (spec.bits == 4 ? CodeMap::kE2M1 : CodeMap::kE4M3);
+  }
+  return false;
+}
+
 }  // namespace
 
 std::string small_refusal(const PackedSpec& spec, DType dtype, std::int64_t inputs) {
@@ -59,42 +96,26 @@ std::string int8_refusal(const PackedSpec& spec, float threshold) {
   return {};
 }
 
-std::string quantize_refusal(const PackedSpec& spec, Encoder encoder) {
-  const bool floats = spec.scale == ScaleSource::kF32 || spec.scale == ScaleSource::kF16 ||
-                      spec.scale == ScaleSource::kBF16;
-  const bool offsets = stores_offsets(spec.offset);
-  const bool whole = spec.cols % spec.group_size == 0;
-  bool legal = spec.group_map == GroupMap::kRowRuns && makes_width(encoder, spec.bits);
-  switch (encoder) {
-    case Encoder::kTable:
-      legal = legal && !offsets &&
-              (spec.scale == ScaleSource::kF32 || spec.scale == ScaleSource::kNestedU8);
-      break;
-    case Encoder::kRowInt8:
-    case Encoder::kSymmetric:
-      legal = legal && floats && !offsets && whole;
-      break;
-    case Encoder::kAnchored:
-    case Encoder::kShifted:
-    case Encoder::kRoundedZero:
-      legal = legal && floats && offsets && whole;
-      break;
-    case Encoder::kAffine:
-      legal = legal && floats && offsets && spec.rows * spec.cols % spec.group_size == 0;
-      break;
-    case Encoder::kMicroscaled:
-      legal = legal && !offsets && whole &&
-              (spec.scale == ScaleSource::kE8M0 || spec.scale == ScaleSource::kE4M3) &&
-              spec.code_map == (spec.bits == 4 ? CodeMap::kE2M1 : CodeMap::kE4M3);
-      break;
-    default:
-      return "encoder is number " + std::to_string(static_cast<int>(encoder)) + ", expected 0 .. " +
-             std::to_string(kEncoders - 1);
+std::string quantize_refusal(const PackedSpec& spec, const Quantizer& how) {
+  const int number = static_cast<int>(how.encoder);
+  if (number < 0 || number >= kEncoders) {
+    return "encoder is number " + std::to_string(number) + ", expected 0 .. " +
+           std::to_string(kEncoders - 1);
   }
-  if (legal) return {};
-  return "a form of " + std::to_string(spec.bits) + " bits in groups of " +
-         std::to_string(spec.group_size) + " is given, expected one that encoder " +
-         std::to_string(static_cast<int>(encoder)) + " makes";
+  if (!makes_form(spec, how.encoder)) {
+    return "a form of " + std::to_string(spec.bits) + " bits in groups of " +
+           std::to_string(spec.group_size) + " is given, expected one that encoder " +
+           std::to_string(number) + " makes";
+  }
+  const int most = optimizes_shifts(how.encoder) ? kMaxShrinks : kMaxRounds;
+  if (how.rounds < 0 || how.rounds > most) {
+    return "rounds are " + std::to_string(how.rounds) + ", expected 0 .. " + std::to_string(most);
+  }
+  const auto top = static_cast<float>((1 << spec.bits) - 1);
+  if (!(how.max_code >= 0 && how.max_code <= top)) {
+    return "max_code is " + std::to_string(how.max_code) + ", expected 0 .. " + std::to_string(top);
+  }
+  return {};
 }
 
 }  // namespace quantal::cuda

@@ -16,7 +16,7 @@ std::string small_refusal(const PackedSpec& spec, DType dtype, std::int64_t inpu
 std::string tile_refusal(const PackedSpec& spec, DType dtype, bool transposed);
 /// LLM.int8.
 std::string int8_refusal(const PackedSpec& spec, float threshold);
-/// Quantizing with an encoder.
-std::string quantize_refusal(const PackedSpec& spec, Encoder encoder);
+/// Quantizing.
+std::string quantize_refusal(const PackedSpec& spec, const Quantizer& how);
 
 }  // namespace quantal::cuda
