@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-INTEGER, NF4, E2M1, E4M3 = 0, 1, 4, 6
+INTEGER, NF4, E2M1, IQ4_NL, E4M3 = 0, 1, 4, 5, 6
 NONE, BIAS, SHIFT, ZERO_POINT, OVER_127 = range(5)
-F32, F16, BF16, NESTED, E8M0, E4M3_SCALE, SUPER_U8 = range(7)
+F32, F16, BF16, NESTED, E8M0, E4M3_SCALE, SUPER_U8, SUPER_I8 = range(8)
 ROW_RUNS, COLUMN_RUNS, COLUMN_BLOCKS = range(3)
 TYPES = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
 NF4_TABLE = [
@@ -20,6 +20,7 @@ NF4_TABLE = [
     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
     0.7229568362236023, 1.0,
 ]  # fmt: skip
+IQ4_NL_TABLE = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
 E2M1_TABLE = [0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
 
 
@@ -60,6 +61,7 @@ FORMS = [
     Form("MXFP4", code_map=E2M1, scale=E8M0, value=BF16, group=32),
     Form("NVFP4", code_map=E2M1, scale=E4M3_SCALE, value=BF16, group=16),
     Form("Q4_K", offset=SHIFT, scale=SUPER_U8, value=F32, group=32, nested=8),
+    Form("Q6_K", bits=6, centre=32, scale=SUPER_I8, value=F32, group=16, nested=16),
 ]
 #: What the encoders of kernels/cuda/quantizer.h make, by their number, with settings of theirs.
 ENCODED = {
@@ -106,6 +108,23 @@ def _shrinks(power: float) -> dict[str, object]:
     }
 
 
+_IQ4_NL_MIDDLES = [(a + b) / 2 / 127 for a, b in zip(IQ4_NL_TABLE, IQ4_NL_TABLE[1:], strict=False)]
+ENCODED |= {
+    "Q4_0": (8, Form("Q4_0", centre=8, scale=F16, group=32), {}),
+    "Q5_1": (9, Form("Q5_1", bits=5, offset=BIAS, scale=F16, group=32), {}),
+    "Q8_0": (10, Form("Q8_0", bits=8, centre=128, scale=F16, group=32), {}),
+    "IQ4_NL": (
+        11,
+        Form("IQ4_NL", code_map=IQ4_NL, scale=F16, group=32),
+        {
+            "thresholds": (ctypes.c_float * 16)(*_IQ4_NL_MIDDLES),
+            "values": (ctypes.c_float * 16)(*IQ4_NL_TABLE),
+        },
+    ),
+    "Q4_K": (12, Form("Q4_K", offset=SHIFT, scale=SUPER_U8, group=32, nested=8), {}),
+    "Q5_K": (12, Form("Q5_K", bits=5, offset=SHIFT, scale=SUPER_U8, group=32, nested=8), {}),
+    "Q6_K": (12, Form("Q6_K", bits=6, centre=32, scale=SUPER_I8, group=16, nested=16), {}),
+}
 _HQQ = {"tiny_range": 1e-4, "largest_scale": 2e4, "rounds": 20}
 _SHIFT = {"offset": SHIFT, "scale": BF16, "value": BF16}
 _BF16_POWER = -0.30078125  # -0.3 as bfloat16
@@ -194,6 +213,10 @@ def _statistics(form: Form, rows: int, slots: int, random: torch.Generator):
         return _nested(form, bytes_, random)
     offsets = torch.randint(0, 256, (rows, slots), generator=random).to(torch.uint8)
     supers = (torch.rand(rows, slots // form.nested, generator=random) * 3e-4).half()
+    if form.offset == NONE:
+        stats = torch.cat([bytes_, _raw(supers)], 1)
+        signed = bytes_.view(torch.int8).float()
+        return supers.float().repeat_interleave(form.nested, 1) * signed, zeros, stats, nothing
     outer = (torch.rand(rows, slots // form.nested, generator=random) * 3e-3).half()
 
     def spread(t: torch.Tensor) -> torch.Tensor:

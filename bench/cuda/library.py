@@ -81,6 +81,7 @@ class Quantizer(ctypes.Structure):
         ("encoder", ctypes.c_int32),
         ("thresholds", ctypes.c_float * 16),
         ("codes", ctypes.c_uint8 * 16),
+        ("values", ctypes.c_float * 16),
         ("least", ctypes.c_float),
         ("not_a_number", ctypes.c_float),
         ("tiny_range", ctypes.c_float),
@@ -272,13 +273,13 @@ class Quantized:
                                      for t in (codes, stats, shared))
         )  # fmt: skip
         middles = [(a + b) / 2 for a, b in zip(forms.NF4_TABLE, forms.NF4_TABLE[1:], strict=False)]
-        self._how = Quantizer(
-            encoder=encoder,
-            thresholds=(ctypes.c_float * 16)(*middles),
-            codes=(ctypes.c_uint8 * 16)(*range(16)),
-            nested_map=(ctypes.c_float * 256)(*((i - 127) / 128 for i in range(256))),
-            **settings,
-        )
+        members = {
+            "encoder": encoder,
+            "thresholds": (ctypes.c_float * 16)(*middles),
+            "codes": (ctypes.c_uint8 * 16)(*range(16)),
+            "nested_map": (ctypes.c_float * 256)(*((i - 127) / 128 for i in range(256))),
+        }
+        self._how = Quantizer(**(members | settings))
         self.refused = torch.full((1,), 7, dtype=torch.int32, device=weight.device)
         self._workspace = torch.empty(
             library.quantize_workspace(self.w), dtype=torch.uint8, device=weight.device

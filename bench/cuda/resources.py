@@ -29,7 +29,7 @@ ENTRY = re.compile(
 #: Of kernels/cuda/quantizer.h, by number.
 ENCODERS = (
     "table", "row int8", "anchored", "shifted", "rounded zero", "symmetric", "affine",
-    "microscaled",
+    "microscaled", "extreme", "range", "largest", "fit table", "fit super",
 )  # fmt: skip
 CHOICES = {
     "FloatKind": {"1": "f16", "2": "bf16"},

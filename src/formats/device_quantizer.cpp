@@ -4,6 +4,8 @@
 #include <limits>
 
 #include "formats/bnb/bnb_params.h"
+#include "formats/gguf/gguf_encode.h"
+#include "formats/gguf/gguf_params.h"
 #include "formats/hqq/hqq_params.h"
 #include "formats/mlx/mlx_params.h"
 #include "formats/quanto/quanto_codec.h"
@@ -68,6 +70,36 @@ std::optional<Quantizer> quanto_quantizer(const PackedSpec& spec) {
   return how;
 }
 
+std::optional<Quantizer> gguf_quantizer(const PackedSpec& spec) {
+  Quantizer how;
+  switch (ggml_type_of(spec)) {
+    case GgmlType::kQ4_0:
+    case GgmlType::kQ5_0:
+      how.encoder = Encoder::kExtreme;
+      return how;
+    case GgmlType::kQ4_1:
+    case GgmlType::kQ5_1:
+      how.encoder = Encoder::kRange;
+      return how;
+    case GgmlType::kQ8_0:
+      how.encoder = Encoder::kLargest;
+      return how;
+    case GgmlType::kQ4_K:
+    case GgmlType::kQ5_K:
+    case GgmlType::kQ6_K:
+      how.encoder = Encoder::kFitSuper;
+      return how;
+    case GgmlType::kIQ4_NL:
+      how.encoder = Encoder::kFitTable;
+      std::ranges::copy(gguf::iq4_nl_quantizer().thresholds, how.thresholds);
+      std::ranges::copy(gguf::iq4_nl_quantizer().codes, how.codes);
+      std::ranges::copy(kIq4NlCodebook, how.values);
+      return how;
+    default:
+      return std::nullopt;
+  }
+}
+
 }  // namespace
 
 std::optional<Quantizer> device_quantizer(const PackedSpec& spec) {
@@ -80,6 +112,8 @@ std::optional<Quantizer> device_quantizer(const PackedSpec& spec) {
       return mlx_quantizer(spec);
     case quanto::kDialectId:
       return quanto_quantizer(spec);
+    case gguf::kDialectId:
+      return gguf_quantizer(spec);
     default:
       return std::nullopt;
   }

@@ -9,7 +9,7 @@
 namespace quantal {
 
 /// The encoder and its settings for a spec that the dialect's make_spec gave; nothing where only
-/// the CPU's code makes them: gguf, HQQ's quantized parameters, Quanto's one scale for a matrix of
+/// the CPU's code makes them: HQQ's quantized parameters, Quanto's one scale for a matrix of
 /// one column.
 std::optional<cuda::Quantizer> device_quantizer(const PackedSpec& spec);
 

@@ -81,6 +81,7 @@ struct Case {
   std::string name;
   QuantizeOptions options;
   std::int64_t rows, cols;
+  const char* dialect = nullptr;  ///< null: that of the method
   int width = 0;  ///< of codes where no method has it (layers of files do); 0: that of the method
 };
 using Sizes = std::pair<std::int64_t, std::int64_t>;  // rows, cols
@@ -88,7 +89,7 @@ using Sizes = std::pair<std::int64_t, std::int64_t>;  // rows, cols
 template <class Change>
 Case made(std::string name, QuantizationMethod method, int bits, std::int64_t group, Sizes sizes,
           Change change) {
-  Case c{std::move(name), {}, sizes.first, sizes.second, 0};
+  Case c{std::move(name), {}, sizes.first, sizes.second};
   c.options.method = method;
   c.options.bits = bits;
   c.options.group_size = group;
@@ -181,9 +182,25 @@ std::vector<Case> quanto_cases() {
   return out;
 }
 
+std::vector<Case> gguf_cases() {
+  std::vector<Case> out;
+  for (const char* type :
+       {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K"}) {
+    const bool super = type[3] == 'K';
+    for (const Sizes sizes :
+         super ? std::vector<Sizes>{{3, 512}, {9, 256}} : std::vector<Sizes>{{5, 192}, {7, 96}}) {
+      Case c{std::string("gguf ") + type, {}, sizes.first, sizes.second};
+      c.options.mode = type;
+      c.dialect = "gguf";  // no method is of it
+      out.push_back(c);
+    }
+  }
+  return out;
+}
+
 std::vector<Case> cases() {
   std::vector<Case> out;
-  for (auto part : {bnb_cases, hqq_cases, mlx_cases, quanto_cases}) {
+  for (auto part : {bnb_cases, hqq_cases, mlx_cases, quanto_cases, gguf_cases}) {
     for (Case& c : part()) out.push_back(std::move(c));
   }
   return out;
@@ -192,7 +209,9 @@ std::vector<Case> cases() {
 PackedSpec spec_of(const Case& c, DType value) {
   QuantizeOptions options = c.options;
   options.value_dtype = value;
-  PackedSpec spec = dialect_of(options.method).make_spec(c.rows, c.cols, options);
+  const Dialect& dialect =
+      c.dialect != nullptr ? dialect_by_name(c.dialect) : dialect_of(options.method);
+  PackedSpec spec = dialect.make_spec(c.rows, c.cols, options);
   if (c.width != 0) spec.bits = c.width;
   return spec;
 }
@@ -245,7 +264,7 @@ TEST(CudaQuantize, MarksWeightsThatAreNotFinite) {
       if (solver && c.options.group_size != 0) continue;  // slow
       const PackedSpec spec = spec_of(c, DType::kF32);
       std::vector<float> w = odd_weights(c.rows * c.cols, 3);
-      w[static_cast<std::size_t>(c.cols) + 7] = bad;
+      w[(static_cast<std::size_t>(c.cols) + 7) % w.size()] = bad;
       EXPECT_EQ(by_kernels(spec, DType::kF32, w.data()).refused, 1) << c.name;
     }
   }
@@ -292,7 +311,7 @@ TEST(CudaQuantize, RefusesEncodersThatDoNotMakeTheForm) {
       "2 makes");
   how.encoder = 9;
   EXPECT_EQ(library().supports_quantize(&p, &status), QUANTAL_CUDA_UNSUPPORTED);
-  EXPECT_STREQ(status.text, "cuda quantize: encoder is number 9, expected 0 .. 7");
+  EXPECT_STREQ(status.text, "cuda quantize: encoder is number 9, expected 0 .. 12");
   how.encoder = 0;
   how.rounds = -1;
   EXPECT_EQ(library().supports_quantize(&p, &status), QUANTAL_CUDA_UNSUPPORTED);

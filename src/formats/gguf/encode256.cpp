@@ -11,17 +11,12 @@
 #include "core/half.h"
 #include "formats/gguf/blocks.h"
 #include "formats/gguf/gguf_encode.h"
-#include "kernels/block_quantize.h"
+#include "kernels/block_fit.h"
 
 namespace quantal::gguf {
 namespace {
 
 using namespace formats::gguf;
-
-constexpr int kElements = 256;
-constexpr int kMost = 63;        ///< of a 6-bit scale
-constexpr int kNeighbours = 1;   ///< sub-scales tried on each side of the nearest one
-constexpr int kSuperRounds = 2;  ///< times that the super-scales are fitted to the codes
 
 bool is_infinite(std::uint16_t half) { return (half & 0x7C00) == 0x7C00; }
 
@@ -36,12 +31,12 @@ int nearest_step(float value, float unit, int low, int high) {
 float choose_shifted(const BlockQuantizeKernels& kernels, const float* w, int max_code,
                      ShiftedFit fit, int j, Parts& parts) {
   const float d = f16_to_f32(parts.scale), dmin = f16_to_f32(parts.offset);
-  const int scale = nearest_step(fit.scale, d, 0, kMost);
-  const int offset = nearest_step(fit.shift, dmin, 0, kMost);
+  const int scale = nearest_step(fit.scale, d, 0, kMostSubScale);
+  const int offset = nearest_step(fit.shift, dmin, 0, kMostSubScale);
   float best = std::numeric_limits<float>::infinity();
   NearestCode chosen{.max_code = max_code};
   const auto from = [](int x) { return std::max(0, x - kNeighbours); };
-  const auto to = [](int x) { return std::min(kMost, x + kNeighbours); };
+  const auto to = [](int x) { return std::min(kMostSubScale, x + kNeighbours); };
   for (int s = from(scale); s <= to(scale); ++s) {
     for (int m = from(offset); m <= to(offset); ++m) {
       const NearestCode how{.scale = d * static_cast<float>(s),
@@ -78,28 +73,6 @@ float choose_symmetric(const BlockQuantizeKernels& kernels, const float* w, floa
   return kernels.encode_nearest(w, 16, chosen, parts.codes + 16 * j);
 }
 
-/// Least squares super-scale and super-offset for codes and sub-scales as they are: of w ~ d * a -
-/// dmin * b with a = sub-scale * (code - centre) and b = sub-offset. b is 0 without offsets.
-struct SuperFit {
-  double aa = 0, ab = 0, bb = 0, wa = 0, wb = 0;
-
-  void add(double w, double a, double b) {
-    aa += a * a;
-    ab += a * b;
-    bb += b * b;
-    wa += w * a;
-    wb += w * b;
-  }
-  ShiftedFit solve() const {
-    const double determinant = aa * bb - ab * ab;
-    if (bb > 0 && determinant > 0) {
-      return {static_cast<float>((wa * bb - wb * ab) / determinant),
-              static_cast<float>((wa * ab - wb * aa) / determinant)};
-    }
-    return {aa > 0 ? static_cast<float>(wa / aa) : 0.0F, 0.0F};
-  }
-};
-
 /// Repeats `choose(parts)`, which returns the error of the super-block, with the super-scales that
 /// fit its result best, as long as the error falls. False if the first ones are no binary16.
 template <class Choose, class Refit>
@@ -130,8 +103,8 @@ bool encode_shifted(const BlockQuantizeKernels& kernels, const float* w, int max
     largest = std::max(largest, fits[j].scale);
     deepest = std::max(deepest, fits[j].shift);
   }
-  parts.scale = f32_to_f16(largest / 63.0F);
-  parts.offset = f32_to_f16(deepest / 63.0F);
+  parts.scale = f32_to_f16(largest / static_cast<float>(kMostSubScale));
+  parts.offset = f32_to_f16(deepest / static_cast<float>(kMostSubScale));
   const auto choose = [&](Parts& p) {
     double error = 0;
     for (int j = 0; j < 8; ++j) {
@@ -142,7 +115,7 @@ bool encode_shifted(const BlockQuantizeKernels& kernels, const float* w, int max
   };
   const auto refit = [&](const Parts& p) {
     SuperFit fit;
-    for (int i = 0; i < kElements; ++i) {
+    for (int i = 0; i < kSuperWeights; ++i) {
       fit.add(w[i], p.scales[i / 32] * p.codes[i], p.offsets[i / 32]);
     }
     const ShiftedFit best = fit.solve();
@@ -172,7 +145,7 @@ bool encode_symmetric(const BlockQuantizeKernels& kernels, const float* w, Parts
   };
   const auto refit = [&](const Parts& p) {
     SuperFit fit;
-    for (int i = 0; i < kElements; ++i) {
+    for (int i = 0; i < kSuperWeights; ++i) {
       fit.add(w[i], static_cast<std::int8_t>(p.scales[i / 16]) * (p.codes[i] - 32), 0.0);
     }
     return fit.solve();
@@ -192,11 +165,11 @@ void store(const Parts& parts, std::uint8_t* out) {
 EncodeStatus encode_blocks256(GgmlType type, WeightRun weights, std::int64_t n, std::uint8_t* out) {
   const BlockQuantizeKernels& kernels = block_quantize_kernels();
   const std::int64_t bytes = ggml_block(type).bytes;
-  alignas(64) float w[kElements];
+  alignas(64) float w[kSuperWeights];
   Parts parts{};
-  for (std::int64_t i = 0; i < n; i += kElements, out += bytes) {
-    widen_to_f32(weights.dtype, weights.at(i).data, kElements, w);
-    const float most = quantize_kernels().absmax({DType::kF32, w}, kElements);
+  for (std::int64_t i = 0; i < n; i += kSuperWeights, out += bytes) {
+    widen_to_f32(weights.dtype, weights.at(i).data, kSuperWeights, w);
+    const float most = quantize_kernels().absmax({DType::kF32, w}, kSuperWeights);
     if (!std::isfinite(most)) return EncodeStatus::kNotFinite;
     if (most > kLargestSearched) return EncodeStatus::kTooLarge;
     if (type == GgmlType::kQ6_K) {

@@ -8,7 +8,7 @@
 #include "core/half.h"
 #include "formats/gguf/blocks.h"
 #include "formats/gguf/gguf_encode.h"
-#include "kernels/block_quantize.h"
+#include "kernels/block_fit.h"
 #include "quantal/kernels.h"
 
 namespace quantal::gguf {
@@ -103,16 +103,6 @@ EncodeStatus encode(WeightRun weights, std::int64_t n, std::uint8_t* out) {
 
 // ------------------------------------------------------------------ IQ4_NL
 
-/// The table divided by its largest magnitude, as thresholds half-way between neighbours.
-TableQuantizer iq4_nl_quantizer() {
-  TableQuantizer table;
-  for (std::size_t i = 0; i < 16; ++i) table.codes[i] = static_cast<std::uint8_t>(i);
-  for (std::size_t i = 0; i < 15; ++i) {
-    table.thresholds[i] = (kIq4NlCodebook[i] + kIq4NlCodebook[i + 1]) * 0.5F / 127.0F;
-  }
-  return table;
-}
-
 /// Sums of w * t and t * t over a group, t the table's value of each code; in double, in order.
 struct TableSums {
   double wt = 0, tt = 0;
@@ -131,7 +121,6 @@ TableSums table_sums(const float* w, const std::uint8_t* codes) {
 /// Scale of w ~ scale * table: least squares for the codes of step widths that put the extreme
 /// weight near either end of the table.
 float fit_table(const QuantizeKernels& kernels, const TableQuantizer& table, const float* w) {
-  constexpr int kSteps = 7;
   float extreme = 0.0F;
   for (std::int64_t i = 0; i < kShortGroup; ++i) {
     if (std::fabs(w[i]) > std::fabs(extreme)) extreme = w[i];
@@ -140,7 +129,7 @@ float fit_table(const QuantizeKernels& kernels, const TableQuantizer& table, con
   double best = -1.0, scale = 0.0;
   std::uint8_t codes[kShortGroup];
   for (const float end : {kIq4NlCodebook.front(), kIq4NlCodebook.back()}) {
-    for (int step = -kSteps; step <= kSteps; ++step) {
+    for (int step = -kTableSteps; step <= kTableSteps; ++step) {
       const float factor = (end + static_cast<float>(step)) / extreme / 127.0F;
       kernels.encode_table(table, {DType::kF32, w}, kShortGroup, factor, false, codes);
       const TableSums s = table_sums(w, codes);
@@ -154,8 +143,20 @@ float fit_table(const QuantizeKernels& kernels, const TableQuantizer& table, con
 
 }  // namespace
 
+const TableQuantizer& iq4_nl_quantizer() {
+  static const TableQuantizer kTable = [] {
+    TableQuantizer table;
+    for (std::size_t i = 0; i < 16; ++i) table.codes[i] = static_cast<std::uint8_t>(i);
+    for (std::size_t i = 0; i < 15; ++i) {
+      table.thresholds[i] = (kIq4NlCodebook[i] + kIq4NlCodebook[i + 1]) * 0.5F / 127.0F;
+    }
+    return table;
+  }();
+  return kTable;
+}
+
 EncodeStatus encode_iq4_nl(WeightRun weights, std::int64_t n, std::uint8_t* out) {
-  static const TableQuantizer kTable = iq4_nl_quantizer();
+  const TableQuantizer& table = iq4_nl_quantizer();
   const QuantizeKernels& kernels = quantize_kernels();
   float w[kShortGroup];
   std::uint8_t codes[kShortGroup];
@@ -164,11 +165,11 @@ EncodeStatus encode_iq4_nl(WeightRun weights, std::int64_t n, std::uint8_t* out)
     if (!std::isfinite(kernels.absmax({DType::kF32, w}, kShortGroup))) {
       return EncodeStatus::kNotFinite;
     }
-    const std::uint16_t d = f32_to_f16(fit_table(kernels, kTable, w));
+    const std::uint16_t d = f32_to_f16(fit_table(kernels, table, w));
     if ((d & 0x7C00) == 0x7C00) return EncodeStatus::kTooLarge;
     const float scale = f16_to_f32(d);
     const float factor = scale == 0.0F ? 0.0F : 1.0F / scale / 127.0F;
-    kernels.encode_table(kTable, {DType::kF32, w}, kShortGroup, factor, false, codes);
+    kernels.encode_table(table, {DType::kF32, w}, kShortGroup, factor, false, codes);
     IQ4_NL block;
     put_u16(d, block.d);
     put_nibbles(codes, block.qs);

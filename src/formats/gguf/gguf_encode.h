@@ -20,7 +20,7 @@ EncodeStatus encode_blocks32(GgmlType type, WeightRun weights, std::int64_t n, s
 EncodeStatus encode_blocks256(GgmlType type, WeightRun weights, std::int64_t n, std::uint8_t* out);
 EncodeStatus encode_iq4_nl(WeightRun weights, std::int64_t n, std::uint8_t* out);
 
-/// Largest weight that a super-block of Q4_K can hold; the searches refuse larger ones.
-inline constexpr float kLargestSearched = 65504.0F * 63.0F * 15.0F;
+/// IQ4_NL's table divided by its largest magnitude, as thresholds half-way between neighbours.
+const TableQuantizer& iq4_nl_quantizer();
 
 }  // namespace quantal::gguf

@@ -45,11 +45,6 @@ inline V highest_of_each(V* v) {
   return v[0];
 }
 
-inline float inverse_of(float d) {
-  const float id = d != 0.0F ? 1.0F / d : 0.0F;
-  return std::bit_cast<std::int32_t>(id < 0 ? -id : id) < kInfinityBits ? id : 0.0F;
-}
-
 /// 1 / d lane by lane, 0 where d is 0 or 1 / d infinite.
 inline F inverse_of(F d) {
   const F id = 1.0F / d;
@@ -339,7 +334,7 @@ inline F nearest_code(F w, const Pass& p) {
 }
 
 float encode_nearest(const float* w, std::int64_t n, NearestCode how, std::uint8_t* codes) {
-  const Pass pass = {how.shift, inverse_of(how.scale), static_cast<float>(-how.centre),
+  const Pass pass = {how.shift, finite_inverse(how.scale), static_cast<float>(-how.centre),
                      static_cast<float>(how.max_code - how.centre)};
   F error[kParts] = {};
   for (std::int64_t i = 0; i < n; i += kVirtual) {
@@ -404,7 +399,7 @@ ShiftedFit fit_shifted(const float* w, std::int64_t n, int max_code) {
     high = w[i] > high ? w[i] : high;
   }
   const float range = high - low;
-  if (inverse_of(range) == 0.0F) return {0.0F, -low};
+  if (finite_inverse(range) == 0.0F) return {0.0F, -low};
   const auto top = static_cast<float>(max_code);
   ScoredFit best{0, 0, std::numeric_limits<double>::infinity()};
   Sums sums(w, n);
@@ -414,7 +409,7 @@ ShiftedFit fit_shifted(const float* w, std::int64_t n, int max_code) {
   };
   for (int step = 0; step < kFitSteps; ++step) consider(-low, (top + fit_offset(step)) / range);
   for (int round = 0; round < kFitRounds; ++round) {
-    const float inv = inverse_of(static_cast<float>(best.scale));
+    const float inv = finite_inverse(static_cast<float>(best.scale));
     consider(static_cast<float>(best.shift), inv);
   }
   return {static_cast<float>(best.scale), static_cast<float>(best.shift)};
@@ -426,7 +421,7 @@ float fit_symmetric(const float* w, std::int64_t n, int centre) {
     const float a = w[i] < 0 ? -w[i] : w[i];
     if (a > most) most = a, extreme = w[i];
   }
-  if (inverse_of(extreme) == 0.0F) return 0.0F;
+  if (finite_inverse(extreme) == 0.0F) return 0.0F;
   const auto bottom = static_cast<float>(-centre);
   const auto top = static_cast<float>(centre - 1);
   ScoredFit best{0, 0, std::numeric_limits<double>::infinity()};
@@ -437,7 +432,7 @@ float fit_symmetric(const float* w, std::int64_t n, int centre) {
   };
   for (int step = 0; step < kFitSteps; ++step) consider((bottom - fit_offset(step)) / extreme);
   for (int round = 0; round < kFitRounds; ++round) {
-    consider(inverse_of(static_cast<float>(best.scale)));
+    consider(finite_inverse(static_cast<float>(best.scale)));
   }
   return static_cast<float>(best.scale);
 }

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "kernels/block_fit.h"
 #include "kernels/cuda/floats_inl.h"
 #include "kernels/cuda/quantizer.h"
 #include "kernels/rounded_power.h"
@@ -116,6 +117,13 @@ QUANTAL_HD GroupCode microscaled_code(const QuantizeArgs& a, float most) {
   return {e4m3_magnitude(byte), static_cast<float>(byte)};
 }
 
+/// The first weight of the largest magnitude; +0 of zeros.
+QUANTAL_HD float extreme_of(const Extent& e) {
+  const float low = magnitude(e.low), high = magnitude(e.high);
+  const float extreme = low > high || (low == high && e.low_at < e.high_at) ? e.low : e.high;
+  return extreme == 0.0F ? 0.0F : extreme;
+}
+
 /// Of a group of `size` weights.
 QUANTAL_HD GroupCode group_code(const QuantizeArgs& a, const Extent& e, std::int64_t size) {
   const float most = larger(magnitude(e.low), magnitude(e.high));
@@ -134,6 +142,12 @@ QUANTAL_HD GroupCode group_code(const QuantizeArgs& a, const Extent& e, std::int
       return affine_code(a, e);
     case Encoder::kMicroscaled:
       return microscaled_code(a, most);
+    case Encoder::kExtreme:
+      return {extreme_of(e) / -a.centre, 0.0F};
+    case Encoder::kRange:
+      return {(e.high - e.low) / a.top, e.low};
+    case Encoder::kLargest:
+      return {most / 127.0F, 0.0F};
     default:
       return shifted_code(a, e);
   }
@@ -183,6 +197,18 @@ QUANTAL_HD std::uint32_t code_of(const QuantizeArgs& a, float w, GroupCode g) {
     } else {
       return e4m3_from_f32(v);
     }
+  } else if constexpr (kEncoder == Encoder::kExtreme) {
+    const float q = w * finite_inverse(g.scale) + (a.centre + 0.5F);
+    return static_cast<std::uint32_t>(smaller(truncated(q), a.top));
+  } else if constexpr (kEncoder == Encoder::kRange) {
+    const float q = (w - g.offset) * finite_inverse(g.scale) + 0.5F;
+    return static_cast<std::uint32_t>(smaller(truncated(q), a.top));
+  } else if constexpr (kEncoder == Encoder::kLargest) {
+    const float q = rounded_away(w * finite_inverse(g.scale));
+    return static_cast<std::uint32_t>(static_cast<std::int32_t>(q) + 128);
+  } else if constexpr (kEncoder == Encoder::kFitTable) {
+    const float factor = g.scale == 0.0F ? 0.0F : 1.0F / g.scale / 127.0F;
+    return table_code(a.how, smaller(larger(w * factor, -1.0F), 1.0F));
   } else if constexpr (kEncoder == Encoder::kSymmetric) {
     return rounded_code(a, w, {g.scale, 0.0F}, 128.0F, 255.0F);
   } else if constexpr (kEncoder == Encoder::kShifted) {

@@ -28,12 +28,36 @@ QUANTAL_HD std::uint32_t bits_of_float(float v) {
 #endif
 }
 
+QUANTAL_HD double double_infinity() {
+#if defined(__CUDA_ARCH__)
+  return __longlong_as_double(0x7FF0000000000000LL);
+#else
+  return std::bit_cast<double>(std::int64_t{0x7FF0000000000000});
+#endif
+}
+
 /// Nearest integer, half to even.
 QUANTAL_HD float rounded(float v) {
 #if defined(__CUDA_ARCH__)
   return rintf(v);
 #else
   return __builtin_nearbyintf(v);
+#endif
+}
+/// Nearest integer, halves away from zero.
+QUANTAL_HD float rounded_away(float v) {
+#if defined(__CUDA_ARCH__)
+  return roundf(v);
+#else
+  return __builtin_roundf(v);
+#endif
+}
+/// The integer towards zero.
+QUANTAL_HD float truncated(float v) {
+#if defined(__CUDA_ARCH__)
+  return truncf(v);
+#else
+  return __builtin_truncf(v);
 #endif
 }
 QUANTAL_HD float magnitude(float v) { return float_of_bits(bits_of_float(v) & 0x7FFFFFFFU); }

@@ -208,6 +208,7 @@ Quantizer quantizer_of(const quantal_cuda_quantizer& q) {
   how.encoder = static_cast<Encoder>(q.encoder);
   std::copy(std::begin(q.thresholds), std::end(q.thresholds), how.thresholds);
   std::copy(std::begin(q.codes), std::end(q.codes), how.codes);
+  std::copy(std::begin(q.values), std::end(q.values), how.values);
   how.least = q.least;
   how.not_a_number = q.not_a_number;
   how.tiny_range = q.tiny_range;
@@ -237,6 +238,7 @@ QuantizeArgs quantize_form(const PackedSpec& spec) {
   a.nested_group_size = spec.nested_group_size;
   a.bits = spec.bits;
   a.top = static_cast<float>((1 << spec.bits) - 1);
+  a.centre = static_cast<float>(spec.centre);
   a.group_map = static_cast<GroupKind>(spec.group_map);
   a.scale_kind = static_cast<ScaleKind>(spec.scale);
   a.value_kind = static_cast<FloatKind>(spec.value_dtype);

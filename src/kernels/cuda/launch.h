@@ -107,6 +107,7 @@ typedef struct {
   int32_t encoder;
   float thresholds[16];
   uint8_t codes[16];
+  float values[16];
   float least;
   float not_a_number;
   float tiny_range;

@@ -25,5 +25,8 @@ void int8_matmul(const Int8Args& args, Stream stream);
 std::int64_t quantize_workspace(const PackedSpec& spec);
 QuantizeScratch quantize_scratch(void* workspace, const PackedSpec& spec);
 void quantize(const QuantizeArgs& args, Stream stream);
+/// Its parts for kFitTable, which leaves scales, and kFitSuper, which leaves all bytes.
+void quantize_fit_table(const QuantizeArgs& args, Stream stream);
+void quantize_super(const QuantizeArgs& args, Stream stream);
 
 }  // namespace quantal::cuda

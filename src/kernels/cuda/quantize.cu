@@ -53,6 +53,16 @@ void start_codes(const QuantizeArgs& args, Stream stream) {
       return encode(quantize_codes<Encoder::kAffine>);
     case Encoder::kMicroscaled:
       return encode(quantize_codes<Encoder::kMicroscaled>);
+    case Encoder::kExtreme:
+      return encode(quantize_codes<Encoder::kExtreme>);
+    case Encoder::kRange:
+      return encode(quantize_codes<Encoder::kRange>);
+    case Encoder::kLargest:
+      return encode(quantize_codes<Encoder::kLargest>);
+    case Encoder::kFitTable:
+      return encode(quantize_codes<Encoder::kFitTable>);
+    case Encoder::kFitSuper:
+      return;  // quantize_super
   }
 }
 
@@ -108,9 +118,14 @@ QuantizeScratch quantize_scratch(void* workspace, const PackedSpec& spec) {
 void quantize(const QuantizeArgs& args, Stream stream) {
   start("quantize_start", quantize_start, start_geometry(), args, stream);
   if (args.rows == 0) return;
+  if (args.how.encoder == Encoder::kFitSuper) return quantize_super(args, stream);
   const bool runs = args.group_map == GroupKind::kRowRuns;
-  start("quantize_groups", runs ? quantize_groups : quantize_column_groups,
-        quantize_geometry(args.groups * (runs ? kWarp : 1)), args, stream);
+  if (args.how.encoder == Encoder::kFitTable) {
+    quantize_fit_table(args, stream);
+  } else {
+    start("quantize_groups", runs ? quantize_groups : quantize_column_groups,
+          quantize_geometry(args.groups * (runs ? kWarp : 1)), args, stream);
+  }
   if (args.how.encoder == Encoder::kAffine) {
     start_rounds<Encoder::kAffine>(args, stream);
   } else if (optimizes_shifts(args.how.encoder) && args.how.rounds > 0) {

@@ -4,29 +4,17 @@
 // row apart a thread does, so that threads side by side read weights side by side.
 #pragma once
 
-#include "kernels/cuda/decode_inl.h"
-#include "kernels/cuda/encode_inl.h"
-#include "kernels/cuda/geometry.h"
+#include "kernels/cuda/quantize_parts_inl.h"
 
 namespace quantal::cuda {
-
-inline constexpr int kQuantizeThreads = 256;
-
-inline Geometry quantize_geometry(std::int64_t threads) {
-  return {.blocks_x = (threads + kQuantizeThreads - 1) / kQuantizeThreads,
-          .threads = kQuantizeThreads};
-}
-
-QUANTAL_DEVICE std::int64_t quantize_thread() {
-  return block_x() * kQuantizeThreads + thread_index();
-}
 
 // ------------------------------------------------------------------ groups
 
 QUANTAL_DEVICE void store_group(const QuantizeArgs& a, std::int64_t group, const Extent& e,
                                 std::int64_t size) {
-  if (!e.finite) *a.refused = 1;
   const GroupCode code = group_code(a, e, size);
+  const bool fits = !makes_halves(a.how.encoder) || (is_half(code.scale) && is_half(code.offset));
+  if (!e.finite || !fits) *a.refused = 1;
   a.scratch.scale[group] = code.scale;
   a.scratch.offset[group] = code.offset;
   a.scratch.terms[group] = static_cast<double>(code.scale);
@@ -125,10 +113,6 @@ QUANTAL_KERNEL void QUANTAL_KERNEL_THREADS(kQuantizeThreads, 1)
 
 // ------------------------------------------------------------------ bytes
 
-QUANTAL_DEVICE void store_word(std::uint8_t* to, std::uint32_t word) {
-  for (int i = 0; i < 4; ++i) to[i] = static_cast<std::uint8_t>(word >> (8 * i));
-}
-
 QUANTAL_DEVICE float stored_scale(const QuantizeArgs& a, std::int64_t group) {
   const float scale = a.scratch.scale[group];
   return a.how.encoder == Encoder::kAffine ? 1.0F / scale : scale;
@@ -225,31 +209,7 @@ QUANTAL_DEVICE Codes16 encode_chunk(const QuantizeArgs& a, std::int64_t row, std
   return out;
 }
 
-/// One strip of a row, 16 bytes of one plane; a thread makes it from all chunks that have a part.
-template <Encoder kEncoder, int kBits>
-QUANTAL_DEVICE Words4 encode_strip(const QuantizeArgs& a, std::int64_t row, std::int64_t strip) {
-  using W = Planes<kBits>;
-  constexpr int kStrips = W::kUnitBytes / 16, kLowStrips = W::kLowBytes / 16;
-  const std::int64_t unit = strip / kStrips;
-  const auto inside = static_cast<int>(strip % kStrips);
-  const bool low = inside < kLowStrips;
-  const int chunks = low ? W::kFields : W::kUnitChunks;
-  const std::int64_t first = unit * W::kUnitChunks + (low ? inside * W::kFields : 0);
-  Words4 out = {{0, 0, 0, 0}};
-  for (int c = 0; c < chunks; ++c) {
-    const Codes16 codes = encode_chunk<kEncoder, kBits>(a, row, first + c);
-    QUANTAL_UNROLL
-    for (int k = 0; k < 4; ++k) {
-      if (low) {
-        out.w[k] |= (codes.w[k] & byte_mask(W::kLow)) << (W::kLow * c);
-      } else {
-        out.w[k] |= (codes.w[k] >> W::kLow & byte_mask(W::kHigh)) << (W::kHigh * c);
-      }
-    }
-  }
-  return out;
-}
-
+/// A thread makes a strip of a row.
 template <Encoder kEncoder>
 QUANTAL_KERNEL void QUANTAL_KERNEL_THREADS(kQuantizeThreads, 1)
     quantize_codes(const QuantizeArgs a) {
@@ -259,7 +219,10 @@ QUANTAL_KERNEL void QUANTAL_KERNEL_THREADS(kQuantizeThreads, 1)
   Words4 out{};
   with_width(a.bits, [&](auto bits) {
     constexpr int kBits = decltype(bits)::value;
-    if constexpr (makes_width(kEncoder, kBits)) out = encode_strip<kEncoder, kBits>(a, row, strip);
+    if constexpr (makes_width(kEncoder, kBits)) {
+      out = make_strip<kBits>(
+          strip, [&](std::int64_t chunk) { return encode_chunk<kEncoder, kBits>(a, row, chunk); });
+    }
   });
   *reinterpret_cast<Words4*>(a.codes + row * a.code_bytes + strip * 16) = out;
 }

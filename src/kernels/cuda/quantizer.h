@@ -33,8 +33,17 @@ enum class Encoder : int {
   kAffine = 6,
   /// GroupedKernels::encode_microscaled of w as it is: 4 bits are E2M1, 8 bits E4M3.
   kMicroscaled = 7,
+  // Groups of 32 whose scales are binary16; a weight whose scale is none is refused.
+  kExtreme = 8,   ///< BlockQuantizeKernels::extreme32, the centre is that of the form
+  kRange = 9,     ///< BlockQuantizeKernels::range32
+  kLargest = 10,  ///< BlockQuantizeKernels::absmax32, codes with 128 added
+  /// The scale of w ~ scale * values[code] by a search; code = table(clamp(w * (1 / scale / 127))).
+  kFitTable = 11,
+  /// Super-blocks of 256 by the searches of BlockQuantizeKernels and kernels/block_fit.h: 4 or 5
+  /// bits with a shift in groups of 32, or 6 bits in groups of 16.
+  kFitSuper = 12,
 };
-inline constexpr int kEncoders = 8;
+inline constexpr int kEncoders = 13;
 
 /// Widths of the codes that an encoder makes.
 QUANTAL_HD constexpr bool makes_width(Encoder encoder, int bits) {
@@ -46,6 +55,15 @@ QUANTAL_HD constexpr bool makes_width(Encoder encoder, int bits) {
       return bits == 8;
     case Encoder::kMicroscaled:
       return bits == 4 || bits == 8;
+    case Encoder::kExtreme:
+    case Encoder::kRange:
+      return bits == 4 || bits == 5;
+    case Encoder::kLargest:
+      return bits == 8;
+    case Encoder::kFitTable:
+      return bits == 4;
+    case Encoder::kFitSuper:
+      return bits == 4 || bits == 5 || bits == 6;
     default:
       return true;
   }
@@ -54,6 +72,12 @@ QUANTAL_HD constexpr bool makes_width(Encoder encoder, int bits) {
 /// Encoders whose rounds optimize shifts.
 constexpr bool optimizes_shifts(Encoder encoder) {
   return encoder == Encoder::kShifted || encoder == Encoder::kRoundedZero;
+}
+
+/// Encoders whose scales and offsets must be binary16 numbers.
+QUANTAL_HD constexpr bool makes_halves(Encoder encoder) {
+  return encoder == Encoder::kExtreme || encoder == Encoder::kRange ||
+         encoder == Encoder::kLargest || encoder == Encoder::kFitTable;
 }
 
 /// Encoders of r(w): weights are rounded to the value type first.
@@ -69,8 +93,9 @@ static_assert(kMaxShrinks == std::size(quantal_cuda_quantizer{}.no_shrink));
 /// The settings that an encoder has; others are ignored.
 struct Quantizer {
   Encoder encoder = Encoder::kTable;
-  float thresholds[16] = {};    ///< kTable: as TableQuantizer
-  std::uint8_t codes[16] = {};  ///< kTable
+  float thresholds[16] = {};    ///< kTable, kFitTable: as TableQuantizer
+  std::uint8_t codes[16] = {};  ///< kTable, kFitTable
+  float values[16] = {};        ///< kFitTable: of the thresholds' intervals, ascending
   float least = 0;              ///< kTable: least divisor
   float not_a_number = 0;       ///< kShifted, kRoundedZero: what NaN counts as
   float tiny_range = 0;         ///< kAffine: ranges up to it have scale 1
@@ -90,6 +115,7 @@ inline quantal_cuda_quantizer interface_form(const Quantizer& q) {
   out.encoder = static_cast<std::int32_t>(q.encoder);
   std::ranges::copy(q.thresholds, out.thresholds);
   std::ranges::copy(q.codes, out.codes);
+  std::ranges::copy(q.values, out.values);
   out.least = q.least;
   out.not_a_number = q.not_a_number;
   out.tiny_range = q.tiny_range;
@@ -126,6 +152,7 @@ struct QuantizeArgs {
   std::int64_t code_bytes, stat_bytes, slots, nested_slots, nested_group_size;
   int bits;
   float top;        ///< largest code
+  float centre;     ///< of the form
   int round_index;  ///< of a solver, from 0
   Shrink shrink;    ///< of this round
   GroupKind group_map;

@@ -28,6 +28,20 @@ bool is_whole(const PackedSpec& spec, bool columns) {
   return columns && spec.group_map == GroupMap::kColumnBlocks;
 }
 
+/// Groups of 32 with binary16 scales.
+bool is_short(const PackedSpec& spec) {
+  return is_whole(spec, false) && spec.group_size == 32 && spec.scale == ScaleSource::kF16;
+}
+
+/// Super-blocks of 256 that kFitSuper makes.
+bool is_super(const PackedSpec& spec) {
+  const bool six = spec.bits == 6;
+  return spec.group_map == GroupMap::kRowRuns && spec.cols % 256 == 0 &&
+         spec.group_size == (six ? 16 : 32) && spec.nested_group_size == 256 / spec.group_size &&
+         spec.centre == (six ? 32 : 0) && spec.offset == (six ? Offset::kNone : Offset::kShift) &&
+         spec.scale == (six ? ScaleSource::kSuperI8 : ScaleSource::kSuperU8);
+}
+
 /// `encoder` is one of the enumerators.
 bool makes_form(const PackedSpec& spec, Encoder encoder) {
   const bool floats = spec.scale == ScaleSource::kF32 || spec.scale == ScaleSource::kF16 ||
@@ -55,6 +69,15 @@ bool makes_form(const PackedSpec& spec, Encoder encoder) {
       return !offsets && is_whole(spec, false) &&
              (spec.scale == ScaleSource::kE8M0 || spec.scale == ScaleSource::kE4M3) &&
              spec.code_map == (spec.bits == 4 ? CodeMap::kE2M1 : CodeMap::kE4M3);
+    case Encoder::kExtreme:
+    case Encoder::kLargest:
+      return numbers && is_short(spec) && !offsets && spec.centre == 1 << (spec.bits - 1);
+    case Encoder::kRange:
+      return numbers && is_short(spec) && spec.offset == Offset::kBias && spec.centre == 0;
+    case Encoder::kFitTable:
+      return spec.code_map == CodeMap::kIq4Nl && is_short(spec) && !offsets;
+    case Encoder::kFitSuper:
+      return numbers && is_super(spec);
   }
   return false;
 }

@@ -17,12 +17,6 @@ constexpr int kLanes = 16;
 
 using ref::weight;
 
-/// 1 / d, or 0 where that is no finite number.
-float inverse(float d) {
-  const float id = d != 0.0F ? 1.0F / d : 0.0F;
-  return std::isfinite(id) ? id : 0.0F;
-}
-
 std::array<float, kShortGroup> group_of(WeightRun w, std::int64_t group, bool* finite) {
   std::array<float, kShortGroup> x;
   for (std::int64_t i = 0; i < kShortGroup; ++i) {
@@ -41,7 +35,7 @@ bool extreme32(WeightRun w, std::int64_t groups, int centre, float* scales, std:
     for (const float v : x) {
       if (std::fabs(v) > std::fabs(extreme)) extreme = v;
     }
-    const float d = extreme / static_cast<float>(-centre), id = inverse(d);
+    const float d = extreme / static_cast<float>(-centre), id = finite_inverse(d);
     scales[g] = d;
     for (const float v : x) {
       const int q = static_cast<int>(v * id + (static_cast<float>(centre) + 0.5F));
@@ -62,7 +56,7 @@ bool range32(WeightRun w, std::int64_t groups, int max_code, float* scales, floa
       if (v < low) low = v;
       if (v > high) high = v;
     }
-    const float d = (high - low) / static_cast<float>(max_code), id = inverse(d);
+    const float d = (high - low) / static_cast<float>(max_code), id = finite_inverse(d);
     scales[g] = d;
     lows[g] = low;
     for (const float v : x) {
@@ -81,7 +75,7 @@ bool absmax32(WeightRun w, std::int64_t groups, float* scales, std::uint8_t* cod
     if (!finite) return false;
     float most = 0.0F;
     for (const float v : x) most = std::max(most, std::fabs(v));
-    const float d = most / 127.0F, id = inverse(d);
+    const float d = most / 127.0F, id = finite_inverse(d);
     scales[g] = d;
     for (std::size_t i = 0; i < x.size(); ++i) {
       codes[i] = static_cast<std::uint8_t>(static_cast<std::int8_t>(std::round(x[i] * id)));
@@ -116,7 +110,7 @@ float nearest(float x, float low, float high) {
 }
 
 float encode_nearest(const float* w, std::int64_t n, NearestCode how, std::uint8_t* codes) {
-  const float inv = inverse(how.scale);
+  const float inv = finite_inverse(how.scale);
   const auto low = static_cast<float>(-how.centre);
   const auto high = static_cast<float>(how.max_code - how.centre);
   std::array<float, kLanes> error{};
@@ -155,7 +149,7 @@ ShiftedFit fit_shifted(const float* w, std::int64_t n, int max_code) {
     high = w[i] > high ? w[i] : high;
   }
   const float range = high - low;
-  if (inverse(range) == 0.0F) return {0.0F, -low};
+  if (finite_inverse(range) == 0.0F) return {0.0F, -low};
   const auto top = static_cast<float>(max_code);
   ScoredFit best{0, 0, std::numeric_limits<double>::infinity()};
   const auto consider = [&](float shift, float inv) {
@@ -164,7 +158,7 @@ ShiftedFit fit_shifted(const float* w, std::int64_t n, int max_code) {
   };
   for (int step = 0; step < kFitSteps; ++step) consider(-low, (top + fit_offset(step)) / range);
   for (int round = 0; round < kFitRounds; ++round) {
-    const float inv = inverse(static_cast<float>(best.scale));
+    const float inv = finite_inverse(static_cast<float>(best.scale));
     consider(static_cast<float>(best.shift), inv);
   }
   return {static_cast<float>(best.scale), static_cast<float>(best.shift)};
@@ -175,7 +169,7 @@ float fit_symmetric(const float* w, std::int64_t n, int centre) {
   for (std::int64_t i = 0; i < n; ++i) {
     if (std::fabs(w[i]) > std::fabs(extreme)) extreme = w[i];
   }
-  if (inverse(extreme) == 0.0F) return 0.0F;
+  if (finite_inverse(extreme) == 0.0F) return 0.0F;
   const auto bottom = static_cast<float>(-centre);
   const auto top = static_cast<float>(centre - 1);
   ScoredFit best{0, 0, std::numeric_limits<double>::infinity()};
@@ -185,7 +179,7 @@ float fit_symmetric(const float* w, std::int64_t n, int centre) {
   };
   for (int step = 0; step < kFitSteps; ++step) consider((bottom - fit_offset(step)) / extreme);
   for (int round = 0; round < kFitRounds; ++round) {
-    consider(inverse(static_cast<float>(best.scale)));
+    consider(finite_inverse(static_cast<float>(best.scale)));
   }
   return static_cast<float>(best.scale);
 }
