@@ -198,14 +198,6 @@ std::vector<Case> gguf_cases() {
   return out;
 }
 
-std::vector<Case> cases() {
-  std::vector<Case> out;
-  for (auto part : {bnb_cases, hqq_cases, mlx_cases, quanto_cases, gguf_cases}) {
-    for (Case& c : part()) out.push_back(std::move(c));
-  }
-  return out;
-}
-
 PackedSpec spec_of(const Case& c, DType value) {
   QuantizeOptions options = c.options;
   options.value_dtype = value;
@@ -232,40 +224,48 @@ void expect_bytes(const PackedSpec& spec, DType dtype, const void* weight, Threa
   ASSERT_EQ(actual.codes, expected.codes) << what;
 }
 
-TEST(CudaQuantize, BytesAreThoseOfTheCpu) {
+/// Every type of weights and of values. Both orders of threads where the two are the same, one of
+/// them, in turn, where they differ.
+void expect_bytes(const std::vector<Case>& all, std::uint64_t seed) {
   constexpr DType kTypes[] = {DType::kF32, DType::kF16, DType::kBF16};
-  std::uint64_t seed = 60;
-  for (const Case& c : cases()) {
+  for (const Case& c : all) {
     for (const DType dtype : kTypes) {
       for (const DType value : kTypes) {
         const PackedSpec spec = spec_of(c, value);
+        if (dtype != value && spec.value_dtype != value)
+          continue;  // the dialect has one of its own
         const std::string what = c.name + " " + describe(spec) + " of " +
                                  std::string(dtype_name(dtype)) + " seed " + std::to_string(++seed);
         ASSERT_TRUE(device_quantizer(spec).has_value()) << what;
         const std::vector<float> wide = odd_weights(c.rows * c.cols, seed);
         std::vector<std::uint32_t> weight(wide.size());
         narrow_from_f32(dtype, wide.data(), std::ssize(wide), weight.data());
-        // Both orders of threads for each case and type; the rest takes turns.
         for (const ThreadOrder order : {ThreadOrder::kAscending, ThreadOrder::kDescending}) {
           const bool turn = (seed % 2 == 0) == (order == ThreadOrder::kAscending);
-          if (dtype != value && !turn) continue;
-          expect_bytes(spec, dtype, weight.data(), order, what);
-          if (HasFatalFailure()) return;
+          if (dtype == value || turn) expect_bytes(spec, dtype, weight.data(), order, what);
         }
       }
     }
   }
 }
 
+TEST(CudaQuantize, BytesOfBitsandbytes) { expect_bytes(bnb_cases(), 60); }
+TEST(CudaQuantize, BytesOfHqq) { expect_bytes(hqq_cases(), 200); }
+TEST(CudaQuantize, BytesOfMlx) { expect_bytes(mlx_cases(), 400); }
+TEST(CudaQuantize, BytesOfQuanto) { expect_bytes(quanto_cases(), 600); }
+TEST(CudaQuantize, BytesOfGguf) { expect_bytes(gguf_cases(), 800); }
+
 TEST(CudaQuantize, MarksWeightsThatAreNotFinite) {
   for (const float bad : {std::nanf(""), INFINITY, -INFINITY}) {
-    for (const Case& c : cases()) {
-      const bool solver = c.options.method == QuantizationMethod::HQQ && c.options.optimize;
-      if (solver && c.options.group_size != 0) continue;  // slow
-      const PackedSpec spec = spec_of(c, DType::kF32);
-      std::vector<float> w = odd_weights(c.rows * c.cols, 3);
-      w[(static_cast<std::size_t>(c.cols) + 7) % w.size()] = bad;
-      EXPECT_EQ(by_kernels(spec, DType::kF32, w.data()).refused, 1) << c.name;
+    for (auto part : {bnb_cases, hqq_cases, mlx_cases, quanto_cases, gguf_cases}) {
+      for (const Case& c : part()) {
+        const PackedSpec spec = spec_of(c, DType::kF32);
+        const bool slow = device_quantizer(spec)->rounds > 0 && c.options.group_size != 0;
+        if (slow) continue;
+        std::vector<float> w = odd_weights(c.rows * c.cols, 3);
+        w[(static_cast<std::size_t>(c.cols) + 7) % w.size()] = bad;
+        EXPECT_EQ(by_kernels(spec, DType::kF32, w.data()).refused, 1) << c.name;
+      }
     }
   }
   std::vector<float> w(64 * 64, 70000.0F);  // finite, but not as binary16
@@ -274,6 +274,29 @@ TEST(CudaQuantize, MarksWeightsThatAreNotFinite) {
   options.bits = 8;
   const PackedSpec spec = dialect_of(options.method).make_spec(64, 64, options);
   EXPECT_EQ(by_kernels(spec, DType::kF32, w.data()).refused, 1);
+}
+
+TEST(CudaQuantize, MarksScalesThatAreNoHalves) {
+  for (const Case& c : gguf_cases()) {
+    const PackedSpec spec = spec_of(c, DType::kF32);
+    // Within what the searches take, as a range but not as a shift; beyond it.
+    for (const float most : {6e7F, 1e8F, 3e38F}) {
+      std::vector<float> w = odd_weights(c.rows * c.cols, 4);
+      for (std::size_t i = 0; i < 32; ++i) w[i] = i % 2 == 0 ? -most : most * 0.5F;
+      PackedMatrix packed = make_packed(spec);
+      bool legal = true;
+      try {
+        dialect_by_id(spec.dialect)
+            .quantize(spec, DType::kF32, w.data(), packed.codes.data(), packed.stats.data(),
+                      packed.shared.data(), serial_executor());
+      } catch (const Error&) {
+        legal = false;
+      }
+      EXPECT_EQ(by_kernels(spec, DType::kF32, w.data()).refused, legal ? 0 : 1)
+          << c.name << " " << most;
+      EXPECT_TRUE(!legal || c.name == "gguf Q6_K") << c.name << " " << most;
+    }
+  }
 }
 
 TEST(CudaQuantize, OtherFormsAreTheCpusOwn) {
@@ -309,9 +332,9 @@ TEST(CudaQuantize, RefusesEncodersThatDoNotMakeTheForm) {
       status.text,
       "cuda quantize: a form of 4 bits in groups of 64 is given, expected one that encoder "
       "2 makes");
-  how.encoder = 9;
+  how.encoder = 99;
   EXPECT_EQ(library().supports_quantize(&p, &status), QUANTAL_CUDA_UNSUPPORTED);
-  EXPECT_STREQ(status.text, "cuda quantize: encoder is number 9, expected 0 .. 12");
+  EXPECT_STREQ(status.text, "cuda quantize: encoder is number 99, expected 0 .. 12");
   how.encoder = 0;
   how.rounds = -1;
   EXPECT_EQ(library().supports_quantize(&p, &status), QUANTAL_CUDA_UNSUPPORTED);
