@@ -73,7 +73,7 @@ void move_codes(const PackedView& from, const CodeMove& move, PackedMatrix& to,
 /// `shared` of the result: the table and the nested map go over, the residue where it stays.
 void move_shared(const PackedView& from, PackedMatrix& to) {
   const std::size_t kept = std::min(to.shared.size(), from.shared.size());
-  std::memcpy(to.shared.data(), from.shared.data(), kept);
+  std::ranges::copy(from.shared.first(kept), to.shared.begin());
 }
 
 bool same_arithmetic(PackedSpec a, const PackedSpec& b) {

@@ -142,7 +142,7 @@ void matmul_transposed_bf16(const Bf16Kernels& kernels, const KernelMatrix& matr
     const std::uint16_t* rows = g + m * matrix.rows;
     if (ld != matrix.rows) {
       rows = pack_rows(count, ld, matrix.rows, executor, [&](std::int64_t i, std::uint16_t* out) {
-        std::memcpy(out, g + (m + i) * matrix.rows, static_cast<std::size_t>(matrix.rows) * 2);
+        std::copy_n(g + (m + i) * matrix.rows, matrix.rows, out);  // g may be null without rows
         out[matrix.rows] = 0;
       });
     }

@@ -48,7 +48,7 @@ Tensor scalar_tensor(DType dtype, T value) {
 
 Tensor size_tensor(const std::vector<std::int64_t>& dims) {
   Tensor t = make_tensor(DType::kI64, {static_cast<std::int64_t>(dims.size())});
-  std::memcpy(t.bytes.data(), dims.data(), t.bytes.size());
+  if (!dims.empty()) std::memcpy(t.bytes.data(), dims.data(), t.bytes.size());
   return t;
 }
 

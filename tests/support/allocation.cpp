@@ -41,10 +41,19 @@ void give(void* block) noexcept {
 }  // namespace
 
 void* operator new(std::size_t bytes) { return take(bytes, 1); }
+// std::stable_sort takes its buffer so, and gives it back to the plain delete.
+void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept {
+  try {
+    return take(bytes, 1);
+  } catch (const std::bad_alloc&) {
+    return nullptr;
+  }
+}
 void* operator new(std::size_t bytes, std::align_val_t alignment) {
   return take(bytes, static_cast<std::size_t>(alignment));
 }
 void operator delete(void* block) noexcept { give(block); }
+void operator delete(void* block, const std::nothrow_t&) noexcept { give(block); }
 void operator delete(void* block, std::size_t) noexcept { give(block); }
 void operator delete(void* block, std::align_val_t) noexcept { give(block); }
 void operator delete(void* block, std::size_t, std::align_val_t) noexcept { give(block); }
