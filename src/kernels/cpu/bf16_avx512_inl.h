@@ -79,12 +79,7 @@ inline void repeat_for_chunks(const float* from, std::int64_t group_size, std::i
     }
     return;
   }
-  std::int64_t c = 0;
-  for (std::int64_t end = (group_size - phase) / kLanes; c < chunks; end += group_size / kLanes) {
-    const __m512 value = _mm512_set1_ps(*from++);
-    for (; c < min64(end, chunks); c += kLanes) _mm512_storeu_ps(to + c, value);
-    c = min64(end, chunks);  // the last vector ran over into the next group
-  }
+  repeat_outer<VecBf16>(from, group_size / kLanes, phase / kLanes, chunks, to);
 }
 
 /// expand_stretch with a slot for every slot_columns; step_fields is not 0.
