@@ -5,6 +5,7 @@
 #pragma once
 
 #include "quantal/archive.h"
+#include "quantal/attention.h"
 #include "quantal/backend.h"
 #include "quantal/checkpoint.h"
 #include "quantal/core.h"

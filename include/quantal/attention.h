@@ -1,0 +1,74 @@
+// quantal attention: softmax(q k^T) v and its gradients where the framework's own are slow, which
+// is bfloat16 on processors with AVX512_BF16 and without AMX, and one position at a time on all.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "quantal/core.h"
+
+namespace quantal {
+
+/// Sizes of an attention: q [batch, heads, queries, dim], k and v [batch, kv_heads, keys, dim].
+/// Head h reads the keys and values of head `h / (heads / kv_heads)` (grouped-query attention).
+struct AttentionShape {
+  std::int64_t batch = 0;     ///< independent sequences
+  std::int64_t heads = 0;     ///< of q, a multiple of kv_heads
+  std::int64_t kv_heads = 0;  ///< of k and v
+  std::int64_t queries = 0;   ///< positions of q, the last of those of k
+  std::int64_t keys = 0;      ///< positions of k and v
+  std::int64_t dim = 0;       ///< values of a head
+  bool causal = false;        ///< query i sees keys 0 .. keys - queries + i, else all
+  float scale = 0;            ///< of the scores, usually 1 / sqrt(dim)
+};
+
+/// Elements of [batch, heads, positions, dim] from one index to the next; the last axis is dense.
+struct AttentionStrides {
+  std::int64_t batch = 0;     ///< to the next sequence
+  std::int64_t head = 0;      ///< to the next head
+  std::int64_t position = 0;  ///< to the next position
+};
+struct AttentionInput {
+  const void* data = nullptr;  ///< element 0
+  AttentionStrides strides;    ///< of data
+};
+struct AttentionOutput {
+  void* data = nullptr;      ///< element 0
+  AttentionStrides strides;  ///< of data
+};
+
+/// Why the kernels of the active set do not take this, as "what is <actual>, expected <allowed>";
+/// empty if they do. `with_gradient`: attention_backward is wanted too. A refusal is about speed or
+/// missing kernels; the framework's own attention is the alternative.
+std::string attention_refusal(const AttentionShape& shape, DType dtype, bool with_gradient);
+
+/// `out[i] = sum_j p[i, j] v[j]`, `p[i, j] = exp(s[i, j] - lse[i])`, `s[i, j] = scale sum q[i]
+/// k[j]`, `lse[i] = log sum_j exp(s[i, j])` over the keys that query i sees. q, k, v and out have
+/// `dtype`; lse float32 [batch, heads, queries], null where not wanted. Scores and sums are
+/// float32; where the rows are many, p is rounded to bfloat16 before the second product, as in the
+/// framework's. Bits depend on nothing but the shape and the kernel set. Throws Error{kUnsupported}
+/// with attention_refusal, Error{kShape} for negative sizes, heads that kv_heads does not divide,
+/// no keys or, if causal, fewer keys than queries.
+void attention(const AttentionShape& shape, DType dtype, const AttentionInput& q,
+               const AttentionInput& k, const AttentionInput& v, const AttentionOutput& out,
+               float* lse, const Executor& executor);
+
+/// What attention computed, and the gradient of its result.
+struct AttentionSaved {
+  AttentionInput q, k, v;      ///< inputs of attention
+  AttentionInput out;          ///< its result
+  const float* lse = nullptr;  ///< [batch, heads, queries] of it
+  AttentionInput grad;         ///< of the result
+};
+struct AttentionGradients {
+  AttentionOutput q, k, v;  ///< of the inputs, of their shapes
+};
+
+/// Gradients of attention: `dv[j] = sum_i p[i, j] g[i]`, `ds[i, j] = p[i, j] (g[i] v[j] - g[i]
+/// out[i])`, `dq[i] = scale sum_j ds[i, j] k[j]`, `dk[j] = scale sum_i ds[i, j] q[i]`, heads that
+/// share keys summed. p is computed again; p and ds are rounded to bfloat16 before they are
+/// multiplied. Dtypes, determinism and errors as attention.
+void attention_backward(const AttentionShape& shape, DType dtype, const AttentionSaved& saved,
+                        const AttentionGradients& gradients, const Executor& executor);
+
+}  // namespace quantal

@@ -1,0 +1,52 @@
+// Attention (quantal/attention.h) across the line between the dispatcher and the files of one
+// instruction set. Only <cstdint> may be included here.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cpu/cpu_kernels.h"
+
+namespace quantal {
+
+// One head of keys and values is read by `group` heads of queries. Their queries are the *rows* of
+// one problem, row = query * group + head, so that keys are read once for all and the number of
+// keys that a row sees, `first_seen + row / group` (at most `keys`), does not fall.
+
+/// Rows of q, out, ... of one problem: row r begins at data + r / group * position + r % group *
+/// head elements.
+struct AttentionRows {
+  void* data;
+  std::int64_t position, head;
+};
+
+/// One problem: the queries of one head of keys and values.
+struct AttentionJob {
+  AttentionRows q;  ///< only read
+  const void* k;    ///< key j begins at k + j * k_stride elements
+  const void* v;    ///< value j at v + j * v_stride
+  std::int64_t k_stride, v_stride;
+  AttentionRows out;
+  float* lse;  ///< of row r at lse + r / group + r % group * lse_head; null: not wanted
+  std::int64_t lse_head;
+  std::int64_t group, rows, keys, dim;
+  std::int64_t first_seen;  ///< keys that row 0 sees; `keys` where not causal
+  float scale;
+};
+
+/// Few rows, most of all one position of a model that generates.
+struct FewRowsAttention {
+  /// Most rows and largest dim of a job; dim is a multiple of 16.
+  static constexpr std::int64_t kMaxRows = 16, kMaxDim = 256;
+  /// float32 that `run` works in, the calling thread's own, whole cache lines.
+  static std::int64_t scratch_floats(std::int64_t keys) {
+    return kMaxRows * ((keys + 15) / 16 * 16 + 2 * kMaxDim);
+  }
+  void (*run)(const AttentionJob& job, FloatKind kind, float* scratch) noexcept;
+};
+
+const FewRowsAttention& few_rows_attention_scalar();
+const FewRowsAttention& few_rows_attention_avx2();
+const FewRowsAttention& few_rows_attention_avx512();
+const FewRowsAttention& few_rows_attention_neon();
+
+}  // namespace quantal
