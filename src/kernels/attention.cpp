@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <string>
 
-#include "kernels/cpu/attention_kernels.h"
+#include "kernels/attention_blocks.h"
 #include "kernels/cpu/dispatch.h"
 
 namespace quantal {
@@ -35,24 +35,48 @@ void check_taken(const AttentionShape& shape, DType dtype, bool with_gradient) {
   if (!refusal.empty()) fail(Errc::kUnsupported, "attention: " + refusal);
 }
 
+const BlockAttention* block_attention() {
+  const auto kernels = cpu_kernels().block_attention;
+  return kernels == nullptr ? nullptr : &kernels();
+}
+
+/// As attention_refusal, of the kernels of many rows.
+std::string blocks_refusal(DType dtype) {
+  if (dtype != DType::kBF16) {
+    return "dtype is " + std::string(dtype_name(dtype)) + ", expected bf16";
+  }
+  if (block_attention() == nullptr) {
+    return "kernel set is " + std::string(active_cpu_kernels()) + ", expected avx512bf16";
+  }
+  return "";
+}
+
 }  // namespace
 
 std::string attention_refusal(const AttentionShape& shape, DType dtype, bool with_gradient) {
-  static_cast<void>(shape);
-  static_cast<void>(dtype);
   static_cast<void>(with_gradient);
-  return "kernel set is " + std::string(active_cpu_kernels()) + ", expected one with attention";
+  constexpr std::int64_t kDimUnit = 16, kMaxKeys = std::int64_t{1} << 30;
+  if (shape.dim % kDimUnit != 0 || shape.dim > BlockAttention::kMaxDim) {
+    return "dim is " + std::to_string(shape.dim) + ", expected a multiple of " +
+           std::to_string(kDimUnit) + " up to " + std::to_string(BlockAttention::kMaxDim);
+  }
+  if (shape.keys > kMaxKeys) {
+    return "keys is " + std::to_string(shape.keys) + ", expected <= " + std::to_string(kMaxKeys);
+  }
+  return blocks_refusal(dtype);
 }
 
-void attention(const AttentionShape& shape, DType dtype, const AttentionInput& /*q*/,
-               const AttentionInput& /*k*/, const AttentionInput& /*v*/,
-               const AttentionOutput& /*out*/, float* lse, const Executor& /*executor*/) {
+void attention(const AttentionShape& shape, DType dtype, const AttentionInput& q,
+               const AttentionInput& k, const AttentionInput& v, const AttentionOutput& out,
+               float* lse, const Executor& executor) {
   check_taken(shape, dtype, lse != nullptr);
+  attention_blocks(*block_attention(), shape, q, k, v, out, lse, executor);
 }
 
-void attention_backward(const AttentionShape& shape, DType dtype, const AttentionSaved& /*saved*/,
-                        const AttentionGradients& /*gradients*/, const Executor& /*executor*/) {
+void attention_backward(const AttentionShape& shape, DType dtype, const AttentionSaved& saved,
+                        const AttentionGradients& gradients, const Executor& executor) {
   check_taken(shape, dtype, true);
+  attention_blocks_backward(*block_attention(), shape, saved, gradients, executor);
 }
 
 }  // namespace quantal

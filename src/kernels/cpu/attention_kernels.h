@@ -44,6 +44,37 @@ struct FewRowsAttention {
   void (*run)(const AttentionJob& job, FloatKind kind, float* scratch) noexcept;
 };
 
+/// What attention computed for the rows of a job, and where gradients go.
+struct AttentionGradJob {
+  AttentionJob job;    ///< out only read, lse not null
+  AttentionRows grad;  ///< of out, only read
+  AttentionRows dq;
+  float* dk;  ///< [keys, dim], added to
+  float* dv;
+};
+
+/// Many rows of bfloat16, dim a multiple of 16.
+struct BlockAttention {
+  /// Rows of one call; `row` is a multiple of it.
+  static constexpr std::int64_t kRows = 64;
+  static constexpr std::int64_t kMaxDim = 256;
+  /// float32 that a call works in, the calling thread's own, whole cache lines.
+  static constexpr std::int64_t scratch_floats(std::int64_t dim) { return 4 * kRows * dim; }
+  /// out and lse of rows [row, row + rows).
+  void (*forward)(const AttentionJob& job, std::int64_t row, std::int64_t rows,
+                  float* scratch) noexcept;
+  /// dq of rows [row, row + rows) and what they add to dk and dv, without `scale` in dk.
+  void (*backward)(const AttentionGradJob& job, std::int64_t row, std::int64_t rows,
+                   float* scratch) noexcept;
+  /// out[i] = scale * (the sum of sums[part * stride + i] in the order of parts), n a multiple of
+  /// 16.
+  void (*round)(const float* sums, std::int64_t parts, std::int64_t stride, float scale,
+                std::int64_t n, std::uint16_t* out) noexcept;
+};
+const BlockAttention& block_attention_avx512bf16();
+void attention_backward_avx512bf16(const AttentionGradJob& job, std::int64_t row, std::int64_t rows,
+                                   float* scratch) noexcept;
+
 const FewRowsAttention& few_rows_attention_scalar();
 const FewRowsAttention& few_rows_attention_avx2();
 const FewRowsAttention& few_rows_attention_avx512();

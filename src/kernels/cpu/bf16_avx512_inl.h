@@ -11,6 +11,7 @@
 #pragma once
 
 #include "kernels/cpu/dequantize_inl.h"
+#include "kernels/cpu/products_avx512_inl.h"
 #include "kernels/cpu/vec_avx512.h"
 
 namespace quantal {
@@ -27,17 +28,6 @@ struct VecBf16 : VecAvx512 {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(a));
   }
 };
-
-inline __m512i load_512(const void* p) { return _mm512_loadu_si512(p); }
-inline __m512i narrow_two(__m512 low, __m512 high) {
-  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
-}
-
-/// sum += products of pairs of w and x. As assembler: with the intrinsic GCC 12 loads operands that
-/// stand in registers again for each product, and copies sums.
-[[gnu::always_inline]] inline void add_products(__m512& sum, __m512i w, __m512i x) {
-  __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
-}
 
 /// Scratch and packed activations are zero up to a multiple of this many columns.
 constexpr std::int64_t kPadColumns = 64;
