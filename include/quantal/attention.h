@@ -46,9 +46,10 @@ std::string attention_refusal(const AttentionShape& shape, DType dtype, bool wit
 /// k[j]`, `lse[i] = log sum_j exp(s[i, j])` over the keys that query i sees. q, k, v and out have
 /// `dtype`; lse float32 [batch, heads, queries], null where not wanted. Scores and sums are
 /// float32; where the rows are many, p is rounded to bfloat16 before the second product, as in the
-/// framework's. Bits depend on nothing but the shape and the kernel set. Throws Error{kUnsupported}
-/// with attention_refusal, Error{kShape} for negative sizes, heads that kv_heads does not divide,
-/// no keys or, if causal, fewer keys than queries.
+/// framework's, and a value that is not finite may reach queries near those that see it. Bits
+/// depend on nothing but the shape and the kernel set. Throws Error{kUnsupported} with
+/// attention_refusal, Error{kShape} for negative sizes, heads that kv_heads does not divide, no
+/// keys or, if causal, fewer keys than queries.
 void attention(const AttentionShape& shape, DType dtype, const AttentionInput& q,
                const AttentionInput& k, const AttentionInput& v, const AttentionOutput& out,
                float* lse, const Executor& executor);

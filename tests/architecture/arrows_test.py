@@ -43,6 +43,7 @@ PUBLIC_ROOMS = {
     "merge_report": "policy",
     "ggml": "formats",
     "model_fit": "checkpoint",
+    "attention": "kernels",
     "packed": "kernels",
     "plan": "checkpoint",
     "safetensors": "io",
