@@ -39,7 +39,8 @@ struct AttentionOutput {
 
 /// Why the kernels of the active set do not take this, as "what is <actual>, expected <allowed>";
 /// empty if they do. `with_gradient`: attention_backward is wanted too. A refusal is about speed or
-/// missing kernels; the framework's own attention is the alternative.
+/// missing kernels; the framework's own attention is the alternative. Throws Error{kShape} as
+/// attention.
 std::string attention_refusal(const AttentionShape& shape, DType dtype, bool with_gradient);
 
 /// `out[i] = sum_j p[i, j] v[j]`, `p[i, j] = exp(s[i, j] - lse[i])`, `s[i, j] = scale sum q[i]

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "kernels/attention_blocks.h"
+#include "kernels/attention_few.h"
 #include "kernels/cpu/dispatch.h"
 
 namespace quantal {
@@ -30,7 +31,6 @@ void check_shape(const AttentionShape& shape) {
 }
 
 void check_taken(const AttentionShape& shape, DType dtype, bool with_gradient) {
-  check_shape(shape);
   const std::string refusal = attention_refusal(shape, dtype, with_gradient);
   if (!refusal.empty()) fail(Errc::kUnsupported, "attention: " + refusal);
 }
@@ -54,8 +54,12 @@ std::string blocks_refusal(DType dtype) {
 }  // namespace
 
 std::string attention_refusal(const AttentionShape& shape, DType dtype, bool with_gradient) {
-  static_cast<void>(with_gradient);
+  check_shape(shape);
   constexpr std::int64_t kDimUnit = 16, kMaxKeys = std::int64_t{1} << 30;
+  static_assert(BlockAttention::kMaxDim == FewRowsAttention::kMaxDim);
+  if (!is_weight_dtype(dtype)) {
+    return "dtype is " + std::string(dtype_name(dtype)) + ", expected f32, f16 or bf16";
+  }
   if (shape.dim % kDimUnit != 0 || shape.dim > BlockAttention::kMaxDim) {
     return "dim is " + std::to_string(shape.dim) + ", expected a multiple of " +
            std::to_string(kDimUnit) + " up to " + std::to_string(BlockAttention::kMaxDim);
@@ -63,14 +67,22 @@ std::string attention_refusal(const AttentionShape& shape, DType dtype, bool wit
   if (shape.keys > kMaxKeys) {
     return "keys is " + std::to_string(shape.keys) + ", expected <= " + std::to_string(kMaxKeys);
   }
-  return blocks_refusal(dtype);
+  if (with_gradient) return blocks_refusal(dtype);
+  const std::string few = few_rows_refusal(shape);
+  if (few.empty()) return "";
+  const std::string many = blocks_refusal(dtype);
+  return many.empty() ? "" : few + "; for more, " + many;
 }
 
 void attention(const AttentionShape& shape, DType dtype, const AttentionInput& q,
                const AttentionInput& k, const AttentionInput& v, const AttentionOutput& out,
                float* lse, const Executor& executor) {
-  check_taken(shape, dtype, lse != nullptr);
-  attention_blocks(*block_attention(), shape, q, k, v, out, lse, executor);
+  check_taken(shape, dtype, false);
+  if (few_rows_refusal(shape).empty()) {
+    attention_few_rows(shape, dtype, q, k, v, out, lse, executor);
+  } else {
+    attention_blocks(*block_attention(), shape, q, k, v, out, lse, executor);
+  }
 }
 
 void attention_backward(const AttentionShape& shape, DType dtype, const AttentionSaved& saved,

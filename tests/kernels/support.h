@@ -62,7 +62,8 @@ class OddExecutor final : public Executor {
 /// One thread per piece, pieces of the grain.
 class ThreadExecutor final : public Executor {
  public:
-  int num_threads() const override { return 4; }
+  explicit ThreadExecutor(int threads = 4) : threads_(threads) {}
+  int num_threads() const override { return threads_; }
   void parallel_for(std::int64_t begin, std::int64_t end, std::int64_t grain,
                     const std::function<void(std::int64_t, std::int64_t)>& body) const override {
     const std::int64_t step = std::max(grain, ceil_div(end - begin, num_threads()));
@@ -72,6 +73,9 @@ class ThreadExecutor final : public Executor {
     }
     for (std::thread& t : threads) t.join();
   }
+
+ private:
+  int threads_;
 };
 
 inline std::string describe(const PackedSpec& s) {

@@ -33,15 +33,23 @@ struct AttentionJob {
   float scale;
 };
 
-/// Few rows, most of all one position of a model that generates.
+/// Few rows, most of all one position of a model that generates. Keys are cut into chunks; what a
+/// chunk makes of every row is a *part*: [rows, dim] of sum_j exp(s[j] - most) v[j], then `most`,
+/// the largest score s[j], of kRows rows, then sum_j exp(s[j] - most) of kRows rows, all float32.
 struct FewRowsAttention {
-  /// Most rows and largest dim of a job; dim is a multiple of 16.
-  static constexpr std::int64_t kMaxRows = 16, kMaxDim = 256;
-  /// float32 that `run` works in, the calling thread's own, whole cache lines.
-  static std::int64_t scratch_floats(std::int64_t keys) {
-    return kMaxRows * ((keys + 15) / 16 * 16 + 2 * kMaxDim);
+  /// Most rows and largest dim of a job; dim is a multiple of 16. Most keys of a chunk.
+  static constexpr std::int64_t kRows = 16, kMaxDim = 256, kKeys = 1024;
+  /// float32 that `part` works in, the calling thread's own: queries as float32, and scores.
+  static constexpr std::int64_t kScratchFloats = kRows * (kMaxDim + kKeys);
+  static constexpr std::int64_t part_floats(std::int64_t rows, std::int64_t dim) {
+    return rows * dim + 2 * kRows;
   }
-  void (*run)(const AttentionJob& job, FloatKind kind, float* scratch) noexcept;
+  /// The part of keys [begin, end).
+  void (*part)(const AttentionJob& job, FloatKind kind, std::int64_t begin, std::int64_t end,
+               float* scratch, float* part) noexcept;
+  /// out and lse from the parts of all keys in their order, part_floats from one to the next.
+  void (*finish)(const AttentionJob& job, FloatKind kind, const float* parts,
+                 std::int64_t count) noexcept;
 };
 
 /// What attention computed for the rows of a job, and where gradients go.

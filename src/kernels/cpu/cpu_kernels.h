@@ -113,6 +113,7 @@ using DecodeRow = void (*)(const KernelMatrix& w, std::int64_t row, std::int64_t
 struct Int8Kernels;
 struct IntKernels;
 struct BlockAttention;
+struct FewRowsAttention;
 
 /// Products of bfloat16 activations with weights rounded to bfloat16, where the processor has
 /// instructions for them.
@@ -156,11 +157,12 @@ struct CpuKernels {
                             std::int64_t col_end) noexcept;
   /// n elements of `kind` to float32, exact.
   void (*widen)(FloatKind kind, const void* in, std::int64_t n, float* out) noexcept;
-  const Int8Kernels& (*int8)();                ///< int8_kernels.h
-  const IntKernels& (*integers)();             ///< int_kernels.h
-  const Bf16Kernels& (*bf16)();                ///< null: 16-bit activations are widened to float32
-  const BlockAttention& (*block_attention)();  ///< attention_kernels.h; null: the framework's
-  MaxRows max_rows, transposed_max_rows;       ///< packed_matmul_max_rows
+  const Int8Kernels& (*int8)();     ///< int8_kernels.h
+  const IntKernels& (*integers)();  ///< int_kernels.h
+  const Bf16Kernels& (*bf16)();     ///< null: 16-bit activations are widened to float32
+  const FewRowsAttention& (*few_rows_attention)();  ///< attention_kernels.h
+  const BlockAttention& (*block_attention)();       ///< null: the framework's
+  MaxRows max_rows, transposed_max_rows;            ///< packed_matmul_max_rows
 };
 
 #define QUANTAL_DECLARE_KERNELS(isa)                                                               \
