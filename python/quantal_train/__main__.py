@@ -1,6 +1,6 @@
 """``python -m quantal_train`` and ``torchrun -m quantal_train``."""
 
-from .cli import program
+from . import program
 
 if __name__ == "__main__":
     program()

@@ -195,6 +195,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train.py",
         description="LoRA, QLoRA and DoRA fine-tuning on one or many ranks (torchrun).",
+        epilog="With glibc the program starts itself again with GLIBC_TUNABLES set, which halves "
+        "its memory on the CPU; QUANTAL_MALLOC=default in the environment leaves that out.",
         formatter_class=_Defaults,
     )
     _data_flags(parser)
