@@ -9,8 +9,9 @@
 
 namespace quantal {
 
-/// Sizes of an attention: q [batch, heads, queries, dim], k and v [batch, kv_heads, keys, dim].
-/// Head h reads the keys and values of head `h / (heads / kv_heads)` (grouped-query attention).
+/// Sizes of an attention, and which keys are seen: q [batch, heads, queries, dim], k and v [batch,
+/// kv_heads, keys, dim]. Head h reads the keys and values of head `h / (heads / kv_heads)`
+/// (grouped-query attention).
 struct AttentionShape {
   std::int64_t batch = 0;     ///< independent sequences
   std::int64_t heads = 0;     ///< of q, a multiple of kv_heads
@@ -20,7 +21,18 @@ struct AttentionShape {
   std::int64_t dim = 0;       ///< values of a head
   bool causal = false;        ///< query i sees keys 0 .. keys - queries + i, else all
   float scale = 0;            ///< of the scores, usually 1 / sqrt(dim)
+  /// int32 [batch, queries] each, or null: query i of a sequence sees keys [run_begin[i],
+  /// run_end[i]) and no others; causal is false then. Padding, packed sequences and windows are
+  /// such runs. A query without keys has 0 for its result and gradients, -infinity for its lse.
+  const std::int32_t* run_begin = nullptr;
+  const std::int32_t* run_end = nullptr;  ///< with run_begin
 };
+
+/// The runs of a mask [rows, keys], a byte per key, not 0 where it is seen; `stride` bytes from row
+/// to row. Returns false, with begin and end unspecified, if a row sees keys that are no single
+/// run.
+bool runs_of_mask(const std::uint8_t* mask, std::int64_t rows, std::int64_t keys,
+                  std::int64_t stride, std::int32_t* begin, std::int32_t* end) noexcept;
 
 /// Elements of [batch, heads, positions, dim] from one index to the next; the last axis is dense.
 struct AttentionStrides {
@@ -50,7 +62,7 @@ std::string attention_refusal(const AttentionShape& shape, DType dtype, bool wit
 /// framework's, and a value that is not finite may reach queries near those that see it. Bits
 /// depend on nothing but the shape and the kernel set. Throws Error{kUnsupported} with
 /// attention_refusal, Error{kShape} for negative sizes, heads that kv_heads does not divide, no
-/// keys or, if causal, fewer keys than queries.
+/// keys, if causal fewer keys than queries, or runs beyond the keys.
 void attention(const AttentionShape& shape, DType dtype, const AttentionInput& q,
                const AttentionInput& k, const AttentionInput& v, const AttentionOutput& out,
                float* lse, const Executor& executor);

@@ -152,7 +152,8 @@ AttentionJob attention_job(const AttentionShape& shape, std::int64_t index, cons
           .rows = group * shape.queries,
           .keys = shape.keys,
           .dim = shape.dim,
-          .first_seen = shape.causal ? shape.keys - shape.queries + 1 : shape.keys,
+          .begin = shape.run_begin + sequence * shape.queries,
+          .end = shape.run_end + sequence * shape.queries,
           .scale = shape.scale};
 }
 

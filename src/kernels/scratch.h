@@ -10,8 +10,9 @@
 
 namespace quantal {
 
-/// What a thread's scratch is for: activations of a product, what its tasks work in.
-enum class Scratch { kInputs, kSums };
+/// What a thread's scratch is for: activations of a product, what its tasks work in, the keys that
+/// queries see.
+enum class Scratch { kInputs, kSums, kRuns };
 
 /// Memory that the calling thread keeps from product to product, whole cache lines: nothing is
 /// allocated once it has grown. Valid until the thread asks for the same again. Throws

@@ -48,6 +48,7 @@ struct Case {
   std::int64_t batch, heads, kv_heads, queries, keys, dim;
   bool causal;
   Order order = Order::kPositions;
+  bool runs = false;  ///< random ones, some of them empty
 };
 
 std::string name_of(const Case& c) {
@@ -55,7 +56,7 @@ std::string name_of(const Case& c) {
   for (const std::int64_t n : {c.batch, c.heads, c.kv_heads, c.queries, c.keys, c.dim}) {
     name += std::to_string(n) + " ";
   }
-  return name + (c.causal ? "causal" : "all");
+  return name + (c.causal ? "causal" : c.runs ? "runs" : "all");
 }
 
 /// Inputs, results and gradients of one attention.
@@ -63,6 +64,7 @@ struct Problem {
   AttentionShape shape;
   Heads q, k, v, out, grad, dq, dk, dv;
   std::vector<float> lse;
+  std::vector<std::int32_t> begin, end;
 
   Problem(const Case& c, std::uint64_t seed, float size = 2.0F)
       : shape{c.batch, c.heads, c.kv_heads, c.queries,
@@ -79,12 +81,28 @@ struct Problem {
     Random random(seed);
     for (Heads* x : {&q, &k}) x->fill(random, size);
     for (Heads* x : {&v, &grad, &out, &dq, &dk, &dv}) x->fill(random, 1.0F);
+    for (std::int64_t i = 0; c.runs && i < c.batch * c.queries; ++i) {
+      begin.push_back(static_cast<std::int32_t>(random.below(c.keys)));
+      end.push_back(begin.back() +
+                    static_cast<std::int32_t>(random.below(c.keys - begin.back() + 1)));
+    }
+  }
+  Problem(const Problem&) = delete;
+  Problem& operator=(const Problem&) = delete;
+
+  AttentionShape with_runs() const {
+    AttentionShape s = shape;
+    if (!begin.empty()) {
+      s.run_begin = begin.data();
+      s.run_end = end.data();
+    }
+    return s;
   }
   void forward(const Executor& executor) {
-    attention(shape, DType::kBF16, q.in(), k.in(), v.in(), out.out(), lse.data(), executor);
+    attention(with_runs(), DType::kBF16, q.in(), k.in(), v.in(), out.out(), lse.data(), executor);
   }
   void backward(const Executor& executor) {
-    attention_backward(shape, DType::kBF16,
+    attention_backward(with_runs(), DType::kBF16,
                        {q.in(), k.in(), v.in(), out.in(), lse.data(), grad.in()},
                        {dq.out(), dk.out(), dv.out()}, executor);
   }
@@ -116,8 +134,12 @@ class Query {
       : run_(run), b_(b), h_(h), i_(i), kv_(h / (run.shape.heads / run.shape.kv_heads)) {
     const AttentionShape& s = run.shape;
     seen_ = s.causal ? s.keys - s.queries + 1 + i : s.keys;
+    if (!run.begin.empty()) {
+      begin_ = run.begin[static_cast<std::size_t>(b * s.queries + i)];
+      seen_ = run.end[static_cast<std::size_t>(b * s.queries + i)];
+    }
     double total = 0;
-    for (std::int64_t j = 0; j < seen_; ++j) {
+    for (std::int64_t j = begin_; j < seen_; ++j) {
       double sum = 0, size = 0;
       for (std::int64_t x = 0; x < s.dim; ++x) {
         const double product = run.q.at(b, h, i, x) * run.k.at(b, kv_, j, x);
@@ -133,7 +155,9 @@ class Query {
   }
 
   double lse() const { return lse_; }
-  double lse_drift() const { return *std::max_element(drift_.begin(), drift_.end()); }
+  double lse_drift() const {
+    return drift_.empty() ? 0 : *std::max_element(drift_.begin(), drift_.end());
+  }
 
   void add_out(std::vector<Bounded>& out) const {
     each_key([&](std::int64_t j, double p, double rounding) {
@@ -176,15 +200,15 @@ class Query {
  private:
   template <class Body>
   void each_key(Body body) const {
-    for (std::int64_t j = 0; j < seen_; ++j) {
-      const auto at = static_cast<std::size_t>(j);
+    for (std::int64_t j = begin_; j < seen_; ++j) {
+      const auto at = static_cast<std::size_t>(j - begin_);
       body(j, std::exp(scores_[at] - lse_), kRound + drift_[at] + lse_drift());
     }
   }
 
   const Problem& run_;
   const std::int64_t b_, h_, i_, kv_;
-  std::int64_t seen_ = 0;
+  std::int64_t begin_ = 0, seen_ = 0;
   std::vector<double> scores_, drift_;
   double lse_ = 0;
 };
@@ -198,8 +222,12 @@ void check(Problem& run) {
         query.add_out(out);
         query.add_gradients(dq, dk, dv);
         const auto at = (b * run.shape.heads + h) * run.shape.queries + i;
-        ASSERT_NEAR(static_cast<double>(run.lse[static_cast<std::size_t>(at)]), query.lse(),
-                    query.lse_drift() + 0x1p-22 * std::abs(query.lse()));
+        const auto lse = static_cast<double>(run.lse[static_cast<std::size_t>(at)]);
+        if (std::isinf(query.lse())) {  // no keys
+          ASSERT_EQ(lse, query.lse());
+          continue;
+        }
+        ASSERT_NEAR(lse, query.lse(), query.lse_drift() + 0x1p-22 * std::abs(query.lse()));
       }
     }
   }
@@ -221,11 +249,20 @@ class AttentionBlocks : public testing::KernelSetTest {
 };
 
 const Case kCases[] = {
-    {1, 1, 1, 1, 1, 16, true},     {2, 3, 1, 64, 64, 64, true},
-    {1, 4, 2, 33, 97, 48, true},   {1, 2, 2, 130, 130, 80, true, Order::kHeads},
-    {2, 2, 1, 17, 200, 32, false}, {1, 8, 8, 5, 129, 128, false, Order::kHeads},
-    {1, 5, 1, 70, 71, 112, true},  {1, 1, 1, 3, 66, 256, true},
+    {1, 1, 1, 1, 1, 16, true},
+    {2, 3, 1, 64, 64, 64, true},
+    {1, 4, 2, 33, 97, 48, true},
+    {1, 2, 2, 130, 130, 80, true, Order::kHeads},
+    {2, 2, 1, 17, 200, 32, false},
+    {1, 8, 8, 5, 129, 128, false, Order::kHeads},
+    {1, 5, 1, 70, 71, 112, true},
+    {1, 1, 1, 3, 66, 256, true},
     {3, 3, 3, 65, 65, 96, false},
+    {2, 2, 1, 100, 150, 64, false, Order::kPositions, true},
+    {1, 3, 1, 20, 700, 32, false, Order::kHeads, true},
+    // Few rows, forward by the kernels of attention_test.cpp
+    {2, 4, 1, 4, 90, 64, false, Order::kPositions, true},
+    {4, 1, 1, 5, 1300, 32, false, Order::kHeads, true},
 };
 
 TEST_F(AttentionBlocks, ResultsAndGradients) {
@@ -281,6 +318,51 @@ TEST_F(AttentionBlocks, HiddenKeysHaveNoWeight) {
       if (i == 19) ASSERT_TRUE(std::isnan(bf16_to_f32(run.out.values[at]))) << x;
     }
   }
+}
+
+TEST_F(AttentionBlocks, RunsBeyondTheKeysAreRefused) {
+  Problem run({1, 2, 1, 20, 30, 32, false, Order::kPositions, true}, 17);
+  const auto message = [&](std::int32_t begin, std::int32_t end) -> std::string {
+    run.begin[3] = begin;
+    run.end[3] = end;
+    try {
+      run.forward(serial_executor());
+    } catch (const Error& e) {
+      return e.what();
+    }
+    return "";
+  };
+  EXPECT_EQ(message(0, 31), "attention: run 3 is 0 to 31, expected 0 <= begin <= end <= 30");
+  EXPECT_EQ(message(-1, 3), "attention: run 3 is -1 to 3, expected 0 <= begin <= end <= 30");
+  EXPECT_EQ(message(5, 3), "attention: run 3 is 5 to 3, expected 0 <= begin <= end <= 30");
+  EXPECT_EQ(message(30, 30), "");
+  run.shape.causal = true;
+  EXPECT_EQ(message(0, 3),
+            "attention: runs are given with causal true and run_end not null, expected false and "
+            "not null");
+}
+
+TEST(RunsOfMask, OnesThatStandTogether) {
+  struct Row {
+    std::vector<std::uint8_t> mask;
+    std::int32_t begin, end;  // -1: no run
+  };
+  const Row rows[] = {
+      {{1, 1, 1, 1, 1}, 0, 5},   {{0, 0, 0, 0, 0}, 5, 5},   {{1, 1, 0, 0, 0}, 0, 2},
+      {{0, 0, 0, 1, 1}, 3, 5},   {{0, 2, 255, 1, 0}, 1, 4}, {{1, 0, 1, 0, 0}, -1, -1},
+      {{1, 0, 0, 0, 1}, -1, -1}, {{0, 1, 0, 0, 1}, -1, -1},
+  };
+  for (const Row& row : rows) {
+    std::int32_t begin = -2, end = -2;
+    const bool run = runs_of_mask(row.mask.data(), 1, 5, 5, &begin, &end);
+    EXPECT_EQ(run, row.begin >= 0);
+    if (run) EXPECT_EQ((std::pair{begin, end}), (std::pair{row.begin, row.end}));
+  }
+  const std::vector<std::uint8_t> two = {1, 0, 0, 9, 1, 1, 0, 9};  // stride 4
+  std::int32_t begin[2], end[2];
+  ASSERT_TRUE(runs_of_mask(two.data(), 2, 3, 4, begin, end));
+  EXPECT_EQ(end[0], 1);
+  EXPECT_EQ(end[1], 2);
 }
 
 TEST_F(AttentionBlocks, NoQueriesGiveNoGradient) {

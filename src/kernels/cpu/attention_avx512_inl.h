@@ -209,43 +209,81 @@ inline __m512i pair_lanes(__m512 low, __m512 high) {
 /// Which keys the rows of a block see.
 class Sight {
  public:
-  Sight(const AttentionJob& job, std::int64_t row, std::int64_t rows) {
+  Sight(const AttentionJob& job, std::int64_t row, std::int64_t rows)
+      : vecs_(static_cast<int>((rows + kLanes - 1) / kLanes)) {
     for (std::int64_t i = 0; i < kRowBlock; ++i) {
-      const std::int64_t seen = job.first_seen + (row + i) / job.group;
-      const std::int64_t limit = seen < job.keys ? seen : job.keys;
-      seen_[i] = i < rows ? static_cast<std::int32_t>(limit) : 0;
+      const std::int64_t query = (row + i) / job.group;
+      begin_[i] = i < rows ? job.begin[query] : 0;
+      end_[i] = i < rows ? job.end[query] : 0;
+      if (i >= rows) continue;
+      of_all_.add(begin_[i], end_[i], i == 0);
+      of_vec_[i / kLanes].add(begin_[i], end_[i], i % kLanes == 0);
     }
-    vecs_ = static_cast<int>((rows + kLanes - 1) / kLanes);
-    first_ = seen_[0];
-    last_ = seen_[rows - 1];
   }
 
-  /// Keys that some row sees.
-  std::int64_t keys() const { return last_; }
+  /// The first block of keys that some row sees, and behind the last key.
+  std::int64_t first_block() const { return of_all_.first / kKeyBlock * kKeyBlock; }
+  std::int64_t last() const { return of_all_.last; }
   /// Vectors of lanes that hold rows.
   int vecs() const { return vecs_; }
-  /// Whether every row sees all of [0, end).
-  bool all(std::int64_t end) const { return end <= first_; }
-  /// The first vector of lanes that sees key.
-  int first_vec(std::int64_t key) const {
-    int v = 0;
-    while (v < vecs_ - 1 && last_of(v) <= key) ++v;
-    return v;
+  /// Whether every row sees all keys [begin, end).
+  bool all(std::int64_t begin, std::int64_t end) const {
+    return of_all_.latest_begin <= begin && end <= of_all_.earliest_end;
+  }
+
+  struct Vecs {
+    int begin, end;
+  };
+  /// A run of vectors without which no row sees any of the keys [begin, end).
+  Vecs vecs(std::int64_t begin, std::int64_t end) const {
+    Vecs run = {0, vecs_};
+    while (run.begin < run.end && !of_vec_[run.begin].any(begin, end)) ++run.begin;
+    while (run.begin < run.end && !of_vec_[run.end - 1].any(begin, end)) --run.end;
+    return run;
   }
   __mmask16 lanes(int v, std::int64_t key) const {
-    return _mm512_cmpgt_epi32_mask(load_512(seen_ + v * kLanes),
-                                   _mm512_set1_epi32(static_cast<int>(key)));
+    const __m512i at = _mm512_set1_epi32(static_cast<int>(key));
+    const __mmask16 begun = _mm512_cmple_epi32_mask(load_512(begin_ + v * kLanes), at);
+    return _mm512_mask_cmpgt_epi32_mask(begun, load_512(end_ + v * kLanes), at);
   }
 
  private:
-  std::int64_t last_of(int v) const {
-    return v == vecs_ - 1 ? last_ : seen_[v * kLanes + kLanes - 1];
-  }
+  /// Bounds of the runs of some rows.
+  struct Bounds {
+    std::int64_t first = 0, last = 0, latest_begin = 0, earliest_end = 0;
 
-  alignas(64) std::int32_t seen_[kRowBlock];
+    void add(std::int64_t begin, std::int64_t end, bool is_first) {
+      if (is_first) {
+        *this = {begin, end, begin, end};
+        return;
+      }
+      if (begin < first) first = begin;
+      if (end > last) last = end;
+      if (begin > latest_begin) latest_begin = begin;
+      if (end < earliest_end) earliest_end = end;
+    }
+    bool any(std::int64_t begin, std::int64_t end) const { return first < end && begin < last; }
+  };
+
+  alignas(64) std::int32_t begin_[kRowBlock];
+  alignas(64) std::int32_t end_[kRowBlock];
   int vecs_;
-  std::int64_t first_, last_;
+  Bounds of_all_, of_vec_[kRowVecs];
 };
+
+/// out[key - keys.begin][row] = a(key) b[][row] over `dim` values, for the lanes that see the key;
+/// a begins with the first key.
+inline void score_keys(const Sight& sight, Left a, const std::uint32_t* lanes, std::int64_t dim,
+                       std::int64_t key, std::int64_t count, float* out) {
+  constexpr std::int64_t kTile = 12;
+  for (std::int64_t i = 0; i < count; i += kTile, a.data += kTile * a.row) {
+    const std::int64_t rows = count - i < kTile ? count - i : kTile;
+    const Sight::Vecs run = sight.vecs(key + i, key + i + rows);
+    const std::int64_t skip = run.begin * kLanes;
+    multiply<false>(a, rows, {lanes + skip, kRowBlock}, run.end - run.begin, dim / 2,
+                    {out + i * kRowBlock + skip, kRowBlock});
+  }
+}
 
 }  // namespace
 }  // namespace quantal

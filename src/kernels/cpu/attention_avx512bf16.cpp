@@ -25,8 +25,8 @@ class ForwardBlock {
   }
 
   void run() {
-    for (std::int64_t key = 0; key < sight_.keys(); key += kKeyBlock) {
-      const std::int64_t left = sight_.keys() - key;
+    for (std::int64_t key = sight_.first_block(); key < sight_.last(); key += kKeyBlock) {
+      const std::int64_t left = sight_.last() - key;
       take_keys(key, left < kKeyBlock ? left : kKeyBlock);
     }
     finish();
@@ -35,8 +35,8 @@ class ForwardBlock {
  private:
   void take_keys(std::int64_t key, std::int64_t count) {
     const auto* k = static_cast<const std::uint16_t*>(job_.k) + key * job_.k_stride;
-    score(k, key, count);
-    if (sight_.all(key + count)) {
+    score_keys(sight_, {k, job_.k_stride, 2}, queries_, job_.dim, key, count, scores_);
+    if (sight_.all(key, key + count)) {
       weigh<false>(key, count);
     } else {
       weigh<true>(key, count);
@@ -45,18 +45,6 @@ class ForwardBlock {
     const auto* v = reinterpret_cast<const std::uint16_t*>(values_);
     multiply<true>({v, 2, 2 * job_.dim}, job_.dim, {weights_, kRowBlock}, sight_.vecs(),
                    (count + 1) / 2, {sums_, kRowBlock});
-  }
-
-  /// scores_[key][row] for the lanes that see the key.
-  void score(const std::uint16_t* k, std::int64_t key, std::int64_t count) {
-    constexpr std::int64_t kTile = 12;
-    for (std::int64_t i = 0; i < count; i += kTile) {
-      const std::int64_t skip = sight_.first_vec(key + i) * kLanes;
-      multiply<false>({k + i * job_.k_stride, job_.k_stride, 2},
-                      count - i < kTile ? count - i : kTile, {queries_ + skip, kRowBlock},
-                      sight_.vecs() - skip / kLanes, job_.dim / 2,
-                      {scores_ + i * kRowBlock + skip, kRowBlock});
-    }
   }
 
   /// weights_[key / 2][row] = 2^(score - maximum) of two keys, and what follows from new maxima.
@@ -94,8 +82,10 @@ class ForwardBlock {
   void rescale(int v, __m512 most) {
     const __m512 old = maxima_[v];
     maxima_[v] = most;
-    if (_mm512_cmp_ps_mask(old, most, _CMP_NEQ_UQ) == 0) return;
-    const __m512 by = power_of_two(_mm512_sub_ps(old, most));
+    const __mmask16 grown = _mm512_cmp_ps_mask(old, most, _CMP_NEQ_UQ);
+    if (grown == 0) return;
+    const __m512 by =
+        _mm512_mask_mov_ps(_mm512_set1_ps(1.0F), grown, power_of_two(_mm512_sub_ps(old, most)));
     totals_[v] = _mm512_mul_ps(totals_[v], by);
     float* sums = sums_ + v * kLanes;
     for (std::int64_t d = 0; d < job_.dim; ++d, sums += kRowBlock) {
@@ -105,8 +95,10 @@ class ForwardBlock {
 
   void finish() {
     alignas(64) float inverse[kRowBlock];
-    for (int v = 0; v < kRowVecs; ++v) {
-      _mm512_store_ps(inverse + v * kLanes, _mm512_div_ps(_mm512_set1_ps(1.0F), totals_[v]));
+    for (int v = 0; v < kRowVecs; ++v) {  // 0 where no key was seen
+      const __mmask16 any = _mm512_cmp_ps_mask(totals_[v], _mm512_setzero_ps(), _CMP_NEQ_UQ);
+      _mm512_store_ps(inverse + v * kLanes,
+                      _mm512_maskz_div_ps(any, _mm512_set1_ps(1.0F), totals_[v]));
     }
     store_lanes(sums_, inverse, job_.dim, BlockRows{job_.out, job_.group, row_, rows_});
     if (job_.lse == nullptr) return;

@@ -36,8 +36,8 @@ class BackwardBlock {
   }
 
   void run() {
-    for (std::int64_t key = 0; key < sight_.keys(); key += kKeyBlock) {
-      const std::int64_t left = sight_.keys() - key;
+    for (std::int64_t key = sight_.first_block(); key < sight_.last(); key += kKeyBlock) {
+      const std::int64_t left = sight_.last() - key;
       take_keys(key, left < kKeyBlock ? left : kKeyBlock);
     }
     alignas(64) float scale[kRowBlock];
@@ -65,10 +65,10 @@ class BackwardBlock {
   void take_keys(std::int64_t key, std::int64_t count) {
     const auto* k = static_cast<const std::uint16_t*>(job_.k) + key * job_.k_stride;
     const auto* v = static_cast<const std::uint16_t*>(job_.v) + key * job_.v_stride;
-    score({k, job_.k_stride, 2}, query_lanes_, key, count, scores_);
-    score({v, job_.v_stride, 2}, grad_lanes_, key, count, grad_weights_);
+    score_keys(sight_, {k, job_.k_stride, 2}, query_lanes_, dim_, key, count, scores_);
+    score_keys(sight_, {v, job_.v_stride, 2}, grad_lanes_, dim_, key, count, grad_weights_);
     const std::int64_t vecs = dim_ / kLanes, steps = kRowBlock / 2;
-    if (sight_.all(key + count)) {
+    if (sight_.all(key, key + count)) {
       differentiate<false>(key, count);
     } else {
       differentiate<true>(key, count);
@@ -81,18 +81,6 @@ class BackwardBlock {
     const auto* pairs = reinterpret_cast<const std::uint16_t*>(key_pairs_);
     multiply<true>({pairs, 2, 2 * dim_}, dim_, {grad_score_pairs_, kRowBlock}, sight_.vecs(),
                    (count + 1) / 2, {sums_, kRowBlock});
-  }
-
-  /// out[key][row] for the lanes that see the key.
-  void score(Left a, const std::uint32_t* lanes, std::int64_t key, std::int64_t count,
-             float* out) const {
-    constexpr std::int64_t kTile = 12;
-    for (std::int64_t i = 0; i < count; i += kTile, a.data += kTile * a.row) {
-      const std::int64_t skip = sight_.first_vec(key + i) * kLanes;
-      multiply<false>(a, count - i < kTile ? count - i : kTile, {lanes + skip, kRowBlock},
-                      sight_.vecs() - skip / kLanes, dim_ / 2,
-                      {out + i * kRowBlock + skip, kRowBlock});
-    }
   }
 
   struct Weighted {

@@ -15,6 +15,8 @@
 namespace quantal {
 namespace {  // NOLINT: internal linkage on purpose
 
+inline std::int64_t max64(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
+
 /// Keys whose vectors stay in the first-level cache while all rows use them.
 constexpr std::int64_t kKeyBlock = 64;
 /// Rows that share a loaded key, and the row blocks of a job.
@@ -60,11 +62,10 @@ struct Chunk {
   float* part;
 
   std::int64_t size() const { return end - begin; }
-  /// Keys of the chunk that a row sees.
-  std::int64_t seen(int row) const {
-    const std::int64_t keys = min64(job.first_seen + row / job.group, end) - begin;
-    return keys < 0 ? 0 : keys;
-  }
+  /// A row sees keys [first(row), last(row)) of the chunk.
+  std::int64_t first(int row) const { return inside(job.begin[row / job.group]); }
+  std::int64_t last(int row) const { return inside(job.end[row / job.group]); }
+  std::int64_t inside(std::int64_t key) const { return key < begin ? 0 : min64(key, end) - begin; }
   float* out(int row) const { return part + row * job.dim; }
   float* most() const { return part + job.rows * job.dim; }
   float* sum() const { return most() + FewRowsAttention::kRows; }
@@ -150,9 +151,12 @@ void weigh_scores(const Chunk& chunk, const RowBlock& block) {
   using F = typename T::F;
   const std::int64_t count = (chunk.size() * block.width + kLanes - 1) / kLanes * kLanes;
   for (int r = 0; r < block.width; ++r) {
-    for (std::int64_t j = chunk.seen(block.first + r); j * block.width < count; ++j) {
+    const int row = r < block.rows ? block.first + r : block.first;
+    const auto hide = [&](std::int64_t j) {
       block.scores[j * block.width + r] = -__builtin_inff();
-    }
+    };
+    for (std::int64_t j = 0; j < chunk.first(row); ++j) hide(j);
+    for (std::int64_t j = chunk.last(row); j * block.width < count; ++j) hide(j);
   }
   float lanes[kLanes];
   F most = T::set1(kLeastScore);
@@ -250,15 +254,24 @@ void add_keys(const Chunk& chunk, const RowBlock& block, int row, std::int64_t f
                                                                chunk.out(block.first + row));
 }
 
-/// Adds keys [from, to): those that all rows see at once, then the others row by row, since a
-/// weight of 0 would not hide an infinite value.
+/// Adds keys [from, to): those that all rows see at once, the others row by row, since a weight of
+/// 0 would not hide an infinite value.
 template <class T, FloatKind kKind, int kRows>
 void add_block(const Chunk& chunk, const RowBlock& block, std::int64_t from, std::int64_t to) {
-  const std::int64_t common = min64(to, chunk.seen(block.first));
-  add_keys<T, kKind, kRows>(chunk, block, 0, from, common);
-  for (int r = 1; r < kRows; ++r) {
-    add_keys<T, kKind, 1>(chunk, block, r, common > from ? common : from,
-                          min64(to, chunk.seen(block.first + r)));
+  std::int64_t begin = from, end = to;  // what all rows see
+  for (int r = 0; r < kRows; ++r) {
+    begin = max64(begin, chunk.first(block.first + r));
+    end = min64(end, chunk.last(block.first + r));
+  }
+  if (begin >= end) begin = end = to;
+  for (int r = 0; r < kRows; ++r) {
+    const int row = block.first + r;
+    add_keys<T, kKind, 1>(chunk, block, r, max64(from, chunk.first(row)),
+                          min64(begin, chunk.last(row)));
+  }
+  add_keys<T, kKind, kRows>(chunk, block, 0, begin, end);
+  for (int r = 0; r < kRows; ++r) {
+    add_keys<T, kKind, 1>(chunk, block, r, end, min64(to, chunk.last(block.first + r)));
   }
 }
 
@@ -335,7 +348,9 @@ void finish_row(const AttentionJob& job, const float* parts, std::int64_t count,
       totals[v] = T::fma(weight, T::load(part + row * job.dim + v * kLanes), totals[v]);
     }
   }
-  const F inverse = T::div(T::set1(1.0F), sum);
+  const std::int64_t query = row / job.group;
+  const bool blind = job.begin[query] == job.end[query];  // no keys: 0
+  const F inverse = blind ? T::zero() : T::div(T::set1(1.0F), sum);
   auto* out =
       static_cast<std::uint8_t*>(job.out.data) + row_offset(job, job.out, row) * float_bytes(kKind);
   for (std::int64_t v = 0; v < vectors; ++v) {
@@ -345,7 +360,8 @@ void finish_row(const AttentionJob& job, const float* parts, std::int64_t count,
   if (job.lse != nullptr) {
     float lanes[kLanes];
     T::store(lanes, sum);
-    job.lse[row / job.group + row % job.group * job.lse_head] = most + __builtin_logf(lanes[0]);
+    job.lse[query + row % job.group * job.lse_head] =
+        blind ? -__builtin_inff() : most + __builtin_logf(lanes[0]);
   }
 }
 

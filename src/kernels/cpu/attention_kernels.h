@@ -29,7 +29,8 @@ struct AttentionJob {
   float* lse;  ///< of row r at lse + r / group + r % group * lse_head; null: not wanted
   std::int64_t lse_head;
   std::int64_t group, rows, keys, dim;
-  std::int64_t first_seen;  ///< keys that row 0 sees; `keys` where not causal
+  const std::int32_t* begin;  ///< row r sees keys [begin[r / group], end[r / group])
+  const std::int32_t* end;
   float scale;
 };
 
