@@ -5,7 +5,7 @@
 All sides have the same architecture, the same PEFT adapters (r = 16, on q_proj and v_proj or on all
 linear layers of the blocks) and AdamW; steps alternate in one process. quantal's side takes its
 loss from `quantal.chunked_loss`, as train.py does; the others have the loss of transformers. Peak
-memory comes from processes of one side each.
+memory comes from processes of one side each, ours with train.py's heap.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import copy
 import dataclasses
 import json
+import os
 import pathlib
 import statistics
 import subprocess
@@ -27,6 +28,7 @@ import torch
 from torch import nn
 
 import quantal
+from quantal_train import heap
 
 SIDES = ("ours", "bitsandbytes", "dense")
 BLOCK_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -179,10 +181,15 @@ def child(setting: Setting, order: list[str]) -> dict:
     return {"seconds": seconds, "peak": peak_mebibytes()}
 
 
-def run(setting: Setting, order: tuple[str, ...]) -> dict:
+def run(setting: Setting, order: tuple[str, ...], whole_heap: bool = False) -> dict:
     command = [sys.executable, __file__, "--child", json.dumps(dataclasses.asdict(setting))]
+    environment = heap.tuned(dict(os.environ)) if whole_heap else None
     out = subprocess.run(
-        [*command, ",".join(order)], check=True, stdout=subprocess.PIPE, text=True
+        [*command, ",".join(order)],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
     ).stdout
     return json.loads(out.splitlines()[-1])
 
@@ -195,7 +202,8 @@ def measure(setting: Setting) -> list[str]:
         for side, taken in run(setting, order)["seconds"].items():
             seconds[side] += taken
     once = dataclasses.replace(setting, rounds=1)
-    peaks = {side: run(once, (side,))["peak"] for side in SIDES}
+    peaks = {side: run(once, (side,), side == "ours")["peak"] for side in SIDES}
+    whole = run(once, ("bitsandbytes",), True)["peak"]
     ratios = {
         side: statistics.median(r / o for r, o in zip(seconds[side], seconds["ours"], strict=True))
         for side in SIDES[1:]
@@ -211,6 +219,7 @@ def measure(setting: Setting) -> list[str]:
         f"**{ratios['bitsandbytes']:.2f}x**",
         " / ".join(f"{peaks[side]:.0f}" for side in SIDES),
         f"**{memory:.2f}x**",
+        f"{whole:.0f}, {peaks['ours'] / whole:.2f}x",
         "yes" if met and memory <= MEMORY_GOAL else "NO",
     ]
     print(cells, flush=True)
@@ -226,6 +235,7 @@ HEADER = [
     "bitsandbytes NF4 + PEFT / ours",
     "peak MiB: ours / bitsandbytes / bf16",
     "our peak / bitsandbytes",
+    "bitsandbytes in our heap",
     "goal",
 ]
 NOTES = """\
@@ -233,7 +243,9 @@ Batch {batch} x {seq} tokens, bf16 compute, LoRA r = 16, AdamW; gradient checkpo
 (non-reentrant) on all sides or on none. Ours: `quantal.chunked_loss`; the others: the loss of
 transformers. Times are pooled from two processes, in which the models were built in opposite
 order. Peaks are resident memory during the steps in a fresh process of one side, its libraries
-(torch, transformers, PEFT) included. Goal: {dense}x the speed of bf16, {bnb}x that of
+(torch, transformers, PEFT) included. Ours has the heap that train.py starts itself with
+(docs/training.md), the others that of any Python program; what ours would be worth to bitsandbytes
+stands beside. Goal: {dense}x the speed of bf16, {bnb}x that of
 bitsandbytes, {memory}x its peak.
 """
 
