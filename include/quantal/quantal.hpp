@@ -14,6 +14,7 @@
 #include "quantal/ggml.h"
 #include "quantal/io.h"
 #include "quantal/kernels.h"
+#include "quantal/low_rank.h"
 #include "quantal/merge_report.h"
 #include "quantal/model_fit.h"
 #include "quantal/packed.h"

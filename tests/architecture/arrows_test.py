@@ -44,6 +44,7 @@ PUBLIC_ROOMS = {
     "ggml": "formats",
     "model_fit": "checkpoint",
     "attention": "kernels",
+    "low_rank": "kernels",
     "packed": "kernels",
     "plan": "checkpoint",
     "safetensors": "io",
