@@ -6,6 +6,7 @@
 
 #include "quantal/archive.h"
 #include "quantal/attention.h"
+#include "quantal/attention_choice.h"
 #include "quantal/backend.h"
 #include "quantal/checkpoint.h"
 #include "quantal/core.h"

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "quantal/torch/adapter.h"
+#include "quantal/torch/attention.h"
 #include "quantal/torch/embedding.h"
 #include "quantal/torch/linear.h"
 #include "quantal/torch/llama.h"

@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "bindings/bindings.h"
+#include "quantal/attention_choice.h"
 #include "quantal/formats.h"
 #include "quantal/merge_report.h"
 #include "quantal/transcode.h"
@@ -128,6 +129,30 @@ void bind_rules(py::module_& m) {
       py::arg("spec"), "Why a form has no product with int8 activations, or an empty text.");
 }
 
+void bind_attention(py::module_& m) {
+  m.def(
+      "attention_refusal",
+      [](const std::vector<std::int64_t>& q, const std::vector<std::int64_t>& k,
+         const std::vector<std::int64_t>& v, const std::string& dtype, bool causal,
+         bool with_gradient) {
+        return attention_refusal(attention_shape(q, k, v, causal, 1), parse_dtype(dtype),
+                                 with_gradient);
+      },
+      py::arg("q"), py::arg("k"), py::arg("v"), py::arg("dtype"), py::arg("causal"),
+      py::arg("with_gradient"),
+      "Why quantal's kernels do not take an attention of tensors of these sizes, or an empty text; "
+      "ShapeError for sizes that do not belong together.");
+  m.def(
+      "attention_gain_refusal",
+      [](std::int64_t heads, std::int64_t kv_heads, std::int64_t dim, const std::string& dtype,
+         bool training) {
+        const auto use = training ? AttentionUse::kTraining : AttentionUse::kInference;
+        return attention_gain_refusal(heads, kv_heads, dim, parse_dtype(dtype), use);
+      },
+      py::arg("heads"), py::arg("kv_heads"), py::arg("dim"), py::arg("dtype"), py::arg("training"),
+      "Why a model with such heads has nothing from quantal's attention, or an empty text.");
+}
+
 void bind_report(py::module_& m) {
   py::class_<CoverageReport>(m, "CoverageReport")
       .def(py::init<>())
@@ -220,6 +245,7 @@ void bind_policy(py::module_& m) {
           return adapter_refusal(adapter, parse_backend(backend), config_from_json(json));
         });
   bind_rules(m);
+  bind_attention(m);
   bind_report(m);
 }
 

@@ -9,6 +9,7 @@
 #include <numeric>
 #include <string>
 
+#include "quantal/torch/attention.h"
 #include "torch/recompute.h"
 
 namespace quantal {
@@ -61,30 +62,6 @@ torch::Tensor append(torch::Tensor& store, const torch::Tensor& fresh, std::int6
   }
   store.narrow(2, past, length).copy_(fresh);
   return store.narrow(2, 0, past + length);
-}
-
-/// mask[i, j] = true where the query at position past + i may see key j.
-torch::Tensor causal_mask(std::int64_t length, std::int64_t past) {
-  return torch::ones({length, past + length}, torch::kBool).tril(past);
-}
-
-/// Causal attention of queries [batch, heads, length, dim] over keys and values of as many or fewer
-/// heads, [batch, kv_heads, past + length, dim].
-torch::Tensor attend(const torch::Tensor& q, torch::Tensor k, torch::Tensor v, std::int64_t past) {
-  const std::int64_t length = q.size(2), shared_by = q.size(1) / k.size(1);
-  if (shared_by > 1 && length == 1) {
-    // One position sees all keys: heads that share them are rows of one query, without copies.
-    const auto rows = q.reshape({q.size(0), k.size(1), shared_by, q.size(3)});
-    return at::scaled_dot_product_attention(rows, k, v).reshape(q.sizes());
-  }
-  if (shared_by > 1) {
-    k = k.repeat_interleave(shared_by, 1);
-    v = v.repeat_interleave(shared_by, 1);
-  }
-  std::optional<torch::Tensor> mask;
-  if (past > 0 && length > 1) mask = causal_mask(length, past);
-  const bool causal = past == 0 && length > 1;
-  return at::scaled_dot_product_attention(q, k, v, mask, /*dropout_p=*/0, causal);
 }
 
 /// Sum of squares, 16 partial sums.
@@ -224,7 +201,7 @@ torch::Tensor LlamaAttentionImpl::forward(const torch::Tensor& x, const Rotary& 
     k = append(cache->keys[index], k, past);
     v = append(cache->values[index], v, past);
   }
-  const auto y = attend(q, k, v, past);
+  const auto y = attention(q, k, v, {.causal = true});
   return o_proj->forward(y.transpose(1, 2).reshape({batch, length, heads_ * head_dim_}));
 }
 

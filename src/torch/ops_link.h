@@ -10,6 +10,8 @@ void link_torch_ops() noexcept;
 void link_weight_ops() noexcept;
 /// And for ops_activations.cpp.
 void link_activation_ops() noexcept;
+/// And for ops_attention.cpp.
+void link_attention_ops() noexcept;
 /// And for ops_cuda.cpp and ops_cuda_quantize.cpp.
 void link_cuda_ops() noexcept;
 void link_cuda_weight_ops() noexcept;

@@ -11,7 +11,8 @@
 // `spec` is spec_to_ints(PackedSpec); codes, stats and shared are the uint8 buffers of
 // layout_of(spec). Only torch/csrc/stable headers are used, so one binary serves torch >= 2.11.
 // There is no autograd here: Python registers it, C++ has ops.cpp. Ops about the weights alone are
-// in ops_weights.cpp, products with int8 activations in ops_activations.cpp.
+// in ops_weights.cpp, products with int8 activations in ops_activations.cpp, attention in
+// ops_attention.cpp.
 
 #include <algorithm>
 #include <cstdlib>
@@ -31,6 +32,7 @@ namespace quantal {
 void link_torch_ops() noexcept {
   link_weight_ops();
   link_activation_ops();
+  link_attention_ops();
   link_cuda_ops();
   link_cuda_weight_ops();
   link_aten_ops();

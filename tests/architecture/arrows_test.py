@@ -38,6 +38,8 @@ ARROWS["python"] = set(ARROWS["torch"]) | {"torch"}
 # Public headers that are not called as their room.
 PUBLIC_ROOMS = {
     "archive": "io",
+    "attention": "kernels",
+    "attention_choice": "policy",
     "backend": "policy",
     "coverage": "policy",
     "merge_report": "policy",
