@@ -154,10 +154,12 @@ def make_sides(
 
     def packed() -> nn.Module:
         config = quantal.QuantizationConfig("hqq", compute_dtype=torch.bfloat16)
-        return quantal.load_model(gguf, config=config)
+        return quantal.load_model(gguf, config=config, attn_implementation="quantal")
 
     def quantized(name: str) -> nn.Module:
-        return quantal_model(copy.deepcopy(dense), **METHODS[name])
+        model = quantal_model(copy.deepcopy(dense), **METHODS[name])
+        model.set_attn_implementation("quantal")
+        return model
 
     make = {
         CPP: lambda: Generator(generator, gguf, tokens),
@@ -214,7 +216,8 @@ Prefill: {prompt} tokens in one call, logits of the last. Decode: {new} greedy t
 prompt, batch 1; Python sides by `generate` of transformers. Q4_1 is the GGUF file itself, packed
 in memory on both sides; the file's embedding, which is its output layer too, is 8-bit there, bf16
 in the other Python models and in those of the rivals. bf16 activations; llama.cpp rounds them to 8
-bits. Medians of {rounds} rounds in which the sides take turns.
+bits. quantal's sides have quantal's attention (`attn_implementation="quantal"`), the rivals their
+own: torch's in transformers. Medians of {rounds} rounds in which the sides take turns.
 """
 
 

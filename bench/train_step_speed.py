@@ -4,8 +4,9 @@
 
 All sides have the same architecture, the same PEFT adapters (r = 16, on q_proj and v_proj or on all
 linear layers of the blocks) and AdamW; steps alternate in one process. quantal's side takes its
-loss from `quantal.chunked_loss`, as train.py does; the others have the loss of transformers. Peak
-memory comes from processes of one side each, ours with train.py's heap.
+loss from `quantal.chunked_loss` and its attention from quantal, as train.py does; the others have
+the loss and the default attention of transformers. Peak memory comes from processes of one side
+each, ours with train.py's heap.
 """
 
 from __future__ import annotations
@@ -122,6 +123,7 @@ def build(side: str, model: nn.Module, setting: Setting) -> nn.Module:
     if side == "ours":
         method, config = METHODS[setting.method]
         model = quantal_model(model, method, **config)
+        model.set_attn_implementation("quantal")
     elif side == "bitsandbytes":
         model = bitsandbytes_model(model)
     return with_lora(model, setting.targets, setting.checkpointing)
@@ -240,8 +242,9 @@ HEADER = [
 ]
 NOTES = """\
 Batch {batch} x {seq} tokens, bf16 compute, LoRA r = 16, AdamW; gradient checkpointing
-(non-reentrant) on all sides or on none. Ours: `quantal.chunked_loss`; the others: the loss of
-transformers. Times are pooled from two processes, in which the models were built in opposite
+(non-reentrant) on all sides or on none. Ours: `quantal.chunked_loss` and quantal's attention
+(`attn_implementation="quantal"`); the others: the loss of transformers and its default, torch's
+attention. Times are pooled from two processes, in which the models were built in opposite
 order. Peaks are resident memory during the steps in a fresh process of one side, its libraries
 (torch, transformers, PEFT) included. Ours has the heap that train.py starts itself with
 (docs/training.md), the others that of any Python program; what ours would be worth to bitsandbytes

@@ -2,7 +2,7 @@
 
 import torch as _torch  # noqa: F401  (its libraries must be loaded before the operators)
 
-from . import _peft, functional
+from . import _model_attention, _peft, functional
 from ._convert import ConvertReport, convert
 from ._core import compatibility_matrix_markdown
 from ._core import version as __version__
@@ -18,6 +18,7 @@ from ._errors import (
     ShapeError,
     UnsupportedError,
 )
+from ._model_attention import register_attention
 from ._plan import Plan, plan
 from .adapter_folder import (
     compare_adapter_base,
@@ -83,6 +84,7 @@ from . import fsdp  # isort: skip  (stands on all of the above)
 #: The base class of every exception of this package.
 Error = QuantalError
 
+_model_attention.register_lazily()
 _peft.install_lazily()
 
 __all__ = [
@@ -151,6 +153,7 @@ __all__ = [
     "prepare_model_for_training",
     "read_adapter_base",
     "register_adapter",
+    "register_attention",
     "registered_adapters",
     "replace_linear_with_quantized",
     "report_import_status",

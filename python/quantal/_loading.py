@@ -17,6 +17,7 @@ from . import _check, _core
 from ._custom import ADAPTER_KEY, adapter_of_file
 from ._dtypes import _BY_NAME, bytes_of, parse_dtype, tensor_from
 from ._errors import ConfigError, CorruptError, UnsupportedError
+from ._model_attention import AUTO, set_attention
 from ._packed import BUFFERS, PackedWeight
 from ._parts import model_parts, module_names, packable_shape, split_name, weight_shapes
 from .config import QuantizationConfig
@@ -441,6 +442,7 @@ def load(
     model: nn.Module | None = None,
     strict: bool = True,
     make_linear: MakeLinear | None = None,
+    attn_implementation: str = AUTO,
 ) -> tuple[nn.Module, LoadReport]:
     """The loaded model and what was found out; ``load_model`` says the rest.
 
@@ -448,11 +450,13 @@ def load(
                  tensors of its own kind
     """
     _check.flag("load", "strict", strict)
+    _check.text("load", "attn_implementation", attn_implementation)
     _check.optional(_check.module)("load", "model", model)
     expected = "a QuantizationConfig or None"
     _check.optional(_check.is_a(QuantizationConfig, expected))("load", "config", config)
     path = os.fspath(path)
     dtype = None  # a module of the caller's takes what is there
+    own = model is not None
     if model is None:
         stored = json.loads(_core.read_config(path))
         model = build_model(model_config, stored)
@@ -485,5 +489,7 @@ def load(
     model = _Filler(model, loaded, config, dtype).fill(parts, wrong)
     _tie(model)
     _initialize_missing(model)
+    if not own or attn_implementation != AUTO:
+        set_attention("load", model, attn_implementation)
     model.__dict__[TEXTS_KEY] = {n: t for n, t in loaded["texts"].items() if n != "config.json"}
     return model.eval(), report

@@ -11,7 +11,6 @@ import functools
 import importlib.metadata
 import importlib.util
 import inspect
-import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 
 from ._errors import UnsupportedError
+from ._on_import import when_imported
 from ._packed import PackedWeight
 
 #: Versions of PEFT that the tests of this package have run with.
@@ -171,29 +171,6 @@ def _install_or_warn() -> None:
         warnings.warn(str(error), stacklevel=2)
 
 
-class _OnImport:
-    """Installs the hook when PEFT is imported after quantal, without importing it itself."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None):
-        if name != "peft.tuners.lora.model" or self not in sys.meta_path:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def exec_module(module):
-            execute(module)
-            _install_or_warn()
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
 def install_lazily() -> None:
     """Installs now if PEFT is loaded, else as soon as it is."""
-    if "peft.tuners.lora.model" in sys.modules:
-        _install_or_warn()
-    elif not any(isinstance(finder, _OnImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _OnImport())
+    when_imported("peft.tuners.lora.model", _install_or_warn)

@@ -16,6 +16,7 @@ from ._custom import ADAPTER_KEY
 from ._dtypes import as_parts, bytes_of
 from ._errors import ConfigError, CorruptError
 from ._loading import TEXTS_KEY, TIED_KEY, LoadReport, load, read_tensor
+from ._model_attention import AUTO
 from ._packed import PackedWeight, whole_tensor
 from ._parts import is_transformers, saved_parts, ties_by_config
 from .config import QuantizationConfig
@@ -234,6 +235,7 @@ def load_model(
     *,
     model: nn.Module | None = None,
     strict: bool = True,
+    attn_implementation: str = AUTO,
 ) -> nn.Module:
     """Builds the model without memory for its weights, then puts the file's tensors in place.
 
@@ -244,11 +246,21 @@ def load_model(
     strict        True: missing, unexpected and misshapen tensors raise CorruptError, which names
                   them all (``error.report``), before anything is changed. False: a warning names
                   them; what is missing has the values of a new module
+    attn_implementation  a name of transformers, "quantal" included. "auto": "quantal" where heads
+                  like the model's are faster with it on this CPU, else transformers' choice; a
+                  `model` that is given keeps its own
 
     A model that is built here has its dense parameters in the dtype that the file's config.json
     names, as transformers does: norms of a GGUF file are float32 beside weights of float16.
     """
-    loaded, _ = load(path, model_config, config, model=model, strict=strict)
+    loaded, _ = load(
+        path,
+        model_config,
+        config,
+        model=model,
+        strict=strict,
+        attn_implementation=attn_implementation,
+    )
     return loaded
 
 

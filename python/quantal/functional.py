@@ -1,10 +1,11 @@
-"""Products with a packed weight, spelled as ``torch.nn.functional.linear`` and ``torch.matmul``."""
+"""Products with a packed weight, spelled as ``torch.nn.functional.linear`` and ``torch.matmul``;
+attention."""
 
 from __future__ import annotations
 
 import torch
 
-from . import _check, _ops
+from . import _attention, _check, _ops
 from ._packed import PackedWeight
 
 
@@ -56,3 +57,35 @@ def matmul(
     if out is None:
         return _ops.matmul(x, *layer._buffers_packed, layer._spec)
     return _ops.matmul_out(out, x, layer._buffers_packed, layer._spec)
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``softmax(scale q k^T) v`` over the keys that a query sees, [batch, heads, queries, dim].
+
+    q       [batch, heads, queries, dim]
+    k, v    [batch, kv_heads, keys, dim]; head h reads those of head ``h // (heads // kv_heads)``
+    causal  query i sees keys 0 .. keys - queries + i: the last query sees the last key
+    scale   of the scores; None: 1 / sqrt(dim)
+    mask    as torch's attn_mask, broadcast to [batch, heads, queries, keys]: bool, True where a key
+            is seen, or numbers that are added to the scores
+
+    On the CPU and without a mask by quantal's kernels where they are faster than torch's (docs/
+    python.md), else by ``torch.nn.functional.scaled_dot_product_attention``. Differentiable once
+    where the kernels run. Autocast casts as it does for torch's.
+    """
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        _check.tensor("attention", name, value)
+    _check.flag("attention", "causal", causal)
+    if scale is not None:
+        scale = _check.real("attention", "scale", scale)
+    if mask is not None:
+        _check.tensor("attention", "mask", mask)
+    return _attention.attention(q, k, v, causal, scale, mask)

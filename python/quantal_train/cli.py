@@ -148,6 +148,13 @@ def _memory_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--use_activation_cpu_offload", action="store_true", help="block inputs in host memory"
     )
+    group.add_argument(
+        "--attn_implementation",
+        default="auto",
+        metavar="NAME",
+        help="quantal, or a name of transformers (sdpa, eager, ...); auto: quantal "
+        "where it is faster than sdpa for a step of this model on this machine",
+    )
     group.add_argument("--compile", action="store_true", help="torch.compile, block by block")
     group.add_argument("--device", help="cuda or cpu; default: cuda where there is one")
     group.add_argument("--threads", type=int, help="CPU threads per rank")

@@ -14,6 +14,7 @@ from torch import nn
 import quantal
 import quantal.fsdp
 from quantal import ConfigError, UnsupportedError
+from quantal._model_attention import Choice, set_attention
 from quantal._packed import PackedWeight
 
 from .quantization import setup_quantization
@@ -81,6 +82,8 @@ def load(args: argparse.Namespace, world: World) -> Any:
             model = model.to(world.device)
     if adapter is not None:
         world.say(adapter.report.to_text())
+    if args.attention:
+        world.say(f"attention: {args.attention}")
     return model
 
 
@@ -140,6 +143,20 @@ def _set_dtypes(model: nn.Module, args: argparse.Namespace) -> None:
             )
 
 
+def choose_attention(model: nn.Module, args: argparse.Namespace) -> Choice | None:
+    """Sets what --attn_implementation says, and there keeps what came of it."""
+    names = {"bf16_autocast": torch.bfloat16, "fp16_autocast": torch.float16}
+    choice = set_attention(
+        "train",
+        model,
+        args.attn_implementation,
+        dtype=names.get(args.precision, dense_dtype(args)),
+        training=True,
+    )
+    args.attention = None if choice is None else str(choice)
+    return choice
+
+
 def attach(model: nn.Module, args: argparse.Namespace) -> Any:
     """A PEFT model with new adapters, the same on every rank and number of ranks."""
     from peft import LoraConfig, get_peft_model
@@ -150,6 +167,7 @@ def attach(model: nn.Module, args: argparse.Namespace) -> Any:
             "--train_type lora)"
         )
     _set_dtypes(model, args)
+    choose_attention(model, args)
     kind = args.gradient_checkpointing
     model = quantal.prepare_model_for_training(
         model, kind != "none", use_reentrant=kind == "reentrant"
