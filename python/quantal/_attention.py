@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from . import _core, _ops
 from ._dtypes import _NAMES
-from ._errors import DeviceError, DtypeError, UnsupportedError
+from ._errors import DeviceError, DtypeError, ShapeError, UnsupportedError
 
 _forward = torch.ops.quantal.attention.default
 _backward = torch.ops.quantal.attention_backward.default
@@ -143,7 +143,7 @@ def _check_alike(q, k, v) -> None:
 def _autocast(q, k, v):
     """As autocast has torch's attention."""
     device = q.device.type
-    if not torch.is_autocast_enabled(device):
+    if q.is_meta or not torch.is_autocast_enabled(device):
         return q, k, v
     dtype = torch.get_autocast_dtype(device)
     return [t if t.dtype is torch.float64 else t.to(dtype) for t in (q, k, v)]
@@ -171,6 +171,8 @@ def _by_torch(q, k, v, causal: bool, scale: float | None, mask) -> torch.Tensor:
     _check_alike(q, k, v)
     if not is_compiling():  # the sizes; the answer is about kernels
         _core.attention_refusal(q.shape, k.shape, v.shape, "f32", causal, False)
+        if mask is not None:
+            _check_mask(mask, (*q.shape[:3], k.shape[2]))
     grouped = q.shape[1] != k.shape[1]
     if q.shape[2] == 1:
         if grouped and mask is None:
@@ -184,6 +186,20 @@ def _by_torch(q, k, v, causal: bool, scale: float | None, mask) -> torch.Tensor:
     return scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=scale, **sharing
     )
+
+
+def _check_mask(mask, scores: tuple[int, ...]) -> None:
+    if mask.dtype is not torch.bool and not mask.is_floating_point():
+        raise DtypeError(f"attention: mask is {mask.dtype}, expected torch.bool or a floating type")
+    try:
+        fits = torch.broadcast_shapes(mask.shape, scores) == scores
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ShapeError(
+            f"attention: mask has shape {list(mask.shape)}, expected one that broadcasts to "
+            f"{list(scores)}"
+        )
 
 
 def _causal_mask(q, k, mask) -> torch.Tensor:

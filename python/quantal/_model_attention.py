@@ -210,7 +210,10 @@ def set_attention(
     try:
         model.set_attn_implementation(implementation)
     except (ValueError, ImportError) as error:
-        raise ConfigError(f"{where}: attn_implementation: {error}") from error
+        raise ConfigError(
+            f"{where}: attn_implementation is '{implementation}', expected {AUTO}, {NAME} or another "
+            f"name of transformers ({error})"
+        ) from error
     choice = Choice(model.config._attn_implementation, reason)
     _log.debug("%s: attention %s", where, choice)
     return choice

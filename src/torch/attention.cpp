@@ -89,7 +89,8 @@ void check_like(const char* name, const Tensor& t, const Tensor& q) {
 /// As autocast has torch's attention.
 Tensor autocast(const Tensor& t) {
   const auto device = t.device().type();
-  if (!at::autocast::is_autocast_enabled(device)) return t;
+  const bool known = at::autocast::is_autocast_available(device);
+  if (!known || !at::autocast::is_autocast_enabled(device)) return t;
   return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), t, device);
 }
 

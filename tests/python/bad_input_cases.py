@@ -252,12 +252,18 @@ def cases(folder: str, gguf: str, free: str) -> dict[str, Call]:
         lambda: {"x": torch.zeros(2, 64), "weight": packed(), "out": None},
     )
 
+    heads = {"q": torch.zeros(1, 2, 3, 4), "k": torch.zeros(1, 2, 3, 4)}
+    heads |= {"v": torch.zeros(1, 2, 3, 4), "causal": False, "scale": None, "mask": None}
+    add("functional.attention", quantal.functional.attention, heads)
+    add("register_attention", quantal.register_attention, {})
+
     # files
     add("inspect", quantal.inspect, {"path": folder, "all_tensors": False})
     add("file_layouts", quantal.file_layouts, {"model": "hqq"})
     add("model_digest", quantal.model_digest, module)
     add("load_gguf", quantal.load_gguf, {"path": gguf, "dtype": torch.float32})
     load = {"path": folder, "model_config": None, "config": None, "model": None, "strict": True}
+    load |= {"attn_implementation": "auto"}
     add("load_model", quantal.load_model, load)
     save = {"path": free, "layout": "", "max_shard_bytes": 0, "overwrite": True}
     save |= {"tokenizer": None, "config_entries": None}

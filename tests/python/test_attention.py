@@ -203,6 +203,10 @@ def test_what_does_not_belong_together_is_named():
         for mask in (None, torch.zeros(5, 8)):
             with pytest.raises(kind, match=message):
                 attention(*arguments, mask=mask)
+    with pytest.raises(quantal.ShapeError, match=r"mask has shape \[5, 7\].*to \[2, 4, 5, 8\]"):
+        attention(q, k, v, mask=torch.zeros(5, 7))
+    with pytest.raises(quantal.DtypeError, match="mask is torch.int64, expected torch.bool or a"):
+        attention(q, k, v, mask=torch.zeros(5, 8, dtype=torch.int64))
     with pytest.raises(quantal.ShapeError, match="expected at least 5 keys"):
         attention(q, k[:, :, :4], v[:, :, :4], causal=True)
     with pytest.raises(TypeError, match="causal is 'yes'.*expected True or False"):
