@@ -11,8 +11,8 @@
 namespace quantal {
 
 /// The sizes of an attention of tensors q [batch, heads, queries, dim] and k, v [batch, kv_heads,
-/// keys, dim]. Throws Error{kShape} for sizes that do not belong together, heads that kv_heads does
-/// not divide, no keys or, if causal, fewer keys than queries.
+/// keys, dim]. Throws Error{kShape} for sizes that differ where they must not; attention_refusal
+/// checks the rest.
 AttentionShape attention_shape(std::span<const std::int64_t> q, std::span<const std::int64_t> k,
                                std::span<const std::int64_t> v, bool causal, double scale);
 

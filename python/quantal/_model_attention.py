@@ -45,13 +45,12 @@ def _make_attention(by_torch: Callable[..., Any]) -> Callable[..., Any]:
         if is_causal is None:
             causal = query.shape[2] > 1 and attention_mask is None
             is_causal = causal and getattr(module, "is_causal", True)
-        if (
-            attention_mask is None
-            and not dropout
-            and _means_the_same(query, key, is_causal, kwargs)
-        ):
+        if not dropout and _means_the_same(query, key, attention_mask, is_causal, kwargs):
+            mask = attention_mask
+            if mask is not None and mask.dim() == 4 and mask.shape[3] > key.shape[2]:
+                mask = mask[..., : key.shape[2]]  # as torch's
             try:
-                out = _attention.by_kernels(query, key, value, is_causal, scaling)
+                out = _attention.by_kernels(query, key, value, bool(is_causal), scaling, mask)
             except (ShapeError, DtypeError):  # torch's to judge
                 out = None
             if out is not None:
@@ -71,10 +70,12 @@ def _make_attention(by_torch: Callable[..., Any]) -> Callable[..., Any]:
     return quantal_attention_forward
 
 
-def _means_the_same(query: Any, key: Any, is_causal: Any, kwargs: dict[str, Any]) -> bool:
+def _means_the_same(
+    query: Any, key: Any, mask: Any, is_causal: Any, kwargs: dict[str, Any]
+) -> bool:
     """Whether quantal's attention is what torch's would be: torch's is_causal begins at the first
     key, ours ends at the last."""
-    if is_causal and query.shape[2] != key.shape[2]:
+    if is_causal and (mask is not None or query.shape[2] != key.shape[2]):
         return False
     if kwargs and (kwargs.get("output_attentions") or kwargs.get("head_mask") is not None):
         return False  # torch's warns
@@ -211,7 +212,7 @@ def set_attention(
         model.set_attn_implementation(implementation)
     except (ValueError, ImportError) as error:
         raise ConfigError(
-            f"{where}: attn_implementation is '{implementation}', expected {AUTO}, {NAME} or another "
+            f"{where}: attn_implementation is '{implementation}', expected {AUTO}, {NAME} or a "
             f"name of transformers ({error})"
         ) from error
     choice = Choice(model.config._attn_implementation, reason)

@@ -77,9 +77,10 @@ def attention(
     mask    as torch's attn_mask, broadcast to [batch, heads, queries, keys]: bool, True where a key
             is seen, or numbers that are added to the scores
 
-    On the CPU and without a mask by quantal's kernels where they are faster than torch's (docs/
-    python.md), else by ``torch.nn.functional.scaled_dot_product_attention``. Differentiable once
-    where the kernels run. Autocast casts as it does for torch's.
+    By quantal's kernels where they are faster than torch's (docs/python.md): on the CPU, without a
+    mask or with a bool one that is the same for all heads and one run of keys for each query. Else
+    by ``torch.nn.functional.scaled_dot_product_attention``. Differentiable once where the kernels
+    run. Autocast casts as it does for torch's.
     """
     for name, value in (("q", q), ("k", k), ("v", v)):
         _check.tensor("attention", name, value)

@@ -31,16 +31,6 @@ AttentionShape attention_shape(Sizes q, Sizes k, Sizes v, bool causal, double sc
   if (!std::ranges::equal(v, k)) {
     fail(Errc::kShape, with_sizes("v", v) + ", expected " + shape_string(k) + " as k");
   }
-  if (kv_heads < 1 || heads < 1 || heads % kv_heads != 0) {
-    fail(Errc::kShape, "attention: q has " + std::to_string(heads) +
-                           " heads, expected a multiple of the " + std::to_string(kv_heads) +
-                           " of k");
-  }
-  const std::int64_t least = causal ? std::max<std::int64_t>(queries, 1) : 1;
-  if (keys < least) {
-    fail(Errc::kShape, with_sizes("k", k) + ", expected at least " + std::to_string(least) +
-                           " keys" + (causal ? " (causal: the last query sees the last key)" : ""));
-  }
   return {.batch = batch,
           .heads = heads,
           .kv_heads = kv_heads,

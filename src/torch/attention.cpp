@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <string>
 #include <tuple>
 
@@ -20,13 +21,15 @@ namespace {
 using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
+using OptionalTensor = std::optional<Tensor>;
 
 using ForwardSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
-                                                    bool, double, bool);
+                                                    const OptionalTensor&, bool, double, bool);
 using BackwardSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&,
                                                              const Tensor&, const Tensor&,
-                                                             const Tensor&, const Tensor&, bool,
-                                                             double);
+                                                             const OptionalTensor&, const Tensor&,
+                                                             const Tensor&, bool, double);
+using RunsSignature = Tensor(const Tensor&);
 
 template <class Signature>
 c10::TypedOperatorHandle<Signature> find_op(const char* name) {
@@ -35,42 +38,44 @@ c10::TypedOperatorHandle<Signature> find_op(const char* name) {
 }
 
 std::tuple<Tensor, Tensor> call_forward(const Tensor& q, const Tensor& k, const Tensor& v,
-                                        const AttentionShape& shape, bool with_gradient) {
+                                        const OptionalTensor& runs, const AttentionShape& shape,
+                                        bool with_gradient) {
   static const auto op = find_op<ForwardSignature>("quantal::attention");
-  return op.call(q, k, v, shape.causal, shape.scale, with_gradient);
+  return op.call(q, k, v, runs, shape.causal, shape.scale, with_gradient);
 }
 
 /// The gradients of q, k and v, which have none themselves.
 struct AttentionGradFunction : public torch::autograd::Function<AttentionGradFunction> {
   static variable_list forward(AutogradContext*, const Tensor& grad, const Tensor& q,
-                               const Tensor& k, const Tensor& v, const Tensor& out,
-                               const Tensor& lse, bool causal, double scale) {
+                               const Tensor& k, const Tensor& v, const OptionalTensor& runs,
+                               const Tensor& out, const Tensor& lse, bool causal, double scale) {
     static const auto op = find_op<BackwardSignature>("quantal::attention_backward");
-    const auto [dq, dk, dv] = op.call(grad, q, k, v, out, lse, causal, scale);
+    const auto [dq, dk, dv] = op.call(grad, q, k, v, runs, out, lse, causal, scale);
     return {dq, dk, dv};
   }
   static variable_list backward(AutogradContext*, const variable_list&) {
     fail(Errc::kUnsupported,
-         "attention: is differentiated twice, expected once (torch's attention, with a mask or "
-         "torch::scaled_dot_product_attention, can be)");
+         "attention: is differentiated twice, expected once (torch::scaled_dot_product_attention "
+         "of float64 can be)");
   }
 };
 
 struct AttentionFunction : public torch::autograd::Function<AttentionFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& v,
-                        const AttentionShape& shape) {
-    const auto [out, lse] = call_forward(q, k, v, shape, true);
-    ctx->save_for_backward({q, k, v, out, lse});
+                        const OptionalTensor& runs, const AttentionShape& shape) {
+    const auto [out, lse] = call_forward(q, k, v, runs, shape, true);
+    ctx->save_for_backward({q, k, v, out, lse, runs.value_or(Tensor())});
     ctx->saved_data["causal"] = shape.causal;
     ctx->saved_data["scale"] = static_cast<double>(shape.scale);
     return out;
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list s = ctx->get_saved_variables();
-    variable_list found = AttentionGradFunction::apply(grads[0], s[0], s[1], s[2], s[3], s[4],
+    const OptionalTensor runs = s[5].defined() ? OptionalTensor(s[5]) : std::nullopt;
+    variable_list found = AttentionGradFunction::apply(grads[0], s[0], s[1], s[2], runs, s[3], s[4],
                                                        ctx->saved_data["causal"].toBool(),
                                                        ctx->saved_data["scale"].toDouble());
-    found.emplace_back();  // of the shape
+    found.resize(5);  // of runs and shape: none
     return found;
   }
 };
@@ -94,11 +99,11 @@ Tensor autocast(const Tensor& t) {
   return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), t, device);
 }
 
-bool kernels_take(const Tensor& q, const AttentionShape& shape, bool with_gradient) {
+/// attention_refusal, which throws for sizes that do not belong together.
+std::string refusal_of(const Tensor& q, const AttentionShape& shape, bool with_gradient) {
   const auto type = q.scalar_type();
   const bool known = type == torch::kFloat || type == torch::kHalf || type == torch::kBFloat16;
-  return known && q.device().is_cpu() &&
-         attention_refusal(shape, from_torch(type), with_gradient).empty();
+  return attention_refusal(shape, known ? from_torch(type) : DType::kF64, with_gradient);
 }
 
 /// [queries, keys]: true where a causal attention looks.
@@ -107,29 +112,36 @@ Tensor causal_mask(const AttentionShape& s, const Tensor& like) {
   return torch::ones({s.queries, s.keys}, options).tril_(s.keys - s.queries);
 }
 
-/// `mask` of torch's attention for what `options` say; nothing where it needs none.
-std::optional<Tensor> torch_mask(const Tensor& q, const AttentionShape& s, const Tensor& mask) {
-  const bool hides = s.causal && s.queries > 1;
-  if (!mask.defined()) {
-    return hides && s.keys > s.queries ? std::optional(causal_mask(s, q)) : std::nullopt;
-  }
-  if (!hides) return mask;
-  const Tensor seen = causal_mask(s, q);
+/// `mask` where a causal attention looks too.
+Tensor causal_part(const Tensor& mask, const AttentionShape& s) {
+  if (s.queries == 1) return mask;
+  const Tensor seen = causal_mask(s, mask);
   if (mask.scalar_type() == torch::kBool) return mask.logical_and(seen);
   return mask.masked_fill(seen.logical_not(), -std::numeric_limits<double>::infinity());
 }
 
+/// The runs of keys that queries see under a mask; none for another mask.
+OptionalTensor runs_of(const Tensor& mask, const AttentionShape& s) {
+  const bool by_head = mask.dim() > 2 && mask.size(-3) != 1;
+  if (mask.scalar_type() != torch::kBool || !mask.device().is_cpu() || by_head) return {};
+  static const auto op = find_op<RunsSignature>("quantal::mask_runs");
+  const Tensor runs = op.call(mask.expand({s.batch, 1, s.queries, s.keys}));
+  return runs.dim() == 3 ? OptionalTensor(runs) : std::nullopt;
+}
+
 Tensor torch_attention(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionShape& s,
-                       const Tensor& mask) {
+                       const Tensor& mask, std::optional<double> scale) {
   const bool grouped = s.heads > s.kv_heads;
   if (grouped && s.queries == 1 && !mask.defined()) {
     // One position sees all keys: heads that share them are rows of one query, without copies.
     const Tensor rows = q.reshape({s.batch, s.kv_heads, s.heads / s.kv_heads, s.dim});
-    return at::scaled_dot_product_attention(rows, k, v, {}, 0, false, s.scale).reshape(q.sizes());
+    return at::scaled_dot_product_attention(rows, k, v, {}, 0, false, scale).reshape(q.sizes());
   }
-  const auto given = torch_mask(q, s, mask);
-  const bool causal = s.causal && s.queries > 1 && !given;
-  return at::scaled_dot_product_attention(q, k, v, given, /*dropout_p=*/0, causal, s.scale,
+  OptionalTensor given = mask.defined() ? OptionalTensor(mask) : std::nullopt;
+  const bool hides = s.causal && s.queries > 1;
+  // torch's is_causal begins at the first key
+  if (hides && s.keys > s.queries) given = causal_mask(s, q);
+  return at::scaled_dot_product_attention(q, k, v, given, /*dropout_p=*/0, hides && !given, scale,
                                           /*enable_gqa=*/grouped);
 }
 
@@ -141,16 +153,23 @@ torch::Tensor attention(const torch::Tensor& query, const torch::Tensor& key,
   check_like("k", k, q);
   check_like("v", v, q);
   const double usual = q.dim() > 0 ? 1 / std::sqrt(static_cast<double>(q.size(-1))) : 0;
-  const AttentionShape shape = attention_shape(q.sizes(), k.sizes(), v.sizes(), options.causal,
-                                               options.scale.value_or(usual));
+  AttentionShape shape = attention_shape(q.sizes(), k.sizes(), v.sizes(), options.causal,
+                                         options.scale.value_or(usual));
   const bool recorded = torch::GradMode::is_enabled() &&
                         (q.requires_grad() || k.requires_grad() || v.requires_grad());
-  if (options.mask.defined() || !kernels_take(q, shape, recorded)) {
-    return torch_attention(q, k, v, shape, options.mask);
+  bool taken = refusal_of(q, shape, recorded).empty() && q.device().is_cpu();
+  torch::Tensor mask = options.mask;
+  OptionalTensor runs;
+  if (mask.defined()) {
+    if (shape.causal) mask = causal_part(mask, shape);
+    shape.causal = false;
+    if (taken) runs = runs_of(mask, shape);
+    taken = runs.has_value();
   }
-  if (recorded) return AttentionFunction::apply(q, k, v, shape);
+  if (!taken) return torch_attention(q, k, v, shape, mask, options.scale);
+  if (recorded) return AttentionFunction::apply(q, k, v, runs, shape);
   const at::AutoDispatchBelowAutograd below;
-  return std::get<0>(call_forward(q, k, v, shape, false));
+  return std::get<0>(call_forward(q, k, v, runs, shape, false));
 }
 
 }  // namespace quantal

@@ -1,14 +1,17 @@
 // Attention (quantal/attention.h) on torch's stable ABI (see ops_stable.cpp).
 //
-//   attention(Tensor q, Tensor k, Tensor v, bool causal, float scale, bool with_gradient)
-//     -> (Tensor out, Tensor lse)
-//   attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
-//                      bool causal, float scale) -> (Tensor, Tensor, Tensor)
+//   attention(Tensor q, Tensor k, Tensor v, Tensor? runs, bool causal, float scale,
+//             bool with_gradient) -> (Tensor out, Tensor lse)
+//   attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? runs, Tensor out,
+//                      Tensor lse, bool causal, float scale) -> (Tensor, Tensor, Tensor)
+//   mask_runs(Tensor mask) -> Tensor runs
 //
 // q [batch, heads, queries, dim], k and v [batch, kv_heads, keys, dim] with any strides; a last
 // axis that is not dense is copied. `out` has the shape of q and lies in memory as [batch, queries,
-// heads, dim], which the product behind it reads; lse is float32 [batch, heads, queries], or [0]
-// without a gradient. Gradients lie as empty_like of their inputs does. For tensors on the CPU:
+// heads, dim], which the product behind it reads; runs are int32 [2, batch, queries], first keys
+// and ends, causal is false beside them, and mask_runs finds those of a bool mask [batch, 1,
+// queries, keys], or gives [0] for a mask that has none; lse is float32 [batch, heads, queries], or
+// [0] without a gradient. Gradients lie as empty_like of their inputs does. For tensors on the CPU:
 // whoever calls asks attention_refusal before. Python registers autograd and autocast, C++ has
 // attention.cpp.
 
@@ -62,6 +65,21 @@ AttentionShape checked_shape(const Tensor& q, const Tensor& k, const Tensor& v, 
   return attention_shape(sizes_of(q), sizes_of(k), sizes_of(v), causal, scale);
 }
 
+/// Given runs, contiguous.
+std::optional<Tensor> checked_runs(const std::optional<Tensor>& runs, AttentionShape& shape) {
+  if (!runs || !runs->defined()) return std::nullopt;
+  check_cpu("quantal::attention: runs", *runs);
+  if (runs->scalar_type() != ScalarType::Int) {
+    fail(Errc::kDtype, std::string("quantal::attention: runs is ") +
+                           type_name(runs->scalar_type()) + ", expected int32");
+  }
+  check_sizes("quantal::attention: runs", *runs, {2, shape.batch, shape.queries});
+  Tensor dense = runs->is_contiguous() ? *runs : stable::contiguous(*runs);
+  shape.run_begin = static_cast<const std::int32_t*>(dense.const_data_ptr());
+  shape.run_end = shape.run_begin + shape.batch * shape.queries;
+  return dense;
+}
+
 /// Where the values of a head follow one another, as the kernels read them.
 bool has_dense_heads(const Tensor& t) { return t.size(kLast) <= 1 || t.stride(kLast) == 1; }
 Tensor with_dense_heads(const Tensor& t) {
@@ -87,10 +105,11 @@ Tensor empty_out(const AttentionShape& s, ScalarType type) {
   return Tensor(handle);
 }
 
-std::tuple<Tensor, Tensor> attention_cpu(Tensor q, Tensor k, Tensor v, bool causal, double scale,
-                                         bool with_gradient) {
+std::tuple<Tensor, Tensor> attention_cpu(Tensor q, Tensor k, Tensor v, std::optional<Tensor> runs,
+                                         bool causal, double scale, bool with_gradient) {
   const DType dtype = weight_dtype("quantal::attention: q", q.scalar_type());
-  const AttentionShape shape = checked_shape(q, k, v, causal, scale);
+  AttentionShape shape = checked_shape(q, k, v, causal, scale);
+  const auto held = checked_runs(runs, shape);
   const Tensor queries = with_dense_heads(q), keys = with_dense_heads(k);
   const Tensor values = with_dense_heads(v);
   Tensor out = empty_out(shape, q.scalar_type());
@@ -124,10 +143,11 @@ class [[gnu::visibility("hidden")]] Gradient {
 };
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(Tensor grad, Tensor q, Tensor k, Tensor v,
-                                                          Tensor out, Tensor lse, bool causal,
-                                                          double scale) {
+                                                          std::optional<Tensor> runs, Tensor out,
+                                                          Tensor lse, bool causal, double scale) {
   const DType dtype = weight_dtype("quantal::attention_backward: q", q.scalar_type());
-  const AttentionShape shape = checked_shape(q, k, v, causal, scale);
+  AttentionShape shape = checked_shape(q, k, v, causal, scale);
+  const auto held = checked_runs(runs, shape);
   const Ints sizes{shape.batch, shape.heads, shape.queries, shape.dim};
   check_like("quantal::attention_backward: grad", grad, q);
   check_sizes("quantal::attention_backward: grad", grad, sizes);
@@ -154,6 +174,27 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(Tensor grad, Tensor q,
   return {dq.result(), dk.result(), dv.result()};
 }
 
+Tensor mask_runs_cpu(Tensor mask) {
+  check_cpu("quantal::mask_runs: mask", mask);
+  if (mask.scalar_type() != ScalarType::Bool || mask.dim() != kAxes || mask.size(1) != 1) {
+    fail(Errc::kShape, std::string("quantal::mask_runs: mask is ") + type_name(mask.scalar_type()) +
+                           " " + sizes_string(mask) + ", expected bool [batch, 1, queries, keys]");
+  }
+  const Tensor dense = with_dense_heads(mask);
+  const std::int64_t batch = mask.size(0), queries = mask.size(2), keys = mask.size(kLast);
+  Tensor runs = empty_like_of(mask, {2, batch, queries}, ScalarType::Int);
+  auto* begin = static_cast<std::int32_t*>(runs.mutable_data_ptr());
+  std::int32_t* end = begin + batch * queries;
+  const auto* seen = static_cast<const std::uint8_t*>(dense.const_data_ptr());
+  for (std::int64_t b = 0; b < batch; ++b, begin += queries, end += queries) {
+    const auto* rows = seen + b * dense.stride(0);
+    if (!runs_of_mask(rows, queries, keys, dense.stride(2), begin, end)) {
+      return empty_like_of(mask, {0}, ScalarType::Int);
+    }
+  }
+  return runs;
+}
+
 // ------------------------------------------------------------------ meta kernels
 
 /// Fresh and contiguous. Sizes may be symbolic here and cannot be read through the stable ABI, so
@@ -165,9 +206,8 @@ Tensor contiguous_like(const Tensor& t, ScalarType type) {
               std::nullopt, std::nullopt, format);
 }
 
-std::tuple<Tensor, Tensor> attention_meta(Tensor q, Tensor k, Tensor v, bool, double,
-                                          bool with_gradient) {
-  static_cast<void>(k), static_cast<void>(v);
+std::tuple<Tensor, Tensor> attention_meta(Tensor q, Tensor, Tensor, std::optional<Tensor>, bool,
+                                          double, bool with_gradient) {
   const Tensor self = detached(q);
   const Tensor out = contiguous_like(stable::transpose(self, 1, 2), q.scalar_type());
   const Tensor lse = with_gradient
@@ -177,7 +217,8 @@ std::tuple<Tensor, Tensor> attention_meta(Tensor q, Tensor k, Tensor v, bool, do
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward_meta(Tensor, Tensor q, Tensor k, Tensor v,
-                                                           Tensor, Tensor, bool, double) {
+                                                           std::optional<Tensor>, Tensor, Tensor,
+                                                           bool, double) {
   return {stable::empty_like(detached(q)), stable::empty_like(detached(k)),
           stable::empty_like(detached(v))};
 }
@@ -186,16 +227,18 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_meta(Tensor, Tensor q, Ten
 
 STABLE_TORCH_LIBRARY_FRAGMENT(quantal, m) {
   m.def(
-      "attention(Tensor q, Tensor k, Tensor v, bool causal, float scale, bool with_gradient) "
-      "-> (Tensor, Tensor)");
+      "attention(Tensor q, Tensor k, Tensor v, Tensor? runs, bool causal, float scale, "
+      "bool with_gradient) -> (Tensor, Tensor)");
   m.def(
-      "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-      "bool causal, float scale) -> (Tensor, Tensor, Tensor)");
+      "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? runs, Tensor out, "
+      "Tensor lse, bool causal, float scale) -> (Tensor, Tensor, Tensor)");
+  m.def("mask_runs(Tensor mask) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(quantal, CPU, m) {
   m.impl("attention", TORCH_BOX(&attention_cpu));
   m.impl("attention_backward", TORCH_BOX(&attention_backward_cpu));
+  m.impl("mask_runs", TORCH_BOX(&mask_runs_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(quantal, Meta, m) {

@@ -141,11 +141,12 @@ def test_results_and_gradients_lie_as_models_read_them():
     assert len(grads) == 3 and all(grad.transpose(1, 2).is_contiguous() for grad in grads)
 
 
-def test_masks_go_to_torch():
+def test_masks_and_scales():
     q, k, v = inputs((2, 4, 2, 5, 8, 16))
     flags = torch.rand(2, 1, 5, 8, generator=torch.Generator().manual_seed(3)) > 0.3
     flags[..., 0] = True
-    for mask, causal in itertools.product((flags, torch.randn(5, 8)), (False, True)):
+    masks = flags, torch.randn(5, 8), torch.arange(8) > 2, torch.rand(2, 4, 5, 8) > 0.2
+    for mask, causal in itertools.product(masks, (False, True)):
         y = attention(q, k, v, causal=causal, mask=mask)
         assert relative(y, reference(q, k, v, causal, mask=mask)) < 1e-5
     assert relative(attention(q, k, v, scale=0.7), reference(q, k, v, scale=0.7)) < 1e-5
@@ -195,7 +196,7 @@ def test_what_does_not_belong_together_is_named():
         (quantal.ShapeError, r"q has shape \[4, 5, 16\], expected \[batch, heads", (q[0], k, v)),
         (quantal.ShapeError, r"k has shape \[1, 2, 8, 16\], expected \[2, kv", (q, k[:1], v)),
         (quantal.ShapeError, r"v has shape \[2, 2, 7, 16\], expected", (q, k, v[:, :, :7])),
-        (quantal.ShapeError, "q has 3 heads, expected a multiple of the 2", (q[:, :3], k, v)),
+        (quantal.ShapeError, "heads is 3, expected a multiple of kv_heads 2", (q[:, :3], k, v)),
         (quantal.DtypeError, "v is torch.float16, expected torch.float32", (q, k, v.half())),
         (quantal.DeviceError, "k is on meta, expected cpu as q", (q, k.to("meta"), v)),
     ]
@@ -207,7 +208,7 @@ def test_what_does_not_belong_together_is_named():
         attention(q, k, v, mask=torch.zeros(5, 7))
     with pytest.raises(quantal.DtypeError, match="mask is torch.int64, expected torch.bool or a"):
         attention(q, k, v, mask=torch.zeros(5, 8, dtype=torch.int64))
-    with pytest.raises(quantal.ShapeError, match="expected at least 5 keys"):
+    with pytest.raises(quantal.ShapeError, match="keys is 4, expected >= 5"):
         attention(q, k[:, :, :4], v[:, :, :4], causal=True)
     with pytest.raises(TypeError, match="causal is 'yes'.*expected True or False"):
         attention(q, k, v, causal="yes")
@@ -238,22 +239,23 @@ def test_operators_pass_opcheck(sizes):
     if not with_gradient and refused(*inputs(sizes, torch.bfloat16), True, False):
         pytest.skip("these kernels do not run on this CPU")
     q, k, v = inputs(sizes, torch.bfloat16, grad=with_gradient)
-    arguments = (q, k, v, True, 0.125, with_gradient)
+    arguments = (q, k, v, None, True, 0.125, with_gradient)
     torch.library.opcheck(torch.ops.quantal.attention.default, arguments)
     if with_gradient:
         out, lse = (t.detach() for t in torch.ops.quantal.attention(*arguments))
         assert lse.shape == q.shape[:3] and lse.dtype is torch.float32
-        saved = (torch.randn_like(out), *(t.detach() for t in (q, k, v)), out, lse, True, 0.125)
+        q, k, v = (t.detach() for t in (q, k, v))
+        saved = (torch.randn_like(out), q, k, v, None, out, lse, True, 0.125)
         torch.library.opcheck(torch.ops.quantal.attention_backward.default, saved)
 
 
 def test_the_operator_refuses_what_the_rule_refuses():
     q, k, v = inputs((1, 2, 2, 4, 4, 16), torch.float64)
     with pytest.raises(RuntimeError, match="q is float64, expected float32, float16 or bfloat16"):
-        torch.ops.quantal.attention(q, k, v, True, 1.0, False)
+        torch.ops.quantal.attention(q, k, v, None, True, 1.0, False)
     q, k, v = inputs((1, 2, 2, 4, 3, 16))
-    with pytest.raises(RuntimeError, match="expected at least 4 keys"):
-        torch.ops.quantal.attention(q, k, v, True, 1.0, False)
+    with pytest.raises(RuntimeError, match="keys is 3, expected >= 4"):
+        torch.ops.quantal.attention(q, k, v, None, True, 1.0, False)
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
