@@ -38,7 +38,6 @@ ARROWS["python"] = set(ARROWS["torch"]) | {"torch"}
 # Public headers that are not called as their room.
 PUBLIC_ROOMS = {
     "archive": "io",
-    "attention": "kernels",
     "attention_choice": "policy",
     "backend": "policy",
     "coverage": "policy",
