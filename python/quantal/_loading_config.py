@@ -50,6 +50,7 @@ class ModelLoadingConfig:
     max_memory           {device: size} for transformers, which then places the layers
     loading_workers      kept for older programs: layers are quantized one after the other, each by
                          all threads
+    attn_implementation  a name of transformers, "quantal" included, or "auto" as in ``load_model``
     skip_modules         where the quantization config does not say
     llama_pro_path       a folder ``...blk_exp-<layers>-<expanded layers>`` with expanded weights
     """

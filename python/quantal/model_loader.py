@@ -21,6 +21,7 @@ from . import _check
 from ._errors import ConfigError, DeviceError, IoError
 from ._loading import assign_tensor, dtype_keyword, parameters_on_meta
 from ._loading_config import LoadingStrategy, ModelLoadingConfig
+from ._model_attention import AUTO, set_attention
 from ._model_files import (
     is_quantized_on_disk,
     mapped_tensors,
@@ -101,7 +102,7 @@ class ModelLoader(ABC):
             self.config.model_name, trust_remote_code=self.config.trust_remote_code
         )
         config.use_cache = self.config.use_cache
-        config._attn_implementation = self.config.attn_implementation
+        config._attn_implementation = self._attention()
         if self.config.llama_pro_path:
             name = pathlib.Path(self.config.llama_pro_path).name
             layers = re.search(r"blk_exp-(\d+)-(\d+)", name)
@@ -127,7 +128,7 @@ class ModelLoader(ABC):
             return _transformers().AutoModelForCausalLM.from_pretrained(
                 self.config.model_name,
                 **dtype_keyword(self.config.dtype),
-                attn_implementation=self.config.attn_implementation,
+                attn_implementation=self._attention(),
                 trust_remote_code=self.config.trust_remote_code,
                 use_safetensors=self.config.use_safetensors or None,
                 **kwargs,
@@ -136,6 +137,16 @@ class ModelLoader(ABC):
             raise IoError(
                 f"Could not find model weights for {self.config.model_name}: {error}"
             ) from error
+
+    def _attention(self) -> str | None:
+        """What transformers is told; None: it chooses, and `_choose_attention` behind it."""
+        name = self.config.attn_implementation
+        return None if name == AUTO else name
+
+    def _choose_attention(self, model: Any) -> Any:
+        """The model with the attention that was asked for."""
+        set_attention(type(self).__name__, model, self.config.attn_implementation)
+        return model
 
     def _device(self) -> torch.device:
         host = self.config.offload_to_cpu
@@ -179,7 +190,7 @@ class StandardModelLoader(ModelLoader):
         else:
             model = self._whole_model().to(self._device())
         model.config.use_cache = self.config.use_cache
-        return model
+        return self._choose_attention(model)
 
 
 class QuantizedModelLoader(ModelLoader):
@@ -211,7 +222,7 @@ class QuantizedModelLoader(ModelLoader):
         if not self._is_empty_rank():
             model = self._place(model)
         model.config.use_cache = config.use_cache
-        return model.eval()
+        return self._choose_attention(model).eval()
 
     def _with_skips(self, config: QuantizationConfig) -> QuantizationConfig:
         """The loader's own list counts where the config has the usual one."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import quantal
 from conftest import hqq, nf4, tiny_llama
 from quantal import (
     Backend,
@@ -120,6 +121,21 @@ def test_dtype_of_what_stays_dense(folder):
     expected = create_quantization_adapter("cpu", hqq()).quantize_model(tiny_llama().bfloat16())
     layer, same = (m.model.layers[0].mlp.up_proj for m in (model, expected))
     assert torch.equal(layer.codes, same.codes), "weights are cast before they are quantized"
+
+
+@pytest.mark.parametrize("name", ["auto", "quantal", "sdpa", "eager"])
+def test_attention(folder, tokens, name, tmp_path):
+    dense = StandardModelLoader(config(folder, attn_implementation=name)).load_model()
+    quantized = CPUModelLoader(config(folder, hqq(), attn_implementation=name)).load_model()
+    quantal.save_model(quantized, tmp_path / "again")
+    again = CPUModelLoader(config(tmp_path / "again", hqq(), attn_implementation=name)).load_model()
+    heads = dense.config
+    sizes = heads.num_attention_heads, heads.num_key_value_heads, heads.head_dim
+    refused = quantal._core.attention_gain_refusal(*sizes, "f32", False)
+    expected = {"auto": "sdpa" if refused else "quantal"}.get(name, name)
+    for model in (dense, quantized, again):
+        assert model.config._attn_implementation == expected
+    torch.testing.assert_close(again(tokens).logits, quantized(tokens).logits)
 
 
 def test_skip_modules_of_the_loader(folder):
