@@ -120,7 +120,7 @@ def register_attention() -> None:
     registry of masks."""
     try:
         _register()
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:
         raise UnsupportedError(
             f"register_attention: transformers has no registry of attentions and masks ({error}), "
             "expected transformers >= 4.53"
@@ -134,7 +134,7 @@ def register_lazily() -> None:
     def register() -> None:
         try:
             _register()
-        except ImportError as error:
+        except (ImportError, AttributeError) as error:
             _log.debug("attention is not registered: %s", error)
 
     when_imported(_MODELING, register)

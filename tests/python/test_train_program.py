@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import quantal
 from qlora_support import METHODS
+from quantal import _core
 from quantal_train import cli, data
 from quantal_train.monitor import Monitor, read_lines
 from quantal_train.run import run as run_program
@@ -258,6 +259,23 @@ def test_modes_that_change_memory_alone_change_no_loss(place, tmp_path):
         found = losses(tmp_path / str(number))
         expected = expected or found
         assert found == pytest.approx(expected, rel=1e-5), more
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_attention_is_chosen_and_kept(place, tmp_path, precision):
+    """By the rule, for the type that queries have; documents share rows, so masks are in play."""
+    refusal = _core.attention_gain_refusal(
+        4, 2, 16, {"fp32": "f32"}.get(precision, precision), True
+    )
+    expected = {"auto": f"sdpa ({refusal})" if refusal else "quantal", "sdpa": "sdpa"}
+    found = []
+    for name in expected:
+        more = "--max_steps", 2, "--precision", precision, "--attn_implementation", name
+        run(0, flags(place, tmp_path / name, *more))
+        kept = json.loads((tmp_path / name / "args.json").read_text())
+        assert (kept["attn_implementation"], kept["attention"]) == (name, expected[name])
+        found.append(losses(tmp_path / name))
+    assert found[0] == pytest.approx(found[1], rel=2e-3)
 
 
 def test_each_dialect(place, tmp_path):
