@@ -95,6 +95,18 @@ void with_rows(int rows, Fn fn) {
   }
 }
 
+/// Asks for `dim` elements of the key or value that many keys after the one at `data`: between two
+/// tokens the weights of a model pass through the caches, so that keys come from memory.
+template <FloatKind kKind>
+void prefetch_ahead(const std::uint8_t* data, std::int64_t key_bytes, std::int64_t dim,
+                    std::int64_t count) {
+  constexpr std::int64_t kBytes = 8192, kLine = 64;
+  const std::uint8_t* from = data + kBytes / (dim * float_bytes(kKind)) * key_bytes;
+  for (std::int64_t byte = 0; byte < count * float_bytes(kKind); byte += kLine) {
+    __builtin_prefetch(from + byte);
+  }
+}
+
 // ------------------------------------------------------------------ scores
 
 /// acc[key * width + row] of kKeys keys.
@@ -130,10 +142,12 @@ void score_keys(const Chunk& chunk, const RowBlock& block, std::int64_t from, st
   constexpr int kStep = kKeys > 8 ? 8 : kKeys;  // pointers that fit into registers
   const AttentionJob& job = chunk.job;
   const float* q = chunk.q + block.first * job.dim;
+  const std::int64_t key_bytes = job.k_stride * float_bytes(kKind);
   for (std::int64_t j = from; j < to; j += kKeys) {
     const std::uint8_t* keys[kKeys];
     for (int k = 0; k < kKeys; ++k) {
       keys[k] = element<kKind>(job.k, (chunk.begin + min64(j + k, to - 1)) * job.k_stride);
+      if (block.first == 0) prefetch_ahead<kKind>(keys[k], key_bytes, job.dim, job.dim);
     }
     F acc[T::kTile];
     for (int k = 0; k < kKeys; k += kStep) {
@@ -207,6 +221,7 @@ void add_vectors(const Weighted& w, std::int64_t dim, float* out) {
     F weight[kRows];
     for (int r = 0; r < kRows; ++r) weight[r] = T::set1(w.weights[j * w.width + r]);
     const std::uint8_t* values = w.values + j * w.value_bytes;
+    prefetch_ahead<kKind>(values, w.value_bytes, dim, kVectors * kLanes);
     for (int v = 0; v < kVectors; ++v) {
       const F value = load_kind<T>(kKind, values + v * kLanes * float_bytes(kKind));
       for (int r = 0; r < kRows; ++r) sums[r][v] = T::fma(weight[r], value, sums[r][v]);
