@@ -114,6 +114,7 @@ struct Int8Kernels;
 struct IntKernels;
 struct BlockAttention;
 struct FewRowsAttention;
+struct LowRankKernels;
 
 /// Products of bfloat16 activations with weights rounded to bfloat16, where the processor has
 /// instructions for them.
@@ -162,6 +163,7 @@ struct CpuKernels {
   const Bf16Kernels& (*bf16)();     ///< null: 16-bit activations are widened to float32
   const FewRowsAttention& (*few_rows_attention)();  ///< attention_kernels.h
   const BlockAttention& (*block_attention)();       ///< null: the framework's
+  const LowRankKernels& (*low_rank)();              ///< low_rank_kernels.h
   MaxRows max_rows, transposed_max_rows;            ///< packed_matmul_max_rows
 };
 

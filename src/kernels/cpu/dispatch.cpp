@@ -9,6 +9,7 @@
 #include "kernels/cpu/attention_kernels.h"
 #include "kernels/cpu/int8_kernels.h"
 #include "kernels/cpu/int_kernels.h"
+#include "kernels/cpu/low_rank_kernels.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -111,24 +112,25 @@ const CpuKernels kSets[] = {
 #if defined(__x86_64__)
     {"avx512amx", has_amx, dequantize_avx512, matmul_avx512, matmul_transposed_avx512, widen_avx512,
      int8_kernels_best_avx512, int_kernels_best_avx512, bf16_kernels_avx512bf16,
-     few_rows_attention_avx512, nullptr, kAmxRows, kAmxRows},
+     few_rows_attention_avx512, nullptr, low_rank_kernels_avx512, kAmxRows, kAmxRows},
     {"avx512bf16", has_avx512_bf16, dequantize_avx512, matmul_avx512, matmul_transposed_avx512,
      widen_avx512, int8_kernels_best_avx512, int_kernels_best_avx512, bf16_kernels_avx512bf16,
-     few_rows_attention_avx512, block_attention_avx512bf16, kBf16Rows, kBf16Rows},
+     few_rows_attention_avx512, block_attention_avx512bf16, low_rank_kernels_avx512, kBf16Rows,
+     kBf16Rows},
     {"avx512", has_avx512, dequantize_avx512, matmul_avx512, matmul_transposed_avx512, widen_avx512,
      int8_kernels_best_avx512, int_kernels_best_avx512, nullptr, few_rows_attention_avx512, nullptr,
-     kAvx512Rows, kAvx512Rows},
+     low_rank_kernels_avx512, kAvx512Rows, kAvx512Rows},
     {"avx2", has_avx2, dequantize_avx2, matmul_avx2, matmul_transposed_avx2, widen_avx2,
-     int8_kernels_avx2, int_kernels_best_avx2, nullptr, few_rows_attention_avx2, nullptr, kHalfRows,
-     kHalfRows},
+     int8_kernels_avx2, int_kernels_best_avx2, nullptr, few_rows_attention_avx2, nullptr,
+     low_rank_kernels_avx2, kHalfRows, kHalfRows},
 #elif defined(__aarch64__)
     {"neon", always, dequantize_neon, matmul_neon, matmul_transposed_neon, widen_neon,
-     int8_kernels_neon, int_kernels_best_neon, nullptr, few_rows_attention_neon, nullptr, kHalfRows,
-     kHalfRows},
+     int8_kernels_neon, int_kernels_best_neon, nullptr, few_rows_attention_neon, nullptr,
+     low_rank_kernels_neon, kHalfRows, kHalfRows},
 #endif
     {"scalar", always, dequantize_scalar, matmul_scalar, matmul_transposed_scalar, widen_scalar,
      int8_kernels_scalar, int_kernels_scalar, nullptr, few_rows_attention_scalar, nullptr,
-     kScalarRows, kScalarRows},
+     low_rank_kernels_scalar, kScalarRows, kScalarRows},
 };
 
 std::atomic<const CpuKernels*> g_active{nullptr};
