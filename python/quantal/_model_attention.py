@@ -158,10 +158,12 @@ def _heads(config: Any) -> tuple[int, int, int] | None:
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     heads = getattr(config, "num_attention_heads", None)
     width = getattr(config, "hidden_size", None)
+    if not (isinstance(heads, int) and isinstance(width, int) and heads > 0):
+        return None
     shared = getattr(config, "num_key_value_heads", None) or heads
-    dim = getattr(config, "head_dim", None) or (width // heads if heads and width else None)
-    sizes = heads, shared, dim
-    return sizes if all(isinstance(n, int) and n > 0 for n in sizes) else None  # type: ignore
+    dim = getattr(config, "head_dim", None) or width // heads
+    known = isinstance(shared, int) and isinstance(dim, int) and heads % shared == 0
+    return (heads, shared, dim) if known else None
 
 
 def _refusal(model: Any, dtype: torch.dtype | None, training: bool) -> str:
@@ -174,10 +176,16 @@ def _refusal(model: Any, dtype: torch.dtype | None, training: bool) -> str:
     sizes = _heads(model.config)
     if sizes is None:
         return f"{type(model.config).__name__} names no heads"
-    if dtype is None:
-        embeddings = model.get_input_embeddings()
-        dtype = getattr(getattr(embeddings, "weight", None), "dtype", None) or model.dtype
-    return _core.attention_gain_refusal(*sizes, _NAMES[dtype], training)
+    return _core.attention_gain_refusal(*sizes, _NAMES[dtype or _dtype_of(model)], training)
+
+
+def _dtype_of(model: Any) -> torch.dtype:
+    """Of the embeddings, which queries and keys have too."""
+    try:
+        weight = getattr(model.get_input_embeddings(), "weight", None)
+    except NotImplementedError:  # a model of something else than tokens
+        weight = None
+    return model.dtype if weight is None else weight.dtype
 
 
 def set_attention(
@@ -216,10 +224,16 @@ def set_attention(
             f"name of transformers ({error})"
         ) from error
     choice = Choice(model.config._attn_implementation, reason)
+    if implementation == NAME != choice.name:
+        raise ConfigError(
+            f"{where}: attn_implementation is '{NAME}', expected {choice.name}: transformers "
+            f"cannot change the attention of {type(model).__name__}"
+        )
     _log.debug("%s: attention %s", where, choice)
     return choice
 
 
 def _is_transformers(model: Any) -> bool:
     modeling = sys.modules.get(_MODELING)
-    return modeling is not None and isinstance(model, modeling.PreTrainedModel)
+    found = modeling is not None and isinstance(model, modeling.PreTrainedModel)
+    return found and hasattr(model, "_can_set_attn_implementation")

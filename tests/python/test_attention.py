@@ -420,6 +420,22 @@ def test_loading_chooses(tmp_path, llama):
     assert "attn" not in (tmp_path / "again" / "config.json").read_text()
 
 
+def test_models_that_are_left_alone(llama, monkeypatch):
+    _, model = llama
+    set_attention = quantal._model_attention.set_attention
+    monkeypatch.setattr(type(model), "_can_set_attn_implementation", classmethod(lambda cls: False))
+    choice = set_attention("test", model)
+    assert choice == ("sdpa", "LlamaForCausalLM has no attention that can be chosen")
+    with pytest.raises(quantal.ConfigError, match="expected sdpa: transformers cannot change"):
+        set_attention("test", model, "quantal")
+    monkeypatch.undo()
+    model.config.num_attention_heads = [4, 4]
+    assert set_attention("test", model) == ("sdpa", "LlamaConfig names no heads")
+    model.set_attn_implementation("eager")
+    assert set_attention("test", model).name == "eager"
+    assert set_attention("test", torch.nn.Linear(2, 2)) is None
+
+
 def test_registered_whichever_is_imported_first():
     program = """
 import sys
