@@ -154,7 +154,8 @@ def make_sides(
 
     def packed() -> nn.Module:
         config = quantal.QuantizationConfig("hqq", compute_dtype=torch.bfloat16)
-        return quantal.load_model(gguf, config=config, attn_implementation="quantal")
+        model = quantal.load_model(gguf, config=config, attn_implementation="quantal")
+        return model.to(torch.bfloat16)  # the file's norms are float32
 
     def quantized(name: str) -> nn.Module:
         model = quantal_model(copy.deepcopy(dense), **METHODS[name])
