@@ -236,6 +236,32 @@ TEST_F(Products, LongRowsManyInputsInBfloat16) {
   }
 }
 
+TEST_F(Products, HalfStepsAtTheEndOfRowsInBfloat16) {
+  // Widths of 2, 3 and 5 bits go by 128 columns, 4 and 6 bits by 64.
+  std::uint64_t seed = 30000;
+  for (int bits : {2, 3, 4, 5, 6}) {
+    const std::int64_t half = bits == 4 || bits == 6 ? 32 : 64;
+    for (std::int64_t halves : {1, 3, 9, 17, 67}) {
+      for (std::int64_t group : {std::int64_t{16}, std::int64_t{32}, half, 3 * half / 2}) {
+        if (half * halves % group != 0) continue;
+        const PackedSpec spec{.rows = 7,
+                              .cols = half * halves,
+                              .bits = bits,
+                              .centre = 2,
+                              .offset = static_cast<Offset>(seed % 4),
+                              .group_size = group};
+        for (std::int64_t m : {1, 4, 7, 16, 35}) {
+          for (bool transposed : {false, true}) {
+            const Problem p = make_problem(spec, m, DType::kBF16, transposed, ++seed);
+            check_all_sets(p, describe(spec) + " m " + std::to_string(m) + " transposed " +
+                                  std::to_string(transposed) + " seed " + std::to_string(seed));
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST_F(Products, ARowOfOutputsDoesNotDependOnTheOtherInputs) {
   const PackedSpec specs[] = {{.rows = 21, .cols = 256, .code_map = CodeMap::kNf4},
                               {.rows = 9, .cols = 4224, .group_size = 32},
@@ -243,6 +269,9 @@ TEST_F(Products, ARowOfOutputsDoesNotDependOnTheOtherInputs) {
                               {.rows = 13, .cols = 4352, .bits = 8, .group_size = 64},
                               {.rows = 9, .cols = 4352, .bits = 5, .group_size = 32},
                               {.rows = 9, .cols = 4224, .bits = 6, .group_size = 64},
+                              {.rows = 9, .cols = 4160, .bits = 2, .group_size = 64},
+                              {.rows = 9, .cols = 576, .bits = 3, .group_size = 96},
+                              {.rows = 9, .cols = 1088, .bits = 5, .group_size = 32},
                               {.rows = 21, .cols = 200, .bits = 8, .offset = Offset::kShift}};
   for (const PackedSpec& spec : specs) {
     for (int i = 0; i < 4; ++i) {

@@ -131,6 +131,10 @@ struct Bf16Kernels {
   void (*matmul_transposed)(const KernelMatrix& w, const Bf16Job& job, std::int64_t col_begin,
                             std::int64_t col_end) noexcept;
 };
+/// matmul of up to 11 inputs where step_fields is not 0, 4 rows at a time; returns the first row
+/// left.
+std::int64_t matmul_direct_avx512bf16(const KernelMatrix& w, const Bf16Job& job,
+                                      std::int64_t row_begin, std::int64_t row_end) noexcept;
 void matmul_panels_avx512bf16(const KernelMatrix& w, const Bf16Job& job, std::int64_t row_begin,
                               std::int64_t row_end) noexcept;
 void matmul_transposed_avx512bf16(const KernelMatrix& w, const Bf16Job& job, std::int64_t col_begin,

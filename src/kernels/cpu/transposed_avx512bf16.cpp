@@ -152,8 +152,8 @@ class ColumnTile {
   }
 
   void store(std::int64_t m, std::int64_t col, std::int64_t cols) const {
-    const std::int64_t fields = fields_ == 0 ? 1 : fields_;
     for (std::int64_t c = 0; c < cols; c += 32) {
+      const std::int64_t fields = fields_at(fields_ == 0 ? 1 : fields_, c, cols);
       const Sums32 sums = in_order(totals_ + m * ld_ + c);
       const std::int64_t vector = c / 32;  // it holds chunks f and fields + f of its step
       const std::int64_t at = c - vector % fields * kLanes;
