@@ -12,6 +12,8 @@ void link_weight_ops() noexcept;
 void link_activation_ops() noexcept;
 /// And for ops_attention.cpp.
 void link_attention_ops() noexcept;
+/// And for ops_low_rank.cpp.
+void link_low_rank_ops() noexcept;
 /// And for ops_cuda.cpp and ops_cuda_quantize.cpp.
 void link_cuda_ops() noexcept;
 void link_cuda_weight_ops() noexcept;

@@ -33,6 +33,7 @@ void link_torch_ops() noexcept {
   link_weight_ops();
   link_activation_ops();
   link_attention_ops();
+  link_low_rank_ops();
   link_cuda_ops();
   link_cuda_weight_ops();
   link_aten_ops();
