@@ -59,6 +59,7 @@ _INTERNALS = (
         ("target", "adapter_name", "config", "parameter_name"),
     ),
     ("peft.tuners.lora.layer", "Linear.update_layer", ("self", "adapter_name", "r", "lora_alpha")),
+    ("peft.tuners.lora.layer", "Linear.forward", ("self", "x")),
     ("peft.tuners.lora.layer", "Linear.merge", ("self", "safe_merge", "adapter_names")),
     ("peft.tuners.lora.layer", "Linear.unmerge", ("self",)),
     ("peft.tuners.lora.layer", "Embedding.merge", ("self", "safe_merge", "adapter_names")),

@@ -16,6 +16,7 @@ from torch import nn
 from . import _ops
 from ._dtypes import widest_float
 from ._errors import UnsupportedError
+from ._low_rank import lora_product
 from ._packed import PackedWeight
 
 #: Ways of PEFT to start an adapter that leave the base as it is.
@@ -111,6 +112,11 @@ def _requantize(base: PackedWeight, before: _Saved, target: torch.Tensor) -> Non
 
 class QuantizedLoraLinear(_MergesPacked, lora_layer.Linear):  # type: ignore[misc,name-defined]
     """LoRA over packed codes."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """PEFT's, in one step where one plain adapter is all there is to add (``_low_rank``)."""
+        y = None if args or kwargs else lora_product(self, x)
+        return super().forward(x, *args, **kwargs) if y is None else y
 
     @property
     def lora_variants(self) -> dict:

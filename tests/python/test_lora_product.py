@@ -1,0 +1,522 @@
+"""LoRA over a packed layer in one step: PEFT's numbers, its gradients, and what stays with PEFT."""
+
+import contextlib
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.helpers import disable_input_dtype_casting
+from peft.tuners.lora import layer as lora_layer
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from conftest import EXTENDED, hqq, nf4
+from quantal import QuantizationConfig, QuantizedLinear, ShapeError
+from quantal._low_rank import lora_product
+
+ops = torch.ops.quantal
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+#: Relative error in norm: a few roundings of what is stored, and float32 sums.
+BOUNDS = {F32: 2e-6, F16: 2e-3, BF16: 1.5e-2}
+
+
+def packed(out=45, columns=64, bias=True, config=None, compute=F32):
+    dense = nn.Linear(columns, out, bias=bias)
+    return QuantizedLinear.from_linear(dense, config or nf4(), compute_dtype=compute)
+
+
+def adapted(base, rank=8, dropout=0.0, **kwargs):
+    """PEFT's layer over `base`, whose adapters do something."""
+    config = LoraConfig(r=rank, lora_alpha=12, target_modules=["0"], lora_dropout=dropout, **kwargs)
+    layer = get_peft_model(nn.Sequential(base), config).base_model.model[0]
+    with torch.no_grad():
+        for name in layer.lora_A:
+            layer.lora_B[name].weight.normal_(0, 0.1)
+    return layer
+
+
+def in_peft(layer, x):
+    """PEFT's own way over the same layer."""
+    return lora_layer.Linear.forward(layer, x)
+
+
+def is_fused(y):
+    return type(y.grad_fn).__name__ == "_EagerLoraLinearBackward"
+
+
+def matrices(layer):
+    return layer.lora_A["default"].weight, layer.lora_B["default"].weight
+
+
+def gradients(layer, x, run, grad):
+    """Result of `run` and the gradients of x, A, B and the bias, where they have one."""
+    x = x.detach().requires_grad_(x.requires_grad)
+    bias = layer.base_layer.bias
+    sources = [*matrices(layer), *([x] if x.requires_grad else [])]
+    sources += [bias] if bias is not None and bias.requires_grad else []
+    y = run(layer, x)
+    return [y, *torch.autograd.grad(y, sources, grad)]
+
+
+def reference(layer, x, grad):
+    """The same in float64 and torch's operators, over the exact weights."""
+    w = layer.base_layer.dequantize_weights(F32).double()
+    a, b = (m.detach().double().requires_grad_() for m in matrices(layer))
+    x = x.detach().double().requires_grad_()
+    bias = layer.base_layer.bias
+    sources, shift = [a, b, x], None
+    if bias is not None:
+        shift = bias.detach().double().requires_grad_()
+        sources += [shift] if bias.requires_grad else []
+    y = nn.functional.linear(x, w, shift) + layer.scaling["default"] * (x @ a.T) @ b.T
+    return [y, *torch.autograd.grad(y, sources, grad.double())]
+
+
+def error(found, expected):
+    return ((found.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+SHAPES = [  # rank, leading sizes, columns, rows of W
+    (1, (1,), 64, 45),
+    (3, (1, 5), 128, 67),
+    (8, (2, 65), 64, 33),
+    (16, (130,), 192, 130),
+    (64, (5,), 72, 31),
+]
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_gradients(shape, dtype):
+    rank, leading, columns, out = shape
+    torch.manual_seed(0)
+    layer = adapted(packed(out, columns, compute=dtype), rank)
+    layer.base_layer.bias.requires_grad_(True)
+    x = torch.randn(*leading, columns).to(dtype).requires_grad_()
+    grad = torch.randn(*leading, out).to(dtype)
+    assert is_fused(layer(x))
+    found = gradients(layer, x, type(layer).__call__, grad)
+    theirs = gradients(layer, x, in_peft, grad)
+    assert not is_fused(theirs[0])
+    for mine, other, exact in zip(found, theirs, reference(layer, x, grad), strict=True):
+        assert mine.dtype is other.dtype and mine.shape == other.shape
+        assert error(mine, exact) < BOUNDS[dtype]
+        assert error(mine, exact) < 1.1 * error(other, exact) + 1e-7  # never less exact than PEFT
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("compute", BOUNDS, ids=str)
+def test_a_base_that_computes_in_another_dtype(dtype, compute):
+    torch.manual_seed(1)
+    layer = adapted(packed(compute=compute, config=hqq(8)))
+    x = torch.randn(7, 64).to(dtype).requires_grad_()
+    grad = torch.randn(7, 45).to(dtype)
+    found = gradients(layer, x, type(layer).__call__, grad)
+    assert is_fused(found[0]) and found[0].dtype is dtype
+    for mine, other in zip(found, gradients(layer, x, in_peft, grad), strict=True):
+        assert mine.dtype is other.dtype
+        assert error(mine, other.double()) < max(BOUNDS[dtype], BOUNDS[compute])
+
+
+def test_without_gradients_and_without_some():
+    torch.manual_seed(2)
+    layer = adapted(packed())
+    x = torch.randn(5, 64)
+    with torch.no_grad():
+        y = layer(x)
+        assert y.grad_fn is None and lora_product(layer, x) is not None
+        torch.testing.assert_close(y, in_peft(layer, x))
+    grad = torch.randn(5, 45)
+    frozen_x = gradients(layer, x, type(layer).__call__, grad)  # x has no gradient
+    for mine, other in zip(frozen_x, gradients(layer, x, in_peft, grad), strict=True):
+        torch.testing.assert_close(mine, other)
+    for matrix in matrices(layer):  # only x has one
+        matrix.requires_grad_(False)
+    x.requires_grad_()
+    layer(x).backward(grad)
+    expected = torch.autograd.grad(in_peft(layer, x), x, grad)[0]
+    torch.testing.assert_close(x.grad, expected)
+    assert all(matrix.grad is None for matrix in matrices(layer))
+    x.requires_grad_(False)
+    assert layer(x).grad_fn is None
+
+
+def test_inputs_of_any_layout():
+    torch.manual_seed(3)
+    layer = adapted(packed())
+    wide = torch.randn(64, 6, 5)
+    for x in (
+        wide.permute(1, 2, 0),
+        wide[:, 0, 0],
+        torch.randn(3, 128)[:, ::2],
+        torch.randn(0, 64),
+    ):
+        x = x.detach().requires_grad_()
+        y = layer(x)
+        assert is_fused(y)
+        torch.testing.assert_close(y, in_peft(layer, x))
+        found = torch.autograd.grad(y.sum(), [x, *matrices(layer)])  # an expanded gradient
+        expected = torch.autograd.grad(in_peft(layer, x).sum(), [x, *matrices(layer)])
+        for mine, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_dropout_is_what_the_adapter_sees(dtype):
+    torch.manual_seed(4)
+    layer = adapted(packed(compute=dtype), dropout=0.5).train()
+    x = torch.randn(33, 64).to(dtype).requires_grad_()
+    grad = torch.randn(33, 45).to(dtype)
+    layer.lora_dropout["default"].register_forward_hook(keep := Kept())
+    torch.manual_seed(5)
+    theirs = gradients(layer, x, in_peft, grad)
+    keep.handle_of(layer.lora_dropout["default"])
+    torch.manual_seed(5)
+    found = gradients(layer, x, type(layer).__call__, grad)
+    assert is_fused(found[0])
+    torch.manual_seed(5)
+    dropped = nn.functional.dropout(x.detach(), 0.5)
+    assert 0.3 < (dropped == 0).float().mean() < 0.7
+    torch.testing.assert_close(keep.value.to(dtype), dropped)  # both draw the same
+    for mine, other in zip(found, theirs, strict=True):
+        assert error(mine, other.double()) < BOUNDS[dtype]
+    plain = gradients(layer.eval(), x, type(layer).__call__, grad)
+    assert is_fused(plain[0]) and error(plain[0], found[0].double()) > 1e-2
+    assert error(plain[0], in_peft(layer, x).double()) < BOUNDS[dtype]
+
+
+class Kept:
+    """A hook that keeps the last result."""
+
+    def __call__(self, module, args, output):
+        self.value = output.detach()
+
+    def handle_of(self, module):
+        module._forward_hooks.clear()
+
+
+def test_dropout_with_a_frozen_input():
+    torch.manual_seed(6)
+    layer = adapted(packed(), dropout=0.3).train()
+    x, grad = torch.randn(9, 64), torch.randn(9, 45)
+    both = []
+    for run in (type(layer).__call__, in_peft):
+        torch.manual_seed(7)
+        both.append(gradients(layer, x, run, grad))
+    assert is_fused(both[0][0])
+    for mine, other in zip(*both, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_checkpointed_blocks(reentrant, dropout):
+    torch.manual_seed(8)
+    layers = [adapted(packed(64, 64), dropout=dropout).train() for _ in range(2)]
+    block = nn.Sequential(layers[0], nn.SiLU(), layers[1])
+    x = torch.randn(12, 64, requires_grad=True)
+    weights = [m for layer in layers for m in matrices(layer)]
+    results = []
+    for run in (block, lambda x: checkpoint(block, x, use_reentrant=reentrant)):
+        torch.manual_seed(9)
+        x.grad = None
+        for weight in weights:
+            weight.grad = None
+        run(x).square().sum().backward()
+        results.append([t.grad.clone() for t in (x, *weights)])
+    for plain, again in zip(*results, strict=True):
+        assert torch.equal(plain, again)
+
+
+def test_differentiated_twice():
+    torch.manual_seed(10)
+    for dropout in (0.0, 0.5):
+        layer = adapted(packed(), dropout=dropout).train()
+        x = torch.randn(4, 64, requires_grad=True)
+        sources = [x, *matrices(layer)]
+        second = []
+        for run in (layer, lambda x: in_peft(layer, x)):  # noqa: B023
+            torch.manual_seed(11)
+            first = torch.autograd.grad(run(x).pow(3).sum(), sources, create_graph=True)
+            second.append(torch.autograd.grad(sum(g.square().sum() for g in first), sources))
+        for mine, other in zip(*second, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-3)
+            assert other.abs().max() > 0
+
+
+def test_an_input_that_was_written_since_is_an_error():
+    layer = adapted(packed())
+    x = torch.randn(4, 64)
+    y = layer(x)
+    x.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_saves_the_input_as_it_is():
+    """One tensor of the input's size and dtype, which neighbours share; PEFT saves a wide copy."""
+    layer = adapted(packed(compute=BF16), rank=4)
+    x = torch.randn(32, 64).to(BF16).requires_grad_()
+
+    def saved(run):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            run(x)
+        own = {m.data_ptr() for m in matrices(layer)}
+        return {t.data_ptr(): t.nbytes for t in kept if t.data_ptr() not in own}
+
+    mine, theirs = saved(layer), saved(lambda x: in_peft(layer, x))
+    assert mine.pop(x.data_ptr()) == x.nbytes and sum(mine.values()) == 32 * 4 * 4
+    assert sum(theirs.values()) >= 2 * x.nbytes
+
+
+# ---------------------------------------------------------------------- what stays with PEFT
+
+
+def swapped_dtype(layer):
+    layer.lora_A["default"].to(BF16)
+    layer.lora_B["default"].to(BF16)
+
+
+def two_adapters(layer):
+    layer.update_layer("second", 4, lora_alpha=8, config=LoraConfig(r=4))
+    nn.init.normal_(layer.lora_B["second"].weight)
+    layer.set_adapter(["default", "second"])
+
+
+def own_forward(module):
+    original = module.forward
+    module.forward = lambda x: original(x)
+
+
+def scaling_as_tensor(layer):
+    layer.scaling["default"] = torch.tensor(layer.scaling["default"])
+
+
+def nothing(*args):
+    return None
+
+
+LEFT = {
+    "hook of A": lambda layer: layer.lora_A["default"].register_forward_hook(nothing),
+    "pre-hook of B": lambda layer: layer.lora_B["default"].register_forward_pre_hook(nothing),
+    "backward hook of A": lambda layer: layer.lora_A["default"].register_full_backward_hook(
+        nothing
+    ),
+    "hook of the base": lambda layer: layer.base_layer.register_forward_hook(nothing),
+    "hook of the dropout": lambda layer: layer.lora_dropout["default"].register_forward_hook(
+        nothing
+    ),
+    "forward of its own": lambda layer: own_forward(layer.lora_B["default"]),
+    "forward of the base": lambda layer: own_forward(layer.base_layer),
+    "two adapters": two_adapters,
+    "no adapter": lambda layer: layer.set_adapter([]),
+    "bfloat16 adapter": swapped_dtype,
+    "disabled": lambda layer: layer.enable_adapters(False),
+    "merged": lambda layer: layer.merge(),
+    "LLM.int8": lambda layer: layer.base_layer.__dict__.update(int8_threshold=6.0),
+    "int8 activations": lambda layer: setattr(layer.base_layer, "activations", "int8"),
+    "scaling as a tensor": scaling_as_tensor,
+    "parametrized": lambda layer: nn.utils.parametrizations.orthogonal(layer.lora_A["default"]),
+}
+KINDS = {"dora": {"use_dora": True}, "bias of the adapter": {"lora_bias": True}}
+
+
+def check_left_to_peft(layer, x):
+    assert lora_product(layer, x) is None
+    y, expected = layer(x), in_peft(layer, x)
+    assert torch.equal(y, expected) and not is_fused(y)
+    return y
+
+
+@pytest.mark.parametrize("what", LEFT)
+def test_left_to_peft(what):
+    torch.manual_seed(12)
+    config = QuantizationConfig("bnb_int8", compute_dtype=F32, backend_options=EXTENDED)
+    layer = adapted(packed(config=config if what == "LLM.int8" else None))
+    x = torch.randn(6, 64)
+    assert is_fused(layer(x))
+    plain = layer(x).detach()
+    LEFT[what](layer)
+    y = check_left_to_peft(layer, x)
+    changes = what in ("two adapters", "no adapter", "disabled", "merged", "parametrized")
+    if changes:
+        assert not torch.allclose(y, plain)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_adapters_left_to_peft(kind):
+    torch.manual_seed(13)
+    check_left_to_peft(adapted(packed(), **KINDS[kind]), torch.randn(6, 64))
+
+
+def test_calls_left_to_peft():
+    torch.manual_seed(14)
+    layer = adapted(packed())
+    x = torch.randn(6, 64)
+    with torch.autocast("cpu", BF16):
+        assert check_left_to_peft(layer, x).dtype is BF16
+    with torch.device("meta"), torch.no_grad():
+        assert lora_product(layer, torch.empty(6, 64)) is None
+    assert lora_product(layer, x.double()) is None
+    assert lora_product(layer, x.as_subclass(Other)) is None
+    handle = nn.modules.module.register_module_forward_hook(nothing)
+    try:
+        check_left_to_peft(layer, x)
+    finally:
+        handle.remove()
+    assert lora_product(layer, x) is not None
+    names = ["default", "__base__"] * 3  # other rows, other adapters
+    y = layer(x, adapter_names=names)
+    torch.testing.assert_close(y[::2], layer(x[::2]))
+    assert torch.equal(y[1::2], layer.base_layer(x[1::2]))
+    with disable_input_dtype_casting(nn.Sequential(layer)):
+        assert lora_product(layer, x) is not None and lora_product(layer, x.to(BF16)) is None
+
+
+class Other(torch.Tensor):
+    pass
+
+
+def test_compiled_graphs_keep_peft():
+    layer = adapted(packed())
+    x = torch.randn(6, 64)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph
+
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(layer, backend=backend)(x), layer(x))
+    assert any("quantal.linear" in name for names in graphs for name in names)
+    assert not any("low_rank" in name for names in graphs for name in names)
+
+
+def test_merging_disabling_and_switching():
+    torch.manual_seed(15)
+    layer = adapted(packed(config=hqq(8)))
+    layer.update_layer("second", 4, lora_alpha=8, config=LoraConfig(r=4))
+    nn.init.normal_(layer.lora_B["second"].weight, std=0.1)
+    x = torch.randn(6, 64)
+    first = layer(x)
+    base = layer.base_layer(x)
+    layer.set_adapter("second")
+    second = layer(x)
+    assert is_fused(second) and not torch.allclose(first, second)
+    torch.testing.assert_close(second, in_peft(layer, x))
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x), base)
+    layer.enable_adapters(True)
+    assert torch.equal(layer(x), second)
+    layer.merge()
+    merged = layer(x)
+    assert torch.equal(merged, layer.base_layer(x)) and not torch.equal(merged, base)
+    assert error(merged, second.double()) < 0.02
+    layer.unmerge()
+    assert torch.equal(layer(x), second)
+
+
+# ---------------------------------------------------------------------- the operators
+
+
+def arguments(rows=5, columns=16, out=12, rank=3, dtype=F32):
+    torch.manual_seed(16)
+    x, y = torch.randn(rows, columns).to(dtype), torch.randn(rows, out).to(dtype)
+    return x, y, torch.randn(rank, columns), torch.randn(out, rank)
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_operators(dtype):
+    x, y, a, b = arguments(dtype=dtype)
+    before, low = y.double(), 0.5 * (x.double() @ a.double().T)
+    t = ops.add_low_rank_(y, x, a, b, 0.5)
+    assert t.dtype is F32 and error(t, low) < 1e-6
+    assert error(y, before + low @ b.double().T) < BOUNDS[dtype]
+    grad, x_grad = torch.randn(5, 12).to(dtype), torch.randn(5, 16).to(dtype)
+    d = 0.5 * (grad.double() @ b.double())
+    expected = x_grad.double() + d @ a.double()
+    a_grad, b_grad = ops.low_rank_backward_(x_grad, grad, x, t, a, b, 0.5)
+    assert error(x_grad, expected) < BOUNDS[dtype]
+    assert error(a_grad, d.T @ x.double()) < 1e-6 and error(b_grad, grad.double().T @ low) < 1e-6
+    alone = ops.low_rank_backward_(None, grad, x, t, a, b, 0.5)
+    assert torch.equal(alone[0], a_grad) and torch.equal(alone[1], b_grad)
+
+
+def test_operators_keep_their_schema_and_have_meta_kernels():
+    x, y, a, b = arguments()
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.add_low_rank_.default, (y, x, a, b, 0.5), test_utils=tests)
+    t, grad = torch.randn(5, 3), torch.randn(5, 12)
+    for x_grad in (torch.randn(5, 16), None):
+        backward = ops.low_rank_backward_.default
+        torch.library.opcheck(backward, (x_grad, grad, x, t, a, b, 0.5), test_utils=tests)
+    x = torch.randn(2, 3, 16)
+    y = torch.randn(2, 3, 12)
+    torch.library.opcheck(ops.add_low_rank_.default, (y, x, a, b, 0.5), test_utils=tests)
+
+
+def test_operators_read_what_has_gaps():
+    x, y, a, b = arguments(rows=6)
+    t, grad, x_grad = torch.randn(6, 3), torch.randn(6, 12), torch.zeros(6, 16)
+    expected = ops.add_low_rank_(y, x, a, b, 2.0)
+    back = ops.low_rank_backward_(x_grad, grad, x, t, a, b, 2.0)
+
+    def gaps(m):
+        return m.T.contiguous().T
+
+    again, again_grad = arguments(rows=6)[1], torch.zeros(6, 16)
+    assert torch.equal(ops.add_low_rank_(again, gaps(x), gaps(a), gaps(b), 2.0), expected)
+    assert torch.equal(again, y)
+    seen = ops.low_rank_backward_(again_grad, gaps(grad), gaps(x), gaps(t), gaps(a), gaps(b), 2.0)
+    assert torch.equal(again_grad, x_grad) and all(map(torch.equal, seen, back))
+
+
+REFUSED = {
+    "x is float64": ({"x": lambda x: x.double()}, "x is float64, expected float32"),
+    "y of another dtype": ({"y": lambda y: y.to(BF16)}, "y is bfloat16, expected float32"),
+    "y has gaps": ({"y": lambda y: y.T.contiguous().T}, "y has gaps, expected a contiguous"),
+    "y has other rows": ({"y": lambda y: y[:4]}, r"y has shape \[4, 12\], expected \[5, 12\]"),
+    "y is a scalar": ({"y": lambda y: y[0, 0]}, "y is a scalar, expected"),
+    "y is x": ({"y": lambda y: y.new_zeros(5, 16)}, "b has shape"),
+    "a is bfloat16": ({"a": lambda a: a.to(BF16)}, "a is bfloat16, expected float32"),
+    "a is narrow": ({"a": lambda a: a[:, :8]}, r"a has shape \[3, 8\], expected \[3, 16\]"),
+    "a is a vector": ({"a": lambda a: a[0]}, r"a has shape \[16\], expected \[0, 16\]"),
+    "b of another rank": ({"b": lambda b: b[:, :2]}, r"b has shape \[12, 2\], expected \[12, 3\]"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_operators_refuse(what):
+    changes, message = REFUSED[what]
+    x, y, a, b = arguments()
+    given = {"y": y, "x": x, "a": a, "b": b}
+    given |= {name: change(given[name]) for name, change in changes.items()}
+    before = given["y"].clone()
+    with pytest.raises(RuntimeError, match=message):
+        ops.add_low_rank_(*given.values(), 1.0)
+    assert torch.equal(given["y"], before)
+
+
+def test_operators_refuse_shared_memory_and_wrong_gradients():
+    x, y, a, b = arguments(columns=12)
+    with pytest.raises(RuntimeError, match="y shares memory with an operand"):
+        ops.add_low_rank_(x, x, a, b, 1.0)
+    t, grad = torch.randn(5, 3), torch.randn(5, 12)
+    with pytest.raises(RuntimeError, match="x_grad shares memory with an operand"):
+        ops.low_rank_backward_(grad, grad, x, t, a, b, 1.0)
+    for wrong, message in (
+        ((None, grad, x, t[:, :2], a, b), r"t has shape \[5, 2\], expected \[5, 3\]"),
+        ((None, grad[:4], x, t, a, b), r"grad has shape \[4, 12\], expected \[5, 12\]"),
+        ((x[:4].clone(), grad, x, t, a, b), r"x_grad has shape \[4, 12\]"),
+        ((x.T.clone().T, grad, x, t, a, b), "x_grad has gaps"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.low_rank_backward_(*wrong, 1.0)
+
+
+def test_an_input_of_another_width_is_a_typed_error():
+    layer = adapted(packed())
+    for mode in (contextlib.nullcontext(), torch.no_grad()):
+        with mode, pytest.raises(ShapeError, match=r"expected last dimension 64"):
+            layer(torch.randn(5, 63))
