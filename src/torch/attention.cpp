@@ -2,7 +2,6 @@
 #include "quantal/torch/attention.h"
 
 #include <ATen/autocast_mode.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/torch.h>
 
@@ -13,7 +12,7 @@
 #include <tuple>
 
 #include "quantal/torch/ops.h"
-#include "torch/ops_link.h"
+#include "torch/dispatch_op.h"
 
 namespace quantal {
 namespace {
@@ -30,12 +29,6 @@ using BackwardSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, cons
                                                              const OptionalTensor&, const Tensor&,
                                                              const Tensor&, bool, double);
 using RunsSignature = Tensor(const Tensor&);
-
-template <class Signature>
-c10::TypedOperatorHandle<Signature> find_op(const char* name) {
-  link_torch_ops();
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 std::tuple<Tensor, Tensor> call_forward(const Tensor& q, const Tensor& k, const Tensor& v,
                                         const OptionalTensor& runs, const AttentionShape& shape,

@@ -1,4 +1,5 @@
 // Adapters of a linear layer: LoRA and DoRA.
+#include <ATen/autocast_mode.h>
 #include <torch/torch.h>
 
 #include <algorithm>
@@ -6,6 +7,7 @@
 #include <string>
 
 #include "quantal/torch/linear.h"
+#include "torch/linear_low_rank.h"
 #include "torch/merge_state.h"
 
 namespace quantal {
@@ -14,6 +16,21 @@ namespace {
 /// Metal has no float64.
 torch::ScalarType widest_float(const torch::Tensor& t) {
   return t.is_mps() ? torch::kFloat : torch::kDouble;
+}
+
+bool is_float_matrix(const torch::Tensor& t) {
+  return t.device().is_cpu() && t.scalar_type() == torch::kFloat;
+}
+
+/// Whether a call is the exact product and plain LoRA, on the CPU: linear_low_rank.
+bool adds_in_place(const QuantizedLinearImpl& base, const LoraImpl& adapter,
+                   const torch::Tensor& x) {
+  const auto type = x.scalar_type();
+  return !adapter.is_dora() && !base.int8_threshold && base.activations == Activations::kExact &&
+         x.device().is_cpu() && base.codes.device().is_cpu() &&
+         (type == torch::kFloat || type == torch::kHalf || type == torch::kBFloat16) &&
+         is_float_matrix(adapter.A) && is_float_matrix(adapter.B) &&
+         !at::autocast::is_autocast_enabled(at::kCPU);
 }
 
 }  // namespace
@@ -55,8 +72,13 @@ void LoraImpl::set_magnitude(const torch::Tensor& values) {
 // ------------------------------------------------------------------ Linear
 
 torch::Tensor LinearImpl::forward(const torch::Tensor& x) {
+  if (active_.empty() || (merge_state && !merge_state->names.empty())) return base(x);
+  const auto first = lora(active_.front());
+  if (active_.size() == 1 && packed && adds_in_place(*packed, *first, x)) {
+    return linear_low_rank(x, first->drop(x), packed->packed(), packed->bias, packed->compute_dtype,
+                           {first->A, first->B, first->scaling});
+  }
   torch::Tensor y = base(x);
-  if (active_.empty() || (merge_state && !merge_state->names.empty())) return y;
   for (const std::string& name : active_) {
     const auto adapter = lora(name);
     y = adapter->is_dora() ? add_dora(x, y, *adapter) : y + adapter->forward(x);

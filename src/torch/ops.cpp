@@ -1,8 +1,6 @@
-// Packed weights as tensors and the differentiable product. The only file with autograd functions
-// of the packed product.
+// Packed weights as tensors and the differentiable product (linear_low_rank.cpp: with an adapter).
 #include "quantal/torch/ops.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/torch.h>
 
@@ -15,7 +13,8 @@
 #include <vector>
 
 #include "core/result_block.h"
-#include "torch/ops_link.h"
+#include "torch/dispatch_op.h"
+#include "torch/packed_product.h"
 #include "torch/stable_executor.h"
 
 namespace quantal {
@@ -36,12 +35,6 @@ using DequantizeSignature = at::Tensor(const at::Tensor&, const at::Tensor&, con
                                        at::IntArrayRef, at::ScalarType);
 using GradInputSignature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                       const at::Tensor&, at::IntArrayRef);
-
-template <class Signature>
-c10::TypedOperatorHandle<Signature> find_op(const char* name) {
-  link_torch_ops();
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 at::Tensor call_linear(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& stats,
                        const at::Tensor& shared, const OptionalTensor& bias, const Ints& spec) {
@@ -358,6 +351,15 @@ double relative_error(const torch::Tensor& weight, const PackedTensors& on_devic
 
 torch::Tensor linear(const torch::Tensor& x, const PackedTensors& w, const torch::Tensor& bias) {
   return apply_linear(x, w, bias, {});
+}
+
+torch::Tensor linear_grad_input(const torch::Tensor& grad, const PackedTensors& w) {
+  const Ints spec = spec_ints(w.spec);
+  if (torch::GradMode::is_enabled() && grad.requires_grad()) {
+    return GradInputFunction::apply(grad, w.codes, w.stats, w.shared, spec);
+  }
+  const at::AutoDispatchBelowAutograd below;
+  return call_grad_input(grad, w.codes, w.stats, w.shared, spec);
 }
 
 torch::Tensor linear_int8(const torch::Tensor& x, const PackedTensors& w, const torch::Tensor& bias,
