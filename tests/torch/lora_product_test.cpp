@@ -1,4 +1,6 @@
 // A packed layer and its LoRA adapter in one step: the arithmetic of two, and what stays apart.
+#include <functional>
+
 #include "torch/torch_support.h"
 
 namespace quantal::testing {
