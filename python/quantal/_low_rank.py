@@ -21,6 +21,7 @@ _add = torch.ops.quantal.add_low_rank_.default
 _backward = torch.ops.quantal.low_rank_backward_.default
 _below_autograd = _ops._below_autograd
 _any_autocast = torch._C._is_any_autocast_enabled
+_hooks_of_saving = torch._C._autograd._top_saved_tensors_default_hooks
 #: Types of tensors that are what they look like, whole and here.
 _PLAIN = (torch.Tensor, nn.Parameter)
 _GLOBAL_HOOKS = (
@@ -47,22 +48,46 @@ def _values(x, seen, a, b, bias, base, scaling):
         return y, _add(y, seen, a, b, scaling)
 
 
-class _EagerLoraLinear(torch.autograd.Function):
-    """`dropped` is what the adapter sees where that is not x. The packed buffers hang on ctx, as
-    those of ``_ops._EagerLinear`` do, with its reasons."""
+class _Keep(torch.autograd.Function):
+    """Saves what the gradient of an adapter needs ahead of the product.
+
+    Non-reentrant checkpointing computes a block again up to its last saved tensor. Where that is
+    saved here, the product of the block's last layer is not part of it."""
 
     @staticmethod
-    def forward(ctx, x, dropped, a, b, bias, base, scaling):
+    def forward(ctx, seen, a, b, keeper):
+        ctx.save_for_backward(seen, a, b)
+        keeper.append(ctx)
+        return seen.view_as(seen)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None, None, None
+
+
+class _EagerLoraLinear(torch.autograd.Function):
+    """`dropped` is what the adapter sees where that is not x; `keeper` holds the ctx of a _Keep, or
+    nothing. The packed buffers hang on ctx, as those of ``_ops._EagerLinear`` do, with its
+    reasons."""
+
+    @staticmethod
+    def forward(ctx, x, dropped, a, b, bias, base, scaling, keeper):
         seen = x if dropped is None else dropped
         y, t = _values(x, seen, a, b, bias, base, scaling)
-        ctx.save_for_backward(seen, t, a, b)
+        if not keeper:
+            ctx.save_for_backward(seen, t, a, b)
+        ctx.keeper = keeper
         ctx.base, ctx.scaling, ctx.drops = base, scaling, dropped is not None
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        seen, t, a, b = ctx.saved_tensors
+        if ctx.keeper:
+            seen, a, b = ctx.keeper[0].saved_tensors
+            t = None  # computed again where it is needed
+        else:
+            seen, t, a, b = ctx.saved_tensors
         codes, stats, shared, spec, dtype = ctx.base
         for_x, for_dropped, for_a, for_b, for_bias = ctx.needs_input_grad[:5]
         of_bias = _ops._sum_rows(grad, ctx.bias_dtype) if for_bias else None
@@ -71,7 +96,7 @@ class _EagerLoraLinear(torch.autograd.Function):
             low, of_a, of_b = _differentiable(grad, seen, a, b, ctx.scaling)
             of_x = of_x.to(grad.dtype)
             pair = (of_x, low) if ctx.drops else (of_x + low, None)
-            return *pair, of_a, of_b, of_bias, None, None
+            return *pair, of_a, of_b, of_bias, None, None, None
         grad = grad.contiguous()
         of_x = of_dropped = of_a = of_b = None
         with _below_autograd():
@@ -83,8 +108,15 @@ class _EagerLoraLinear(torch.autograd.Function):
                 of_dropped = torch.zeros(seen.shape, dtype=seen.dtype)
             into = of_dropped if ctx.drops else of_x
             if for_a or for_b or into is not None:
+                if t is None:
+                    t = _low(seen, a, b, ctx.scaling)
                 of_a, of_b = _backward(into, grad, seen, t, a, b, ctx.scaling)
-        return of_x, of_dropped, of_a, of_b, of_bias, None, None
+        return of_x, of_dropped, of_a, of_b, of_bias, None, None, None
+
+
+def _low(seen, a, b, scaling):
+    """``scaling seen A^T``, from a product with nothing to add to."""
+    return _add(seen.new_empty((*seen.shape[:-1], 0)), seen, a, b[:0], scaling)
 
 
 def _differentiable(grad, seen, a, b, scaling):
@@ -189,7 +221,14 @@ def lora_product(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
 def _product(x, dropped, a, b, bias, base, scaling):
     try:
         if _recorded(x, dropped, a, b, bias):
-            return _EagerLoraLinear.apply(x, dropped, a, b, bias, base, scaling)
+            keeper: list[Any] = []
+            if _hooks_of_saving(False) is not None:  # a checkpoint
+                if dropped is not None:
+                    if dropped.requires_grad:
+                        dropped = _Keep.apply(dropped, a, b, keeper)
+                elif x.requires_grad:
+                    x = _Keep.apply(x, a, b, keeper)
+            return _EagerLoraLinear.apply(x, dropped, a, b, bias, base, scaling, keeper)
         return _values(x, x if dropped is None else dropped, a, b, bias, base, scaling)[0]
     except RuntimeError:
         codes, stats, shared, spec, _ = base

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from conftest import EXTENDED, hqq, nf4
-from quantal import QuantizationConfig, QuantizedLinear, ShapeError
+from quantal import QuantizationConfig, QuantizedLinear, ShapeError, _ops
 from quantal._low_rank import lora_product
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -227,20 +227,44 @@ def test_checkpointed_blocks(reentrant, dropout):
         assert torch.equal(plain, again)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_the_last_product_of_a_block_is_not_computed_again(dropout, monkeypatch):
+    torch.manual_seed(8)
+    layers = [adapted(packed(64, 64), dropout=dropout).train() for _ in range(3)]
+    block = nn.Sequential(*layers)
+    x = torch.randn(12, 64, requires_grad=True)
+    products, linear = [], _ops._linear
+    monkeypatch.setattr(_ops, "_linear", lambda *args: products.append(1) or linear(*args))
+    y = checkpoint(block, x, use_reentrant=False)
+    assert len(products) == 3
+    y.sum().backward(retain_graph=True)
+    assert len(products) == 5
+    first = [m.grad.clone() for layer in layers for m in matrices(layer)]
+    y.sum().backward()  # the graph again
+    again = [m.grad for layer in layers for m in matrices(layer)]
+    assert all(torch.equal(2 * one, two) for one, two in zip(first, again, strict=True))
+
+
 def test_differentiated_twice():
     torch.manual_seed(10)
     for dropout in (0.0, 0.5):
         layer = adapted(packed(), dropout=dropout).train()
         x = torch.randn(4, 64, requires_grad=True)
         sources = [x, *matrices(layer)]
+
+        def saved_elsewhere(x):
+            with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t):
+                return layer(x)  # noqa: B023
+
         second = []
-        for run in (layer, lambda x: in_peft(layer, x)):  # noqa: B023
+        for run in (lambda x: in_peft(layer, x), layer, saved_elsewhere):  # noqa: B023
             torch.manual_seed(11)
             first = torch.autograd.grad(run(x).pow(3).sum(), sources, create_graph=True)
             second.append(torch.autograd.grad(sum(g.square().sum() for g in first), sources))
-        for mine, other in zip(*second, strict=True):
-            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-3)
-            assert other.abs().max() > 0
+        for theirs, *mine in zip(*second, strict=True):
+            assert theirs.abs().max() > 0
+            for each in mine:
+                torch.testing.assert_close(each, theirs, rtol=1e-4, atol=1e-3)
 
 
 def test_an_input_that_was_written_since_is_an_error():
@@ -265,7 +289,7 @@ def test_saves_the_input_as_it_is():
         return {t.data_ptr(): t.nbytes for t in kept if t.data_ptr() not in own}
 
     mine, theirs = saved(layer), saved(lambda x: in_peft(layer, x))
-    assert mine.pop(x.data_ptr()) == x.nbytes and sum(mine.values()) == 32 * 4 * 4
+    assert mine == {x.data_ptr(): x.nbytes}
     assert sum(theirs.values()) >= 2 * x.nbytes
 
 
