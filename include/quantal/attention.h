@@ -40,10 +40,12 @@ struct AttentionStrides {
   std::int64_t head = 0;      ///< to the next head
   std::int64_t position = 0;  ///< to the next position
 };
+/// A tensor that is read.
 struct AttentionInput {
   const void* data = nullptr;  ///< element 0
   AttentionStrides strides;    ///< of data
 };
+/// A tensor that is written.
 struct AttentionOutput {
   void* data = nullptr;      ///< element 0
   AttentionStrides strides;  ///< of data
@@ -69,13 +71,18 @@ void attention(const AttentionShape& shape, DType dtype, const AttentionInput& q
 
 /// What attention computed, and the gradient of its result.
 struct AttentionSaved {
-  AttentionInput q, k, v;      ///< inputs of attention
+  AttentionInput q;            ///< input of attention
+  AttentionInput k;            ///< input of attention
+  AttentionInput v;            ///< input of attention
   AttentionInput out;          ///< its result
   const float* lse = nullptr;  ///< [batch, heads, queries] of it
   AttentionInput grad;         ///< of the result
 };
+/// What attention_backward gives.
 struct AttentionGradients {
-  AttentionOutput q, k, v;  ///< of the inputs, of their shapes
+  AttentionOutput q;  ///< of q, in its shape
+  AttentionOutput k;  ///< of k, in its shape
+  AttentionOutput v;  ///< of v, in its shape
 };
 
 /// Gradients of attention: `dv[j] = sum_i p[i, j] g[i]`, `ds[i, j] = p[i, j] (g[i] v[j] - g[i]
