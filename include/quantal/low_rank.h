@@ -11,12 +11,12 @@ namespace quantal {
 /// `scaling * B A`, which is added to a weight [out, in]. Both matrices are float32, row-major and
 /// contiguous.
 struct LowRank {
-  std::int64_t in = 0;    ///< columns of A
-  std::int64_t out = 0;   ///< rows of B
-  std::int64_t rank = 0;  ///< rows of A, columns of B
-  const float* a = nullptr;
-  const float* b = nullptr;
-  float scaling = 1;  ///< usually alpha / rank
+  std::int64_t in = 0;       ///< columns of A
+  std::int64_t out = 0;      ///< rows of B
+  std::int64_t rank = 0;     ///< rows of A, columns of B
+  const float* a = nullptr;  ///< A [rank, in]
+  const float* b = nullptr;  ///< B [out, rank]
+  float scaling = 1;         ///< usually alpha / rank
 };
 
 /// `y[m, n] += sum_r t[m, r] b[n, r]` with `t[m, r] = scaling * sum_k x[m, k] a[r, k]`. x [m_rows,

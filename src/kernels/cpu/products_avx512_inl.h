@@ -1,5 +1,5 @@
-// The instructions for products of bfloat16 and for rounding to it. AVX-512 with BF16 only; included by *_avx512bf16.cpp
-// alone.
+// The instructions for products of bfloat16 and for rounding to it. AVX-512 with BF16 only;
+// included by *_avx512bf16.cpp alone.
 #pragma once
 
 #include "kernels/cpu/vec_avx512.h"
