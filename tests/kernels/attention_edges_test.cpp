@@ -1,5 +1,5 @@
 // Attention of few rows where numbers are extreme, and what it refuses.
-#include "kernels/attention_support.h"
+#include "kernels/attention_formula.h"
 
 namespace quantal::testing {
 namespace {

@@ -1,5 +1,5 @@
 // Attention of few rows: every kernel set against the formula in float64, and against each other.
-#include "kernels/attention_support.h"
+#include "kernels/attention_formula.h"
 
 namespace quantal::testing {
 namespace {
@@ -68,6 +68,54 @@ TEST_F(Attention, LongContextsAreCutIntoChunks) {
     check(AttentionProblem(shape, kDTypes[seed % 3], kLayouts[seed / 3 % 3], seed),
           kLayouts[seed / 2 % 3]);
   });
+}
+
+TEST_F(Attention, QueriesSeeRuns) {
+  std::uint64_t seed = 2000;
+  for_shapes({1, 40, 700, 2100}, {32}, [&](const AttentionShape& shape) {
+    if (shape.causal) return;
+    for (int repeat = 0; repeat < 4; ++repeat) {
+      ++seed;
+      AttentionProblem p(shape, kDTypes[seed % 3], kLayouts[seed / 3 % 3], seed);
+      p.see_random_runs(seed);
+      check(p, kLayouts[seed / 2 % 3]);
+    }
+  });
+}
+
+/// A window has the bits that its keys alone have where it begins with a block of keys.
+TEST_F(Attention, HiddenKeysLeaveNoTrace) {
+  AttentionProblem p(shape_of(3, 1, 900, 64, false), DType::kF32, Layout::kDense, 3);
+  for (AttentionTensor* t : {&p.k, &p.v}) {
+    for (std::int64_t b = 0; b < 2; ++b) {
+      for (std::int64_t h = 0; h < 2; ++h) {
+        for (std::int64_t j = 0; j < 900; ++j) {
+          if (j < 640 || j >= 731) t->values[t->index(b, h, j)] = j % 2 == 0 ? NAN : INFINITY;
+        }
+      }
+    }
+    t->to_bytes();
+  }
+  p.run_begin = {640, 640};
+  p.run_end = {731, 731};
+  AttentionProblem alone(shape_of(3, 1, 91, 64, false), DType::kF32, Layout::kDense, 3);
+  alone.q = p.q;
+  const auto window = [&](const AttentionTensor& from, AttentionTensor& to) {
+    for (std::int64_t b = 0; b < 2; ++b) {
+      for (std::int64_t h = 0; h < 2; ++h) {
+        std::copy_n(from.values.begin() + static_cast<std::ptrdiff_t>(from.index(b, h, 640)),
+                    91 * 64, to.values.begin() + static_cast<std::ptrdiff_t>(to.index(b, h, 0)));
+      }
+    }
+    to.to_bytes();
+  };
+  window(p.k, alone.k);
+  window(p.v, alone.v);
+  for (std::string_view name : available_cpu_kernels()) {
+    select_cpu_kernels(name);
+    EXPECT_TRUE(run_attention(p, serial_executor()) == run_attention(alone, serial_executor()))
+        << name;
+  }
 }
 
 /// Chunks of 513 keys, rounded to 528, leave the 40th none.

@@ -306,9 +306,23 @@ void widen_queries(const AttentionJob& job, float* q) {
   }
 }
 
+/// Narrows keys [begin, end) to those that queries see, in front to whole blocks, so that no sum
+/// changes: of a window, or behind padding, few are left.
+inline void skip_hidden_keys(const AttentionJob& job, std::int64_t& begin, std::int64_t& end) {
+  std::int64_t first = end, last = begin;
+  for (std::int64_t query = 0; query * job.group < job.rows; ++query) {
+    if (job.begin[query] == job.end[query]) continue;
+    first = min64(first, job.begin[query]);
+    last = max64(last, job.end[query]);
+  }
+  end = min64(end, last);
+  begin += max64(0, min64(first, end) - begin) / kKeyBlock * kKeyBlock;
+}
+
 template <class T, FloatKind kKind>
 void attention_part(const AttentionJob& job, std::int64_t begin, std::int64_t end, float* scratch,
                     float* part) {
+  skip_hidden_keys(job, begin, end);
   float* scores = scratch + FewRowsAttention::kRows * FewRowsAttention::kMaxDim;
   const Chunk chunk{.job = job, .begin = begin, .end = end, .q = scratch, .part = part};
   widen_queries<T, kKind>(job, scratch);
