@@ -14,32 +14,31 @@ namespace {  // NOLINT: internal linkage on purpose
 /// Scratch and packed activations are zero up to a multiple of this many columns.
 constexpr std::int64_t kPadColumns = 64;
 
-/// to[c] = from[(phase + 16 c) / group_size] for the chunks of `count` columns.
-inline void repeat_for_chunks(const float* from, std::int64_t group_size, std::int64_t phase,
-                              std::int64_t count, float* to) {
-  const std::int64_t chunks = (count + kLanes - 1) / kLanes;
-  if (group_size == 2 * kLanes) {
+/// to[k] = from[(phase + size k) / group_size] for the slots of `size` columns of `count` columns.
+inline void repeat_for_slots(const float* from, std::int64_t group_size, std::int64_t phase,
+                             std::int64_t size, std::int64_t count, float* to) {
+  const std::int64_t slots = (count + size - 1) / size;
+  if (group_size == 2 * size && phase == 0) {
     const __m512i twice = _mm512_srli_epi32(
         _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 1);
-    for (std::int64_t c = 0; c < chunks; c += kLanes, from += kLanes / 2) {
-      _mm512_storeu_ps(to + c, _mm512_permutexvar_ps(twice, _mm512_loadu_ps(from)));
+    for (std::int64_t k = 0; k < slots; k += kLanes, from += kLanes / 2) {
+      _mm512_storeu_ps(to + k, _mm512_permutexvar_ps(twice, _mm512_loadu_ps(from)));
     }
     return;
   }
-  repeat_outer<VecBf16>(from, group_size / kLanes, phase / kLanes, chunks, to);
+  repeat_outer<VecBf16>(from, group_size / size, phase / size, slots, to);
 }
 
 /// expand_stretch with a slot for every slot_columns; step_fields is not 0.
 inline void expand_steps(const KernelMatrix& w, std::int64_t row, std::int64_t col,
                          std::int64_t count, Stretch& out) {
-  if (slot_columns(w) == w.group_size) {
-    return expand_stretch<VecBf16>(w, row, col, count, out);
-  }
+  const std::int64_t size = slot_columns(w);
+  if (size == w.group_size) return expand_stretch<VecBf16>(w, row, col, count, out);
   Stretch groups;
   expand_stretch<VecBf16>(w, row, col, count, groups);
-  repeat_for_chunks(groups.scale, w.group_size, groups.phase, count, out.scale);
+  repeat_for_slots(groups.scale, w.group_size, groups.phase, size, count, out.scale);
   if (w.offset != OffsetKind::kNone) {
-    repeat_for_chunks(groups.offset, w.group_size, groups.phase, count, out.offset);
+    repeat_for_slots(groups.offset, w.group_size, groups.phase, size, count, out.offset);
   }
   out.phase = 0;
 }

@@ -61,16 +61,22 @@ inline StepTables tables_of(const KernelMatrix& w) {
   return w.group_size == step / 2 ? StepTables::kHalves : StepTables::kChunks;
 }
 
+/// Codes of 5 bits whose groups fill tables of 32 values (FiveBitStep).
+inline bool has_wide_tables(const KernelMatrix& w) {
+  return w.bits == 5 && w.group_size % (2 * kLanes) == 0;
+}
+
 /// Columns of a slot of the statistics that steps get: a group or, of 5 and 6 bits and of tables of
-/// chunks, a chunk.
+/// chunks, one or two chunks.
 inline std::int64_t slot_columns(const KernelMatrix& w) {
+  if (has_wide_tables(w)) return 2 * kLanes;
   const bool chunks = w.bits <= 4 ? tables_of(w) == StepTables::kChunks : has_planes(w.bits);
   return chunks ? kLanes : w.group_size;
 }
 /// The same where the step is known.
 template <class Step>
 std::int64_t slot_columns(const KernelMatrix& w) {
-  return Step::kChunkSlots ? kLanes : w.group_size;
+  return Step::kSlotColumns != 0 ? Step::kSlotColumns : w.group_size;
 }
 
 // ------------------------------------------------------------------ values of a step
@@ -102,7 +108,8 @@ struct Lookup {
   static constexpr int kBits = kCodeBits;
   static constexpr int kFields = kStepFields;
   static constexpr StepTables kTables = kStepTables;
-  static constexpr bool kChunkSlots = kTables == StepTables::kChunks;
+  static constexpr std::int64_t kSlotColumns =
+      kTables == StepTables::kChunks ? kLanes : 0;  // 0: a group
   static constexpr bool kWhole = kFields == fields_of(kBits);
   static constexpr std::int64_t kColumns = 32 * kFields;
   static constexpr std::int64_t kBytes = kColumns * kBits / 8;
@@ -206,7 +213,7 @@ struct NumberStep {
   static constexpr std::int64_t kColumns = 32;
   static constexpr std::int64_t kBytes = 32;
   static constexpr std::int64_t kGroupsOfStep = 1;
-  static constexpr bool kChunkSlots = false;
+  static constexpr std::int64_t kSlotColumns = 0;
   using Half = NumberStep;  // there is none
   struct Group {
     __m512 scale, offset;
@@ -233,7 +240,7 @@ struct PlaneStep {
   static constexpr std::int64_t kColumns = 32 * kFields;
   static constexpr std::int64_t kBytes = kColumns * kCodeBits / 8;
   static constexpr std::int64_t kGroupsOfStep = kColumns / kLanes;
-  static constexpr bool kChunkSlots = true;
+  static constexpr std::int64_t kSlotColumns = kLanes;
   static constexpr int kHigh = Planes<kCodeBits>::kHigh;
   using Half = PlaneStep<V, kCodeBits, fields_of(kCodeBits) / 2>;
   struct Group {
@@ -278,6 +285,69 @@ struct PlaneStep {
   }
 };
 
+/// Codes of 5 bits in groups of 32 columns or multiples: the 32 values of a group fill a register,
+/// so the tables of the groups of chunks f and F + f are one lookup in two registers.
+template <class V, int kStepFields = fields_of(5)>
+struct FiveBitStep {
+  static constexpr int kFields = kStepFields;
+  static constexpr std::int64_t kColumns = 32 * kFields;
+  static constexpr std::int64_t kBytes = kColumns * 5 / 8;
+  static constexpr std::int64_t kGroupsOfStep = kColumns / 32;
+  static constexpr std::int64_t kSlotColumns = 2 * kLanes;
+  using Half = FiveBitStep<V, fields_of(5) / 2>;
+  using Group = typename PlaneStep<V, 5>::Group;
+  __m512 first, second;  // codes 0 to 15 and 16 to 31
+
+  explicit FiveBitStep(const KernelMatrix& w)
+      : first(_mm512_sub_ps(_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                            _mm512_set1_ps(w.centre))),
+        second(_mm512_sub_ps(
+            _mm512_setr_ps(16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31),
+            _mm512_set1_ps(w.centre))) {}
+  static Group group(const Stretch& stats, std::int64_t slot) { return {stats, slot}; }
+
+  [[gnu::always_inline]] void look_up(const std::uint8_t* step, const Group& g,
+                                      __m512i (&out)[kFields]) const {
+    const __m256i strip = _mm256_cvtepu8_epi16(strip_at(step + Planes<5>::kLowBytes));
+    const __m512i high =
+        _mm512_inserti64x4(_mm512_castsi256_si512(strip), _mm256_srli_epi16(strip, kFields), 1);
+    look_up_from<0>(step, high, g, out);
+  }
+
+ private:
+  static __m128i strip_at(const std::uint8_t* p) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  }
+  __m512i table(const Group& g, int slot) const {
+    const __m512 s = _mm512_set1_ps(g.stats.scale[g.slot + slot]);
+    const __m512 o = _mm512_set1_ps(g.stats.offset[g.slot + slot]);
+    return narrow_two(wide_value<V>(first, s, o), wide_value<V>(second, s, o));
+  }
+  /// Fields kField and kField + 1: those chunks share strips of the low plane and groups.
+  template <int kField>
+  [[gnu::always_inline]] void look_up_from(const std::uint8_t* step, __m512i high, const Group& g,
+                                           __m512i (&out)[kFields]) const {
+    if constexpr (kField < kFields) {
+      const std::uint8_t* strip = step + kField / 2 * kLanes;
+      const __m512i low = _mm512_cvtepu8_epi16(_mm256_inserti128_si256(
+          _mm256_castsi128_si256(strip_at(strip)), strip_at(strip + kFields / 2 * kLanes), 1));
+      const __m512i lower = table(g, kField / 2);
+      const __m512i upper = table(g, (kFields + kField) / 2);
+      out[kField] =
+          _mm512_permutex2var_epi16(lower, index(low, _mm512_slli_epi16(high, 4 - kField)), upper);
+      out[kField + 1] = _mm512_permutex2var_epi16(
+          lower, index(_mm512_srli_epi16(low, 4), _mm512_slli_epi16(high, 3 - kField)), upper);
+      look_up_from<kField + 2>(step, high, g, out);
+    }
+  }
+  /// Four bits of `low`, the fifth of `high`, and the sixth for the second register in upper lanes.
+  static __m512i index(__m512i low, __m512i high) {
+    const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(32), 1);
+    const __m512i code = _mm512_ternarylogic_epi32(_mm512_set1_epi16(15), low, high, 0xCA);
+    return _mm512_ternarylogic_epi32(code, _mm512_set1_epi16(31), second, 0xEA);
+  }
+};
+
 /// Calls fn.template operator()<Lookup>() with that of a matrix of up to 4 bits of which
 /// step_fields is not 0.
 template <class Fn>
@@ -304,6 +374,8 @@ void with_numbers(const KernelMatrix& w, Fn fn) {
     if (has_planes(w.bits)) {
       if constexpr (V::kOffset == OffsetKind::kOver127)
         return;
+      else if (has_wide_tables(w))
+        return fn.template operator()<FiveBitStep<V>>();
       else if (w.bits == 5)
         return fn.template operator()<PlaneStep<V, 5>>();
       else
