@@ -78,10 +78,12 @@ class Bounds {
     return {per_token_ > 0 ? std::min(per_token_, all) : all, all};
   }
 
-  /// What an adapter keeps of its input. In float32 the layers of one module share it; a narrower
-  /// one is widened for each; dropout keeps its result and its mask.
+  /// What an adapter keeps of its input. In the adapter's dtype the layers of one module share it;
+  /// another one is converted for each, but for float32 adapters on the CPU (quantal/low_rank.h);
+  /// dropout keeps its result and its mask.
   std::int64_t input_bytes(std::int64_t in, DType dtype, bool shared) const {
-    const std::int64_t f = size_of(dtype);
+    const bool as_it_is = o_.backend == Backend::CPU && dtype == DType::kF32;
+    const std::int64_t f = as_it_is ? e_ : size_of(dtype);
     if (o_.lora_dropout > 0) return times(in, 2 * f);
     if (f != e_) return times(in, f);
     return shared ? 0 : times(in, e_);
