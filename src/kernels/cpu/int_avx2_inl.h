@@ -12,6 +12,7 @@ struct IntAvx2 {
   using F = __m256;
   static constexpr int kLanes = 8;
   static constexpr int kInputs = 4;
+  static constexpr bool kHoldSums = false;
   static constexpr int kDirectInputs = 0;
   static constexpr bool kHalves = false;
 

@@ -11,7 +11,8 @@ struct IntAvx512 {
   using I = __m512i;
   using F = __m512;
   static constexpr int kLanes = 16;
-  static constexpr int kInputs = 12;
+  static constexpr int kInputs = 6;
+  static constexpr bool kHoldSums = true;
   static constexpr int kDirectInputs = 2;
   static constexpr bool kHalves = true;
 

@@ -5,6 +5,7 @@
 //
 // V is what the integers need (int_*_inl.h):
 //   kLanes            weight rows of a vector          kInputs   of a register tile
+//   kHoldSums         registers hold sums and dots of a tile
 //   kDirectInputs     up to which codes are multiplied without a panel: 0 or 2
 //   kSigned           wide codes are stored as u - 128
 //   kHalves           low_half(f16, words) and high_half: 16-bit floats of 32-bit words

@@ -100,17 +100,54 @@ void quantize_int_tile(const IntForm& form, FloatKind kind, const void* x, std::
 
 // ------------------------------------------------------------------ register tiles
 
+/// sum[input][half] += what run r adds, whose statistics of activations begin at `at`. Sums stand
+/// in `sum` or, where registers do not suffice for them beside dot, in memory.
+template <class V, int kInputs, bool kOffsets>
+[[gnu::always_inline]] inline void add_run(const IntPanel& p, const IntJob& job, std::int64_t r,
+                                           std::int64_t at, const typename V::I (&dot)[2 * kInputs],
+                                           typename V::F (&sum)[2 * kInputs], float* sums) {
+  using F = typename V::F;
+  // All that is read stands in registers and pointers before sums are written, which might alias.
+  const F a[2] = {V::load_f(p.a[r]), V::load_f(p.a[r] + V::kLanes)};
+  F b[2] = {a[0], a[1]};
+  if constexpr (kOffsets) {
+    b[0] = V::load_f(p.b[r]);
+    b[1] = V::load_f(p.b[r] + V::kLanes);
+  }
+  const float* const scales = job.x.scale + at;
+  const float* const totals = job.x.total + at;
+#pragma GCC unroll 12
+  for (int i = 0; i < kInputs; ++i) {
+    const F scale = V::set1_f(scales[i]);
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      F& held = sum[2 * i + h];
+      float* const to = sums + (2 * i + h) * V::kLanes;
+      if constexpr (!V::kHoldSums) held = V::load_f(to);
+      held = V::fma(V::mul(a[h], scale), V::to_f(dot[2 * i + h]), held);
+      if constexpr (kOffsets) held = V::fma(b[h], V::set1_f(totals[i]), held);
+      if constexpr (!V::kHoldSums) V::store_f(to, held);
+    }
+  }
+  // Else the compiler keeps sums of all runs in variables, more than there are registers.
+  if constexpr (!V::kHoldSums) __asm__ volatile("" ::: "memory");
+}
+
 /// sums[m][rows] += what the panel adds, for the tile of kInputs rows of activations from m on.
 template <class V, int kInputs, bool kWide, bool kOffsets>
 void multiply_int(const IntPanel& p, const IntJob& job, std::int64_t m, float* sums) {
   using I = typename V::I;
-  using F = typename V::F;
   constexpr std::int64_t kRows = 2 * V::kLanes;
   const std::int32_t* codes = p.codes;
   const std::int32_t* x = job.x.q + m * job.ldq + p.col / 4 * kInputs;
   std::int64_t at = m * job.ldr + p.first_run * kInputs;
+  typename V::F sum[2 * kInputs];  // in registers, as dot: every loop over them must be unrolled
+  if constexpr (V::kHoldSums) {
+#pragma GCC unroll 12
+    for (int i = 0; i < 2 * kInputs; ++i) sum[i] = V::load_f(sums + i * V::kLanes);
+  }
   for (std::int64_t r = 0; r < p.runs; ++r, at += kInputs) {
-    I dot[2 * kInputs];  // in registers: every loop over it must be unrolled
+    I dot[2 * kInputs];
 #pragma GCC unroll 12
     for (int i = 0; i < kInputs; ++i) {
       dot[2 * i] = dot[2 * i + 1] = V::set1_i(job.x.start[at + i]);
@@ -126,30 +163,11 @@ void multiply_int(const IntPanel& p, const IntJob& job, std::int64_t m, float* s
         dot[2 * i + 1] = V::template dot<kWide>(dot[2 * i + 1], second, input);
       }
     }
-    // All that is read stands in registers and pointers before sums are written, which might alias.
-    const F a[2] = {V::load_f(p.a[r]), V::load_f(p.a[r] + V::kLanes)};
-    F b[2] = {a[0], a[1]};
-    if constexpr (kOffsets) {
-      b[0] = V::load_f(p.b[r]);
-      b[1] = V::load_f(p.b[r] + V::kLanes);
-    }
-    const float* const scales = job.x.scale + at;
-    const float* const totals = job.x.total + at;
+    add_run<V, kInputs, kOffsets>(p, job, r, at, dot, sum, sums);
+  }
+  if constexpr (V::kHoldSums) {
 #pragma GCC unroll 12
-    for (int i = 0; i < kInputs; ++i) {
-      const F scale = V::set1_f(scales[i]);
-#pragma GCC unroll 2
-      for (int h = 0; h < 2; ++h) {
-        float* to = sums + i * kRows + h * V::kLanes;
-        F sum = V::fma(V::mul(a[h], scale), V::to_f(dot[2 * i + h]), V::load_f(to));
-        if constexpr (kOffsets) {
-          sum = V::fma(b[h], V::set1_f(totals[i]), sum);
-        }
-        V::store_f(to, sum);
-      }
-    }
-    // Else the compiler keeps sums of all runs in variables, more than there are registers.
-    __asm__ volatile("" ::: "memory");
+    for (int i = 0; i < 2 * kInputs; ++i) V::store_f(sums + i * V::kLanes, sum[i]);
   }
 }
 
@@ -205,10 +223,10 @@ class IntProduct {
       const std::int64_t n = min64(kStretch, w_.cols - c);
       const std::int64_t phase = statistics(row, rows, c, n);
       for (std::int64_t k = 0; k < n; k += kIntPanelColumns) {
-        add_panel(c + k, phase + k, min64(kIntPanelColumns, n - k));
+        add_panel(c + k, phase + k, min64(kIntPanelColumns, n - k), row, rows);
       }
     }
-    for (std::int64_t m = 0; m < job_.inputs; ++m) store(m, row, rows);
+    if (direct_ != nullptr) store(0, job_.inputs, row, rows);
   }
 
  private:
@@ -308,8 +326,10 @@ class IntProduct {
     return c - first * w_.group_size;
   }
 
-  /// Columns [col, col + n), which begin at `position` in the first slot.
-  void add_panel(std::int64_t col, std::int64_t position, std::int64_t n) {
+  /// Columns [col, col + n), which begin at `position` in the first slot. With the last ones a
+  /// tile's outputs are stored at once: at powers of two apart, few of their lines stay in a cache.
+  void add_panel(std::int64_t col, std::int64_t position, std::int64_t n, std::int64_t row,
+                 std::int64_t rows) {
     const std::uint8_t* const ask_to = stats_ahead_ + kRows * w_.stat_bytes * n / w_.cols;
     for (; stats_ahead_ < ask_to && stats_ahead_ < stats_end_; stats_ahead_ += 64) {
       __builtin_prefetch(stats_ahead_, 0, 2);
@@ -330,19 +350,30 @@ class IntProduct {
     if (direct_ != nullptr) return direct_(rows_, p, job_, sums_);
     fill_(*job_.form, rows_, col, n, panel_);
     const std::int64_t tile = job_.x.tile;
+    const bool last = col + n == w_.cols;
     for (std::int64_t m = 0; m < job_.inputs; m += tile) {
-      multiply_(min64(tile, job_.inputs - m), p, job_, m, sums_ + m * kRows);
+      const std::int64_t count = min64(tile, job_.inputs - m);
+      if (last) {
+        for (std::int64_t i = 0; i < count; ++i) __builtin_prefetch(output(m + i, row), 1);
+      }
+      multiply_(count, p, job_, m, sums_ + m * kRows);
+      if (last) store(m, count, row, rows);
     }
   }
 
-  void store(std::int64_t m, std::int64_t row, std::int64_t rows) const {
+  std::uint8_t* output(std::int64_t m, std::int64_t row) const {
+    return static_cast<std::uint8_t*>(job_.y) + (m * job_.ldy + row) * float_bytes(job_.y_kind);
+  }
+
+  void store(std::int64_t m, std::int64_t count, std::int64_t row, std::int64_t rows) const {
     const std::int64_t bytes = float_bytes(job_.y_kind);
-    auto* y = static_cast<std::uint8_t*>(job_.y) + (m * job_.ldy + row) * bytes;
-    for (std::int64_t r = 0; r < rows; r += kLanes) {
-      const auto n = static_cast<int>(min64(kLanes, rows - r));
-      typename T::F v = T::load_n(sums_ + m * kRows + r, n);
-      if (job_.bias != nullptr) v = T::add(v, T::load_n(job_.bias + row + r, n));
-      store_kind_n<T>(job_.y_kind, v, y + r * bytes, n);
+    for (const std::int64_t end = m + count; m < end; ++m) {
+      for (std::int64_t r = 0; r < rows; r += kLanes) {
+        const auto n = static_cast<int>(min64(kLanes, rows - r));
+        typename T::F v = T::load_n(sums_ + m * kRows + r, n);
+        if (job_.bias != nullptr) v = T::add(v, T::load_n(job_.bias + row + r, n));
+        store_kind_n<T>(job_.y_kind, v, output(m, row) + r * bytes, n);
+      }
     }
   }
 

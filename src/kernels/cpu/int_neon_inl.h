@@ -12,6 +12,7 @@ struct IntNeon {
   using F = float32x4_t;
   static constexpr int kLanes = 4;
   static constexpr int kInputs = 8;
+  static constexpr bool kHoldSums = false;
   static constexpr int kDirectInputs = 0;
   static constexpr bool kHalves = false;
   static constexpr bool kSigned = true;

@@ -10,6 +10,7 @@ struct IntScalar {
   using F = float;
   static constexpr int kLanes = 1;
   static constexpr int kInputs = 2;
+  static constexpr bool kHoldSums = false;
   static constexpr int kDirectInputs = 0;
   static constexpr bool kHalves = false;
   static constexpr bool kSigned = false;
