@@ -20,7 +20,6 @@ AttentionRows rows_at(const Strided& x, std::int64_t sequence, std::int64_t head
   return {data + at * element_bytes, x.strides.position, x.strides.head};
 }
 
-std::int64_t group_of(const AttentionShape& shape) { return shape.heads / shape.kv_heads; }
 std::int64_t problems_of(const AttentionShape& shape) { return shape.batch * shape.kv_heads; }
 std::int64_t blocks_of(const AttentionShape& shape) {
   return ceil_div(group_of(shape) * shape.queries, BlockAttention::kRows);

@@ -7,6 +7,9 @@
 
 namespace quantal {
 
+/// Heads that share a head of keys and values.
+inline std::int64_t group_of(const AttentionShape& shape) { return shape.heads / shape.kv_heads; }
+
 /// The problem of one head of keys and values: `index` is sequence * kv_heads + head. lse may be
 /// null.
 AttentionJob attention_job(const AttentionShape& shape, std::int64_t index, const AttentionInput& q,

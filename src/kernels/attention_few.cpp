@@ -1,11 +1,11 @@
 #include "kernels/attention_few.h"
 
 #include <algorithm>
-#include <functional>
 
 #include "kernels/attention_blocks.h"
 #include "kernels/cpu/dispatch.h"
 #include "kernels/scratch.h"
+#include "kernels/tasks.h"
 
 namespace quantal {
 namespace {
@@ -16,27 +16,19 @@ constexpr std::int64_t kTaskProducts = 128 * 1024;
 constexpr std::int64_t kChunkKeys = 512;
 static_assert(2 * kChunkKeys <= FewRowsAttention::kKeys);
 
-std::int64_t group_of(const AttentionShape& shape) { return shape.heads / shape.kv_heads; }
-
 /// Keys of a chunk: nearly equal shares, whole vectors.
 std::int64_t chunk_keys(std::int64_t keys) {
   const std::int64_t chunks = std::max<std::int64_t>(keys / kChunkKeys, 1);
   return ceil_div(ceil_div(keys, chunks), 16) * 16;
 }
 
-/// body(task) for all tasks. The loop goes by reference: std::function would copy its captures to
-/// the heap.
+/// body(task) for all tasks.
 template <class Body>
 void for_tasks(const Executor& executor, std::int64_t tasks, std::int64_t products, Body body) {
-  const auto loop = [&body](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t t = begin; t < end; ++t) body(t);
-  };
-  const std::int64_t grain = ceil_div(kTaskProducts, products);
-  if (tasks <= grain) {
-    loop(0, tasks);
-  } else {
-    executor.parallel_for(0, tasks, grain, std::ref(loop));
-  }
+  run_tasks(executor, tasks, ceil_div(kTaskProducts, products),
+            [&body](std::int64_t begin, std::int64_t end) {
+              for (std::int64_t t = begin; t < end; ++t) body(t);
+            });
 }
 
 float* task_scratch(std::int64_t floats) {

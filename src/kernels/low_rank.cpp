@@ -1,12 +1,12 @@
 #include "quantal/low_rank.h"
 
 #include <algorithm>
-#include <functional>
 #include <string>
 
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/low_rank_kernels.h"
 #include "kernels/scratch.h"
+#include "kernels/tasks.h"
 
 namespace quantal {
 namespace {
@@ -60,10 +60,10 @@ class Product {
         kernels_.expand(kind_, d + m * w_.rank, rows, w_.rank, w_.a, w_.in, row(x_grad, m, w_.in));
       }
     });
-    each_columns(w_.in, [&](std::int64_t begin, std::int64_t end) {
+    each_columns(w_.in, m_rows_, [&](std::int64_t begin, std::int64_t end) {
       kernels_.outer(kind_, d, m_rows_, w_.rank, x, w_.in, begin, end, a_grad);
     });
-    each_columns(w_.out, [&](std::int64_t begin, std::int64_t end) {
+    each_columns(w_.out, m_rows_, [&](std::int64_t begin, std::int64_t end) {
       kernels_.outer(kind_, t, m_rows_, w_.rank, grad, w_.out, begin, end, b_sums);
       for (std::int64_t n = begin; n < end; ++n) {
         for (std::int64_t r = 0; r < w_.rank; ++r) b_grad[n * w_.rank + r] = b_sums[r * w_.out + n];
@@ -95,15 +95,9 @@ class Product {
     return static_cast<std::uint8_t*>(data) + m * n * bytes_;
   }
 
-  /// body(first, count) for all units of a range, on the calling thread if they are few.
   template <class Body>
   void run(std::int64_t units, std::int64_t products, Body body) {
-    const std::int64_t grain = ceil_div(kTaskProducts, std::max<std::int64_t>(products, 1));
-    if (units <= grain) {
-      body(0, units);
-    } else {
-      executor_.parallel_for(0, units, grain, std::ref(body));
-    }
+    run_tasks(executor_, units, ceil_div(kTaskProducts, std::max<std::int64_t>(products, 1)), body);
   }
   /// body(first row, rows) for blocks of rows with `width` products a row and rank.
   template <class Body>
@@ -116,11 +110,11 @@ class Product {
           }
         });
   }
-  /// body(begin, end) for blocks of columns.
+  /// body(begin, end) for blocks of columns with `height` products a column and rank.
   template <class Body>
-  void each_columns(std::int64_t columns, Body body) {
+  void each_columns(std::int64_t columns, std::int64_t height, Body body) {
     constexpr std::int64_t kColumns = LowRankKernels::kColumns;
-    run(ceil_div(columns, kColumns), kColumns * w_.rank * m_rows_,
+    run(ceil_div(columns, kColumns), kColumns * w_.rank * height,
         [&](std::int64_t begin, std::int64_t end) {
           body(begin * kColumns, std::min(end * kColumns, columns));
         });
@@ -129,18 +123,9 @@ class Product {
   /// B as the kernels take it: b_[r, n].
   void transpose_b(float* to) {
     b_ = to;
-    each_columns_of_b([&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t r = 0; r < w_.rank; ++r) {
-        for (std::int64_t n = begin; n < end; ++n) to[r * w_.out + n] = w_.b[n * w_.rank + r];
-      }
-    });
-  }
-  template <class Body>
-  void each_columns_of_b(Body body) {
-    constexpr std::int64_t kColumns = LowRankKernels::kColumns;
-    run(ceil_div(w_.out, kColumns), kColumns * w_.rank, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t c = begin; c < end; ++c) {
-        body(c * kColumns, std::min((c + 1) * kColumns, w_.out));
+    each_columns(w_.out, 1, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t n = begin; n < end; ++n) {
+        for (std::int64_t r = 0; r < w_.rank; ++r) to[r * w_.out + n] = w_.b[n * w_.rank + r];
       }
     });
   }

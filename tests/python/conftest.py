@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from quantal import QuantizationConfig, QuantizationMethod
+from quantal import QuantizationConfig, QuantizationMethod, _attention
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 EXTENDED = {"support": "extended"}
@@ -74,3 +74,18 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch) -> list[bool]:
+    """Whether quantal's kernels took each attention that they were asked for."""
+    calls = []
+    original = _attention.by_kernels
+
+    def count(*arguments):
+        out = original(*arguments)
+        calls.append(out is not None)
+        return out
+
+    monkeypatch.setattr(_attention, "by_kernels", count)
+    return calls

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import quantal
 from conftest import tiny_llama
-from quantal import _attention, _core
+from quantal import _core
 from quantal.functional import attention
 
 #: (batch, heads, kv_heads, queries, keys, dim)
@@ -296,20 +296,6 @@ def llama():
     return ours, theirs
 
 
-def calls_of(monkeypatch):
-    """Counts the calls of the kernels."""
-    seen = []
-    original = _attention.by_kernels
-
-    def count(*arguments):
-        out = original(*arguments)
-        seen.append(out is not None)
-        return out
-
-    monkeypatch.setattr(_attention, "by_kernels", count)
-    return seen
-
-
 def test_a_model_computes_the_same(llama, tokens):
     ours, theirs = llama
     with torch.no_grad():
@@ -357,36 +343,34 @@ def test_generating_with_padding_on_the_left_is_that_of_sdpa(llama):
     assert torch.equal(*texts)
 
 
-def test_the_kernels_run_where_they_are_not_refused(llama, tokens, monkeypatch):
+def test_the_kernels_run_where_they_are_not_refused(llama, tokens, kernel_calls):
     ours, _ = llama
     config = ours.config
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     dim = config.hidden_size // heads
     shape = (1, heads, 1, dim), (1, kv_heads, 8, dim), (1, kv_heads, 8, dim)
     taken = not _core.attention_refusal(*shape, "f32", False, False)
-    seen = calls_of(monkeypatch)
     settings = {"min_new_tokens": 4, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     ids = tokens[:1]
     ours.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
-    steps = seen[config.num_hidden_layers :]  # behind the prompt
+    steps = kernel_calls[config.num_hidden_layers :]  # behind the prompt
     assert len(steps) == 3 * config.num_hidden_layers and all(s is taken for s in steps)
 
 
-def test_dropout_and_cross_attention_are_torchs(monkeypatch):
+def test_dropout_and_cross_attention_are_torchs(kernel_calls):
     from transformers import AttentionInterface
 
     forward = AttentionInterface()["quantal"]
-    seen = calls_of(monkeypatch)
     q, k, v = inputs((1, 4, 4, 3, 6, 16))
     module = torch.nn.Module()
     y, weights = forward(module, q, k, v, None, is_causal=True)  # begins at the first key
     expected = scaled_dot_product_attention(q, k, v, is_causal=True)
-    assert weights is None and torch.equal(y, expected.transpose(1, 2)) and not seen
+    assert weights is None and torch.equal(y, expected.transpose(1, 2)) and not kernel_calls
     torch.manual_seed(0)
     y, _ = forward(module, q, k, v, None, dropout=0.5, is_causal=False)
     torch.manual_seed(0)
     expected = scaled_dot_product_attention(q, k, v, dropout_p=0.5)
-    assert torch.equal(y, expected.transpose(1, 2)) and not seen
+    assert torch.equal(y, expected.transpose(1, 2)) and not kernel_calls
     other = torch.randn(1, 4, 6, 8)  # values of another width
     y, _ = forward(module, q, k, other, None, is_causal=False)
     torch.testing.assert_close(y, scaled_dot_product_attention(q, k, other).transpose(1, 2))

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from conftest import tiny_llama
-from quantal import _attention, _core
+from quantal import _core
 from quantal.functional import attention
 
 LENGTH = 24
@@ -69,20 +69,6 @@ def inputs(mask, dtype, grad):
 def taken(q, k, v, grad):
     name = {torch.float32: "f32", torch.bfloat16: "bf16"}[q.dtype]
     return not _core.attention_refusal(q.shape, k.shape, v.shape, name, False, grad)
-
-
-@pytest.fixture
-def kernel_calls(monkeypatch):
-    calls = []
-    original = _attention.by_kernels
-
-    def count(*arguments):
-        out = original(*arguments)
-        calls.append(out is not None)
-        return out
-
-    monkeypatch.setattr(_attention, "by_kernels", count)
-    return calls
 
 
 @pytest.mark.parametrize("name", list(MASKS))

@@ -71,11 +71,6 @@ struct Chunk {
   float* sum() const { return most() + FewRowsAttention::kRows; }
 };
 
-template <FloatKind kKind>
-const std::uint8_t* element(const void* data, std::int64_t i) {
-  return static_cast<const std::uint8_t*>(data) + i * float_bytes(kKind);
-}
-
 /// Calls fn with the number of rows, 1 to kRowBlock, as a type.
 template <int kRows>
 struct Rows {
@@ -400,18 +395,6 @@ void attention_finish(const AttentionJob& job, const float* parts, std::int64_t 
 }
 
 // ------------------------------------------------------------------ any element type
-
-template <class Fn>
-void with_element(FloatKind kind, Fn fn) {
-  switch (kind) {
-    case FloatKind::kF32:
-      return fn.template operator()<FloatKind::kF32>();
-    case FloatKind::kF16:
-      return fn.template operator()<FloatKind::kF16>();
-    case FloatKind::kBF16:
-      return fn.template operator()<FloatKind::kBF16>();
-  }
-}
 
 template <class T>
 void few_rows_part(const AttentionJob& job, FloatKind kind, std::int64_t begin, std::int64_t end,

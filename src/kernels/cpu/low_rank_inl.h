@@ -23,11 +23,6 @@ void for_tiles(std::int64_t n, std::int64_t first, Body body) {
   }
 }
 
-template <FloatKind kKind>
-const std::uint8_t* at(const void* data, std::int64_t i) {
-  return static_cast<const std::uint8_t*>(data) + i * float_bytes(kKind);
-}
-
 // ------------------------------------------------------------------ reduce
 
 template <class T, FloatKind kKind, int kRows, int kRanks>
@@ -47,13 +42,13 @@ template <class T, FloatKind kKind, int kRows, int kRanks>
   F values[kRows];
   std::int64_t c = 0;
   for (; c + kLanes <= n; c += kLanes) {
-    for (int m = 0; m < kRows; ++m) values[m] = load_kind<T>(kKind, at<kKind>(x, m * n + c));
+    for (int m = 0; m < kRows; ++m) values[m] = load_kind<T>(kKind, element<kKind>(x, m * n + c));
     add(values, [c](const float* row) { return T::load(row + c); });
   }
   if (c < n) {
     const auto left = static_cast<int>(n - c);
     for (int m = 0; m < kRows; ++m) {
-      values[m] = load_kind_n<T>(kKind, at<kKind>(x, m * n + c), left);
+      values[m] = load_kind_n<T>(kKind, element<kKind>(x, m * n + c), left);
     }
     add(values, [c, left](const float* row) { return T::load_n(row + c, left); });
   }
@@ -68,7 +63,7 @@ void reduce(const void* x, std::int64_t rows, std::int64_t n, const float* p, st
   for_tiles<T::kTall>(rows, 0, [&](auto tall, std::int64_t m) {
     for_tiles<T::kWide>(rank, 0, [&](auto wide, std::int64_t r) {
       reduce_tile<T, kKind, decltype(tall)::kCount, decltype(wide)::kCount>(
-          at<kKind>(x, m * n), n, p + r * n, rank, scale, t + m * rank + r);
+          element<kKind>(x, m * n), n, p + r * n, rank, scale, t + m * rank + r);
     });
   });
 }
@@ -172,8 +167,8 @@ void outer(const float* t, std::int64_t rows, std::int64_t rank, const void* x, 
     for (std::int64_t m = 0; m < rows || m == 0; m += kOuterRows) {
       for_tiles<T::kTall>(rank, 0, [&](auto tall, std::int64_t r) {
         outer_tile<T, kKind, decltype(tall)::kCount, decltype(wide)::kCount>(
-            t + m * rank + r, min64(kOuterRows, rows - m), rank, at<kKind>(x, m * n + c), n, left,
-            m == 0, sums + r * n + c);
+            t + m * rank + r, min64(kOuterRows, rows - m), rank, element<kKind>(x, m * n + c), n,
+            left, m == 0, sums + r * n + c);
       });
     }
   });
@@ -181,39 +176,22 @@ void outer(const float* t, std::int64_t rows, std::int64_t rank, const void* x, 
 
 // ------------------------------------------------------------------ any element type
 
-/// An element type, as a type.
-template <FloatKind kTheKind>
-struct KindOf {
-  static constexpr FloatKind kKind = kTheKind;
-};
-template <class Fn>
-void with_kind(FloatKind kind, Fn fn) {
-  switch (kind) {
-    case FloatKind::kF32:
-      return fn(KindOf<FloatKind::kF32>{});
-    case FloatKind::kF16:
-      return fn(KindOf<FloatKind::kF16>{});
-    case FloatKind::kBF16:
-      return fn(KindOf<FloatKind::kBF16>{});
-  }
-}
-
 template <class T>
 constexpr LowRankKernels low_rank_kernels() {
   return {[](FloatKind kind, const void* x, std::int64_t rows, std::int64_t n, const float* p,
              std::int64_t rank, float scale, float* t) noexcept {
-            with_kind(kind, [&](auto k) {
-              reduce<T, decltype(k)::kKind>(x, rows, n, p, rank, scale, t);
-            });
+            with_element(
+                kind, [&]<FloatKind kKind>() { reduce<T, kKind>(x, rows, n, p, rank, scale, t); });
           },
           [](FloatKind kind, const float* t, std::int64_t rows, std::int64_t rank, const float* p,
              std::int64_t n, void* y) noexcept {
-            with_kind(kind, [&](auto k) { expand<T, decltype(k)::kKind>(t, rows, rank, p, n, y); });
+            with_element(kind,
+                         [&]<FloatKind kKind>() { expand<T, kKind>(t, rows, rank, p, n, y); });
           },
           [](FloatKind kind, const float* t, std::int64_t rows, std::int64_t rank, const void* x,
              std::int64_t n, std::int64_t begin, std::int64_t end, float* sums) noexcept {
-            with_kind(kind, [&](auto k) {
-              outer<T, decltype(k)::kKind>(t, rows, rank, x, n, begin, end, sums);
+            with_element(kind, [&]<FloatKind kKind>() {
+              outer<T, kKind>(t, rows, rank, x, n, begin, end, sums);
             });
           }};
 }

@@ -125,6 +125,24 @@ typename T::F e5m2(typename T::U code) {
 
 constexpr std::int64_t float_bytes(FloatKind kind) { return kind == FloatKind::kF32 ? 4 : 2; }
 
+template <FloatKind kKind>
+const std::uint8_t* element(const void* data, std::int64_t i) {
+  return static_cast<const std::uint8_t*>(data) + i * float_bytes(kKind);
+}
+
+/// Calls fn with the kind as a template argument.
+template <class Fn>
+void with_element(FloatKind kind, Fn fn) {
+  switch (kind) {
+    case FloatKind::kF32:
+      return fn.template operator()<FloatKind::kF32>();
+    case FloatKind::kF16:
+      return fn.template operator()<FloatKind::kF16>();
+    case FloatKind::kBF16:
+      return fn.template operator()<FloatKind::kBF16>();
+  }
+}
+
 template <class T>
 typename T::F load_kind(FloatKind kind, const void* p) {
   if (kind == FloatKind::kF32) return T::load(static_cast<const float*>(p));
