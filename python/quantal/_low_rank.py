@@ -1,8 +1,9 @@
 """A packed linear layer and its LoRA adapter in one step, ``x W^T + bias + scaling (x A^T) B^T``.
 
-PEFT casts x to float32, multiplies twice, scales, adds and casts back: eight passes over the
-activations, as many in backward. The operators read x as it is and add to the product where it
-lies; sums are float32 and the result is rounded once.
+PEFT casts x to the adapter's dtype, multiplies twice, scales, adds and casts back: eight passes
+over the activations, as many in backward, each rounded where the adapter is bfloat16 (as FSDP2's
+mixed precision hands it over). The operators read x, A and B as they are and add to the product
+where it lies; sums are float32, the result and each gradient are rounded once.
 """
 
 from __future__ import annotations
@@ -123,9 +124,11 @@ def _differentiable(grad, seen, a, b, scaling):
     """Gradients of ``scaling (seen A^T) B^T`` in torch's operators."""
     g = grad.reshape(-1, grad.shape[-1]).float()
     rows = seen.reshape(-1, seen.shape[-1]).float()
-    d = scaling * (g @ b)
-    low = (d @ a).to(seen.dtype).reshape(seen.shape)
-    return low, d.T @ rows, g.T @ (scaling * (rows @ a.T))
+    wide_a, wide_b = a.float(), b.float()
+    d = scaling * (g @ wide_b)
+    low = (d @ wide_a).to(seen.dtype).reshape(seen.shape)
+    of_b = g.T @ (scaling * (rows @ wide_a.T))
+    return low, (d.T @ rows).to(a.dtype), of_b.to(b.dtype)
 
 
 def _recorded(*tensors: torch.Tensor | None) -> bool:
@@ -159,7 +162,7 @@ def _plain_base(layer: Any) -> PackedLinear | None:
 
 
 def _plain_matrix(module: Any, shape: tuple[int, int]) -> torch.Tensor | None:
-    """The weight of a linear layer of an adapter, float32 and whole."""
+    """The weight of a linear layer of an adapter, whole and on the CPU."""
     if type(module) is not nn.Linear or not _untouched(module):
         return None
     parameters = module._parameters
@@ -168,7 +171,7 @@ def _plain_matrix(module: Any, shape: tuple[int, int]) -> torch.Tensor | None:
     weight: Any = parameters.get("weight")
     if weight is None:  # FSDP1 hangs plain tensors on the module
         weight = module.weight
-    plain = type(weight) in _PLAIN and weight.dtype is torch.float32 and weight.is_cpu
+    plain = type(weight) in _PLAIN and weight.dtype in _ops._WEIGHT_DTYPES and weight.is_cpu
     return weight if plain and weight.shape == shape else None
 
 
@@ -185,8 +188,7 @@ def _only_adapter(layer: Any, x: Any) -> str | None:
         (active,) = active
     if active in layer.lora_variant or type(layer.scaling.get(active)) not in (float, int):
         return None  # a tensor: PEFT's hotswapping
-    casts = layer.cast_input_dtype_enabled or x.dtype is torch.float32
-    return active if casts else None
+    return active
 
 
 def lora_product(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
@@ -206,6 +208,8 @@ def lora_product(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
     dropout: Any = modules["lora_dropout"]._modules.get(name)
     if a is None or b is None or not _untouched(dropout):
         return None
+    if b.dtype is not a.dtype or not (x.dtype is a.dtype or layer.cast_input_dtype_enabled):
+        return None  # PEFT's products refuse them
     codes, stats, shared = base._buffers_packed
     if not codes.is_cpu:
         return None

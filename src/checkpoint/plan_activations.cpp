@@ -78,12 +78,13 @@ class Bounds {
     return {per_token_ > 0 ? std::min(per_token_, all) : all, all};
   }
 
+  /// Adapters are added in one step, which reads what it is given (quantal/low_rank.h).
+  bool one_step() const { return o_.backend == Backend::CPU; }
+
   /// What an adapter keeps of its input. In the adapter's dtype the layers of one module share it;
-  /// another one is converted for each, but for float32 adapters on the CPU (quantal/low_rank.h);
-  /// dropout keeps its result and its mask.
+  /// another one is converted for each, but on the CPU; dropout keeps its result and its mask.
   std::int64_t input_bytes(std::int64_t in, DType dtype, bool shared) const {
-    const bool as_it_is = o_.backend == Backend::CPU && dtype == DType::kF32;
-    const std::int64_t f = as_it_is ? e_ : size_of(dtype);
+    const std::int64_t f = one_step() ? e_ : size_of(dtype);
     if (o_.lora_dropout > 0) return times(in, 2 * f);
     if (f != e_) return times(in, f);
     return shared ? 0 : times(in, e_);
@@ -121,8 +122,9 @@ class Bounds {
       if (adapter.rank == 0) continue;
       const std::string parent = adapter.module.substr(0, adapter.module.rfind('.'));
       const bool seen = !inputs.insert(parent + " " + std::to_string(tensor.shape[1])).second;
-      const std::int64_t kept = plus(input_bytes(tensor.shape[1], adapter.dtype, seen),
-                                     times(adapter.rank, size_of(adapter.dtype)));
+      const std::int64_t kept =
+          plus(input_bytes(tensor.shape[1], adapter.dtype, seen),
+               times(adapter.rank, one_step() ? kFloat : size_of(adapter.dtype)));
       block.lora_inputs = plus(block.lora_inputs, experts_of(block, adapter.module).share(kept));
     }
     std::int64_t most = 0;

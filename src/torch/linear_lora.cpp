@@ -18,18 +18,18 @@ torch::ScalarType widest_float(const torch::Tensor& t) {
   return t.is_mps() ? torch::kFloat : torch::kDouble;
 }
 
-bool is_float_matrix(const torch::Tensor& t) {
-  return t.device().is_cpu() && t.scalar_type() == torch::kFloat;
+bool is_float_on_cpu(const torch::Tensor& t) {
+  const auto type = t.scalar_type();
+  return t.device().is_cpu() &&
+         (type == torch::kFloat || type == torch::kHalf || type == torch::kBFloat16);
 }
 
 /// Whether a call is the exact product and plain LoRA, on the CPU: linear_low_rank.
 bool adds_in_place(const QuantizedLinearImpl& base, const LoraImpl& adapter,
                    const torch::Tensor& x) {
-  const auto type = x.scalar_type();
   return !adapter.is_dora() && !base.int8_threshold && base.activations == Activations::kExact &&
-         x.device().is_cpu() && base.codes.device().is_cpu() &&
-         (type == torch::kFloat || type == torch::kHalf || type == torch::kBFloat16) &&
-         is_float_matrix(adapter.A) && is_float_matrix(adapter.B) &&
+         base.codes.device().is_cpu() && is_float_on_cpu(x) && is_float_on_cpu(adapter.A) &&
+         is_float_on_cpu(adapter.B) && adapter.A.scalar_type() == adapter.B.scalar_type() &&
          !at::autocast::is_autocast_enabled(at::kCPU);
 }
 

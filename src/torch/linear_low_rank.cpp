@@ -109,7 +109,8 @@ struct LowRankFunction : public torch::autograd::Function<LowRankFunction> {
                                        variable_list& out) {
     const variable_list s = ctx->get_saved_variables();
     const Setting& setting = setting_of(ctx);
-    const Tensor &seen = s[0], &a = s[2], &b = s[3];
+    const Tensor& seen = s[0];
+    const Tensor a = s[2].to(torch::kFloat), b = s[3].to(torch::kFloat);
     const Tensor g = grad.reshape({-1, grad.size(-1)}).to(torch::kFloat);
     const Tensor rows = seen.reshape({-1, seen.size(-1)}).to(torch::kFloat);
     const Tensor d = torch::matmul(g, b) * setting.scaling;
@@ -118,8 +119,8 @@ struct LowRankFunction : public torch::autograd::Function<LowRankFunction> {
     const Tensor of_x = base_gradient(grad, {setting.spec, s[4], s[5], s[6]}, setting);
     out[kX] = drops ? of_x : of_x + low;
     if (drops) out[kDropped] = low;
-    out[kA] = torch::matmul(d.t(), rows);
-    out[kB] = torch::matmul(g.t(), t);
+    out[kA] = torch::matmul(d.t(), rows).to(s[2].scalar_type());
+    out[kB] = torch::matmul(g.t(), t).to(s[3].scalar_type());
   }
 };
 

@@ -6,7 +6,8 @@
 //                      float scaling) -> (Tensor a_grad, Tensor b_grad)
 //
 // x and x_grad are [..., in], y and grad [..., out], with the same leading sizes and of one dtype;
-// a is float32 [rank, in], b float32 [out, rank], t float32 [rows, rank]. y and x_grad are added to
+// a is [rank, in], b [out, rank], each of a dtype of its own (float32, float16, bfloat16), which
+// its gradient, a float32 sum, is rounded to; t is float32 [rows, rank]. y and x_grad are added to
 // where they lie: contiguous, in memory of their own. For tensors on the CPU. Python and C++ call
 // them inside autograd functions of their own.
 
@@ -29,21 +30,24 @@ namespace {
 const std::string kAdd = "quantal::add_low_rank_: ";
 const std::string kBackward = "quantal::low_rank_backward_: ";
 
-/// A float32 matrix of an adapter, made contiguous.
+Tensor with_dtype(const Tensor& t, ScalarType type) {
+  return t.scalar_type() == type ? t : stable::to(detached(t), type);
+}
+
+/// A matrix as kernels read it: float32 and contiguous.
 Tensor checked_matrix(const std::string& what, const Tensor& t, std::int64_t rows,
                       std::int64_t cols) {
   check_cpu(what.c_str(), t);
-  if (t.scalar_type() != ScalarType::Float) {
-    fail(Errc::kDtype, what + " is " + type_name(t.scalar_type()) + ", expected float32");
-  }
+  weight_dtype(what.c_str(), t.scalar_type());
   if (t.dim() != 2 || t.size(0) != rows || t.size(1) != cols) {
     fail(Errc::kShape,
          what + " has shape " + sizes_string(t) + ", expected " + shape_string(Ints{rows, cols}));
   }
-  return t.is_contiguous() ? t : stable::contiguous(t);
+  const Tensor wide = with_dtype(t, ScalarType::Float);
+  return wide.is_contiguous() ? wide : stable::contiguous(wide);
 }
 
-/// An adapter whose matrices are held while a kernel reads them.
+/// An adapter whose matrices, as kernels read them, are held meanwhile.
 struct [[gnu::visibility("hidden")]] Adapter {
   Tensor a, b;
   LowRank view;
@@ -115,7 +119,7 @@ std::tuple<Tensor, Tensor> low_rank_backward_cpu(std::optional<Tensor> x_grad, T
                     static_cast<const float*>(low.const_data_ptr()), rows.count(), added,
                     static_cast<float*>(a_grad.mutable_data_ptr()),
                     static_cast<float*>(b_grad.mutable_data_ptr()), stable_executor());
-  return {a_grad, b_grad};
+  return {with_dtype(a_grad, a.scalar_type()), with_dtype(b_grad, b.scalar_type())};
 }
 
 // ------------------------------------------------------------------ meta kernels

@@ -10,7 +10,7 @@ from torch import nn
 
 from conftest import EXTENDED, hqq, nf4
 from qlora_support import ALL, METHODS, lora, packed_layers, quantized
-from quantal import PackedLinear, QuantizationConfig, QuantizedEmbedding, _core
+from quantal import PackedLinear, QuantizationConfig, QuantizedEmbedding, _core, _peft_layers
 from quantal import prepare_model_for_training as prepare
 from quantal._packed import whole_tensor
 
@@ -64,6 +64,24 @@ def attach(dora: bool = False):
         return get_peft_model(model, lora(ALL, use_dora=dora))
 
     return add
+
+
+@contextlib.contextmanager
+def lora_calls(one_step: bool = True):
+    """A list to which every call of an adapted layer adds whether it was done in one step; or, with
+    `one_step` False, PEFT's own way for all of them."""
+    own, calls = _peft_layers.lora_product, []
+
+    def counted(layer, x):
+        y = own(layer, x) if one_step else None
+        calls.append(y is not None)
+        return y
+
+    _peft_layers.lora_product = counted
+    try:
+        yield calls
+    finally:
+        _peft_layers.lora_product = own
 
 
 def batch(step: int, size: int = 12, length: int = 16) -> torch.Tensor:
@@ -192,6 +210,7 @@ __all__ = [
     "adapted",
     "attach",
     "batch",
+    "lora_calls",
     "plant_nans",
     "quietly",
     "train",

@@ -12,8 +12,18 @@ from torch.distributed.fsdp import (
 )
 
 from conftest import nf4, tiny_llama
-from fsdp_support import FORMS, METHODS, Zoo, adapted, plant_nans, train, whole_bytes
-from qlora_support import packed_bytes, packed_layers, quantized, same_bytes
+from fsdp_support import (
+    FORMS,
+    METHODS,
+    Zoo,
+    adapted,
+    batch,
+    lora_calls,
+    plant_nans,
+    train,
+    whole_bytes,
+)
+from qlora_support import packed_bytes, packed_layers, quantized, randomize_lora, same_bytes
 from quantal import (
     ConfigError,
     CorruptError,
@@ -111,6 +121,52 @@ def test_every_dialect_and_width_computes_the_same(world):
     the same float32 results to the bit."""
     for result in run_ranks(world, _forward_zoo):
         assert result == [(True, True)] * 4
+
+
+#: How a step is taken: checkpointing (whether re-entrant), offload, LoRA in one step or PEFT's.
+STEPS = {
+    "plain": (None, False, True),
+    "non-reentrant": (False, False, True),
+    "reentrant": (True, False, True),
+    "offload": (False, True, True),
+    "PEFT": (False, False, False),
+}
+
+
+def _one_step_lora(rank: int, world: int) -> dict:
+    """Result without gradients, gradients of a step, and which calls were done in one step."""
+    out = {}
+    for name, (reentrant, offload, one_step) in STEPS.items():
+        model = adapted(METHODS["nf4"])
+        randomize_lora(model)
+        model.config.use_cache = False  # checkpointing does so; attention is another one with it
+        if reentrant is not None:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        shard_model(model.train(), mixed_precision=torch.bfloat16, offload=offload)
+        tokens = batch(0).chunk(world)[rank]
+        with lora_calls(one_step) as calls:
+            with torch.no_grad():
+                loss = model(input_ids=tokens, labels=tokens).loss.item()
+            model(input_ids=tokens, labels=tokens).loss.backward()
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        assert all(p.dtype == p.grad.dtype == torch.float32 for _, p in named)
+        out[name] = set(calls), loss, {n: p.grad.full_tensor() for n, p in named}
+    return out
+
+
+def test_lora_is_done_in_one_step_under_mixed_precision():
+    """bfloat16 adapters, as FSDP2 hands them over, in every mode; the same bits in all of them."""
+    for result in run_ranks(2, _one_step_lora):
+        _, loss, gradients = result["plain"]
+        for name, (calls, other_loss, other) in result.items():
+            assert calls == {STEPS[name][2]}, name
+            exact = name != "PEFT"
+            assert other_loss == loss if exact else other_loss == pytest.approx(loss, rel=2e-3)
+            for n, gradient in gradients.items():
+                assert gradient.norm() > 0
+                difference = (other[n] - gradient).norm() / gradient.norm()
+                assert difference == 0 if exact else difference < 0.05, (name, n)
 
 
 def _train_losses(rank: int, world: int) -> dict:

@@ -24,13 +24,15 @@ def packed(out=45, columns=64, bias=True, config=None, compute=F32):
     return QuantizedLinear.from_linear(dense, config or nf4(), compute_dtype=compute)
 
 
-def adapted(base, rank=8, dropout=0.0, **kwargs):
-    """PEFT's layer over `base`, whose adapters do something."""
+def adapted(base, rank=8, dropout=0.0, dtype=F32, **kwargs):
+    """PEFT's layer over `base`, whose adapters, of `dtype`, do something."""
     config = LoraConfig(r=rank, lora_alpha=12, target_modules=["0"], lora_dropout=dropout, **kwargs)
     layer = get_peft_model(nn.Sequential(base), config).base_model.model[0]
     with torch.no_grad():
         for name in layer.lora_A:
             layer.lora_B[name].weight.normal_(0, 0.1)
+            layer.lora_A[name].to(dtype)
+            layer.lora_B[name].to(dtype)
     return layer
 
 
@@ -101,6 +103,54 @@ def test_values_and_gradients(shape, dtype):
         assert mine.dtype is other.dtype and mine.shape == other.shape
         assert error(mine, exact) < BOUNDS[dtype]
         assert error(mine, exact) < 1.1 * error(other, exact) + 5e-7  # never less exact than PEFT
+
+
+@pytest.mark.parametrize("adapter", [F16, BF16], ids=str)
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES[2:], ids=str)
+def test_adapters_of_16_bits(shape, dtype, adapter):
+    """What FSDP2's mixed precision hands over: PEFT rounds x, every product and every gradient to
+    the adapter's dtype on the way; here sums are float32, each gradient is rounded once."""
+    rank, leading, columns, out = shape
+    torch.manual_seed(0)
+    layer = adapted(packed(out, columns, compute=dtype), rank, dtype=adapter)
+    x = torch.randn(*leading, columns).to(dtype).requires_grad_()
+    grad = torch.randn(*leading, out).to(dtype)
+    found = gradients(layer, x, type(layer).__call__, grad)
+    theirs = gradients(layer, x, in_peft, grad)
+    assert is_fused(found[0]) and not is_fused(theirs[0])
+    for mine, other, exact in zip(found, theirs, reference(layer, x, grad), strict=True):
+        assert mine.dtype is other.dtype and mine.shape == other.shape
+        assert error(mine, exact) < BOUNDS[mine.dtype]
+        assert error(mine, exact) < 1.1 * error(other, exact) + 5e-7  # never less exact than PEFT
+    # The same adapter in float32: the result to the bit, gradients that are rounded to these.
+    for module in (layer.lora_A["default"], layer.lora_B["default"]):
+        module.float()
+    wide = gradients(layer, x, type(layer).__call__, grad)
+    assert all(torch.equal(mine, w.to(mine.dtype)) for mine, w in zip(found, wide, strict=True))
+
+
+def test_16_bit_adapters_without_gradients():
+    torch.manual_seed(1)
+    layer = adapted(packed(compute=BF16), dtype=BF16)
+    x = torch.randn(5, 64).to(BF16)
+    exact = reference(layer, x, torch.randn(5, 45))[0]
+    with torch.no_grad():
+        y = lora_product(layer, x)
+        assert y.grad_fn is None and torch.equal(y, layer(x))
+        assert error(y, exact) < 1.1 * error(in_peft(layer, x), exact)
+    with torch.inference_mode():
+        assert torch.equal(y, layer(x))
+
+
+def test_matrices_of_two_dtypes_are_refused_as_by_peft():
+    layer = adapted(packed())
+    layer.lora_B["default"].to(BF16)
+    x = torch.randn(5, 64)
+    assert lora_product(layer, x) is None
+    for run in (in_peft, type(layer).__call__):
+        with pytest.raises(RuntimeError, match="dtype"):
+            run(layer, x)
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
@@ -209,9 +259,10 @@ def test_dropout_with_a_frozen_input():
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_checkpointed_blocks(reentrant, dropout):
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_checkpointed_blocks(reentrant, dropout, dtype):
     torch.manual_seed(8)
-    layers = [adapted(packed(64, 64), dropout=dropout).train() for _ in range(2)]
+    layers = [adapted(packed(64, 64), dropout=dropout, dtype=dtype).train() for _ in range(2)]
     block = nn.Sequential(layers[0], nn.SiLU(), layers[1])
     x = torch.randn(12, 64, requires_grad=True)
     weights = [m for layer in layers for m in matrices(layer)]
@@ -228,9 +279,10 @@ def test_checkpointed_blocks(reentrant, dropout):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_the_last_product_of_a_block_is_not_computed_again(dropout, monkeypatch):
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_the_last_product_of_a_block_is_not_computed_again(dropout, dtype, monkeypatch):
     torch.manual_seed(8)
-    layers = [adapted(packed(64, 64), dropout=dropout).train() for _ in range(3)]
+    layers = [adapted(packed(64, 64), dropout=dropout, dtype=dtype).train() for _ in range(3)]
     block = nn.Sequential(*layers)
     x = torch.randn(12, 64, requires_grad=True)
     products, linear = [], _ops._linear
@@ -267,6 +319,22 @@ def test_differentiated_twice():
                 torch.testing.assert_close(each, theirs, rtol=1e-4, atol=1e-3)
 
 
+def test_16_bit_adapters_differentiated_twice():
+    torch.manual_seed(10)
+    layer = adapted(packed(), dtype=BF16)
+    x = torch.randn(4, 64, requires_grad=True)
+    second = []
+    for dtype in (BF16, F32):  # the same values
+        layer.to(dtype)
+        sources = [x, *matrices(layer)]
+        first = torch.autograd.grad(layer(x).pow(3).sum(), sources, create_graph=True)
+        assert [g.dtype for g in first] == [F32, dtype, dtype]
+        total = sum(g.float().square().sum() for g in first)
+        second.append(torch.autograd.grad(total, sources))
+    for narrow, wide in zip(*second, strict=True):
+        assert narrow.dtype in (F32, BF16) and error(narrow, wide.double()) < BOUNDS[BF16]
+
+
 def test_an_input_that_was_written_since_is_an_error():
     layer = adapted(packed())
     x = torch.randn(4, 64)
@@ -276,9 +344,11 @@ def test_an_input_that_was_written_since_is_an_error():
         y.sum().backward()
 
 
-def test_saves_the_input_as_it_is():
-    """One tensor of the input's size and dtype, which neighbours share; PEFT saves a wide copy."""
-    layer = adapted(packed(compute=BF16), rank=4)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_saves_the_input_as_it_is(dtype):
+    """One tensor of the input's size and dtype, which neighbours share, and the adapter itself;
+    PEFT saves copies of an input of another dtype."""
+    layer = adapted(packed(compute=BF16), rank=4, dtype=dtype)
     x = torch.randn(32, 64).to(BF16).requires_grad_()
 
     def saved(run):
@@ -290,15 +360,16 @@ def test_saves_the_input_as_it_is():
 
     mine, theirs = saved(layer), saved(lambda x: in_peft(layer, x))
     assert mine == {x.data_ptr(): x.nbytes}
-    assert sum(theirs.values()) >= 2 * x.nbytes
+    if dtype is F32:
+        assert sum(theirs.values()) >= 2 * x.nbytes
 
 
 # ---------------------------------------------------------------------- what stays with PEFT
 
 
-def swapped_dtype(layer):
-    layer.lora_A["default"].to(BF16)
-    layer.lora_B["default"].to(BF16)
+def float64_adapter(layer):
+    layer.lora_A["default"].double()
+    layer.lora_B["default"].double()
 
 
 def two_adapters(layer):
@@ -334,7 +405,7 @@ LEFT = {
     "forward of the base": lambda layer: own_forward(layer.base_layer),
     "two adapters": two_adapters,
     "no adapter": lambda layer: layer.set_adapter([]),
-    "bfloat16 adapter": swapped_dtype,
+    "float64 adapter": float64_adapter,
     "disabled": lambda layer: layer.enable_adapters(False),
     "merged": lambda layer: layer.merge(),
     "LLM.int8": lambda layer: layer.base_layer.__dict__.update(int8_threshold=6.0),
@@ -395,6 +466,8 @@ def test_calls_left_to_peft():
     assert torch.equal(y[1::2], layer.base_layer(x[1::2]))
     with disable_input_dtype_casting(nn.Sequential(layer)):
         assert lora_product(layer, x) is not None and lora_product(layer, x.to(BF16)) is None
+        layer.to(BF16)
+        assert lora_product(layer, x) is None and lora_product(layer, x.to(BF16)) is not None
 
 
 class Other(torch.Tensor):

@@ -38,6 +38,27 @@ def test_operators(dtype):
     assert torch.equal(alone[0], a_grad) and torch.equal(alone[1], b_grad)
 
 
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+@pytest.mark.parametrize("rows", [5, 70])
+def test_matrices_of_16_bits_are_widened_and_their_gradients_rounded_once(rows, dtype):
+    x, y, a, b = arguments(rows, dtype=BF16)
+    t, grad = torch.randn(rows, 3), torch.randn(rows, 12).to(BF16)
+    narrow, wide = (a.to(dtype), b.to(dtype)), (a.to(dtype).float(), b.to(dtype).float())
+    both = []
+    for a, b in (narrow, wide):
+        out, x_grad = y.clone(), x.clone()
+        low = ops.add_low_rank_(out, x, a, b, 0.5)
+        both.append([out, low, x_grad, *ops.low_rank_backward_(x_grad, grad, x, t, a, b, 0.5)])
+    found, expected = both
+    assert found[1].dtype is F32
+    for mine, other in zip(found[:3], expected[:3], strict=True):
+        assert torch.equal(mine, other)
+    for mine, other in zip(found[3:], expected[3:], strict=True):
+        assert other.dtype is F32 and torch.equal(mine, other.to(dtype))
+    of_a, of_b = ops.low_rank_backward_(None, grad, x, t, narrow[0], wide[1], 0.5)
+    assert of_a.dtype is dtype and of_b.dtype is F32
+
+
 def test_operators_keep_their_schema_and_have_meta_kernels():
     x, y, a, b = arguments()
     tests = ("test_schema", "test_faketensor")
@@ -46,9 +67,13 @@ def test_operators_keep_their_schema_and_have_meta_kernels():
     for x_grad in (torch.randn(5, 16), None):
         backward = ops.low_rank_backward_.default
         torch.library.opcheck(backward, (x_grad, grad, x, t, a, b, 0.5), test_utils=tests)
+        narrow = (x_grad, grad, x, t, a.to(BF16), b.to(F16), 0.5)
+        torch.library.opcheck(backward, narrow, test_utils=tests)
     x = torch.randn(2, 3, 16)
     y = torch.randn(2, 3, 12)
-    torch.library.opcheck(ops.add_low_rank_.default, (y, x, a, b, 0.5), test_utils=tests)
+    for dtype in (F32, BF16):
+        operands = y, x, a.to(dtype), b.to(dtype), 0.5
+        torch.library.opcheck(ops.add_low_rank_.default, operands, test_utils=tests)
 
 
 def test_operators_read_what_has_gaps():
@@ -74,7 +99,7 @@ REFUSED = {
     "y has other rows": ({"y": lambda y: y[:4]}, r"y has shape \[4, 12\], expected \[5, 12\]"),
     "y is a scalar": ({"y": lambda y: y[0, 0]}, "y is a scalar, expected"),
     "y is x": ({"y": lambda y: y.new_zeros(5, 16)}, "b has shape"),
-    "a is bfloat16": ({"a": lambda a: a.to(BF16)}, "a is bfloat16, expected float32"),
+    "a is float64": ({"a": lambda a: a.double()}, "a is float64, expected float32, float16 or"),
     "a is narrow": ({"a": lambda a: a[:, :8]}, r"a has shape \[3, 8\], expected \[3, 16\]"),
     "a is a vector": ({"a": lambda a: a[0]}, r"a has shape \[16\], expected \[0, 16\]"),
     "b of another rank": ({"b": lambda b: b[:, :2]}, r"b has shape \[12, 2\], expected \[12, 3\]"),

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import quantal
+from fsdp_support import lora_calls
 from qlora_support import METHODS
 from quantal import _core
 from quantal_train import cli, data
@@ -276,6 +277,22 @@ def test_attention_is_chosen_and_kept(place, tmp_path, precision):
         assert (kept["attn_implementation"], kept["attention"]) == (name, expected[name])
         found.append(losses(tmp_path / name))
     assert found[0] == pytest.approx(found[1], rel=2e-3)
+
+
+def _counted_rank(_rank_of_test, _world_of_test, rank, world, port, arguments):
+    with lora_calls() as calls:
+        _rank(rank, world, port, arguments)
+    return len(calls), set(calls)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_lora_is_done_in_one_step(place, tmp_path, precision):
+    """On sharded models too, in training, evaluation and sampling."""
+    more = "--precision", precision, "--max_steps", 2, "--eval_fraction", 0.1, "--sample_steps", 2
+    port, arguments = free_port(), flags(place, tmp_path, *more)
+    ranks = [Ranks(0, _counted_rank, r, 2, port, arguments) for r in range(2)]
+    for kind, (count, ways) in [r.join()[0] for r in ranks]:
+        assert kind == "value" and count > 0 and ways == {True}
 
 
 def test_each_dialect(place, tmp_path):
