@@ -245,6 +245,42 @@ def test_options(dense):
         assert result == [True] * 5
 
 
+def _attentions(rank: int, world: int, dense: str) -> list:
+    """The attention that a call leads to, or the error."""
+    found = []
+    for kwargs in (
+        {"attach": attach(), "mixed_precision": torch.bfloat16},
+        {"mixed_precision": torch.bfloat16},
+        {"attach": attach(), "mixed_precision": torch.float32},
+        {"attn_implementation": "eager"},
+        {"attn_implementation": "quantal"},
+        {"model": tiny_llama(hidden=72, bias=True)},
+        {"model": tiny_llama(hidden=72, bias=True), "attn_implementation": "quantal"},
+        {"attn_implementation": "no such thing"},
+    ):
+        try:
+            model = load_sharded(dense, config=METHODS["nf4"], **kwargs)
+            found.append(model.config._attn_implementation)
+        except ConfigError as error:
+            found.append(str(error))
+    return found
+
+
+def test_attention_is_chosen(dense):
+    """By the rule of load_model, for the dtype that parameters are gathered in."""
+
+    def auto(dtype, training):
+        return "sdpa" if _core.attention_gain_refusal(4, 2, 18, dtype, training) else "quantal"
+
+    expected = [auto("bf16", True), auto("bf16", False), auto("f32", True)]
+    expected += ["eager", "quantal", "sdpa", "quantal"]
+    for *names, error in run_ranks(2, _attentions, dense):
+        assert names == expected
+        assert "load_sharded: attn_implementation is 'no such thing'" in error
+    with pytest.raises(TypeError, match="load_sharded: attn_implementation is 3"):
+        load_sharded(dense, attn_implementation=3)
+
+
 def _replicas(rank: int, world: int, dense: str) -> tuple:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
     model = load_sharded(dense, config=METHODS["nf4"], mesh=mesh, attach=attach())

@@ -24,6 +24,7 @@ from .._loading import (
     build_model,
     set_module,
 )
+from .._model_attention import AUTO, set_attention
 from .._packed import PackedWeight
 from .._parts import model_parts, module_names, packable_shape, split_name, weight_shapes
 from ..adapters import QuantizationAdapter, create_quantization_adapter
@@ -34,7 +35,13 @@ from ..linear import PackedLinear
 from ..replace import _return_free_memory
 from ._agree import Agreement
 from ._rows import RowQuantizer, local_rows
-from ._shard import default_mesh, is_mesh, shard_group, shard_model
+from ._shard import (
+    default_mesh,
+    is_mesh,
+    mixed_precision_policy,
+    shard_group,
+    shard_model,
+)
 from ._storage import convert_storage_
 
 #: Elements of a dense tensor that are read at a time.
@@ -48,6 +55,7 @@ Attach = Callable[[nn.Module], nn.Module]
     mesh=_check.optional(is_mesh),
     attach=_check.optional(_check.function),
     storage_dtype=_check.optional(_check.dtype),
+    attn_implementation=_check.text,
 )
 def load_sharded(
     path: str | os.PathLike,
@@ -61,6 +69,7 @@ def load_sharded(
     reshard_after_forward: bool | int | None = None,
     blocks: Iterable[nn.Module] | None = None,
     storage_dtype: torch.dtype | None = None,
+    attn_implementation: str = AUTO,
 ) -> nn.Module:
     """A sharded model from a folder or file, without any rank ever holding the whole.
 
@@ -75,6 +84,8 @@ def load_sharded(
               read as zeros meanwhile. Seed every rank alike, or rank 0's adapters are taken
     mixed_precision, offload, reshard_after_forward, blocks    as in ``shard_model``
     storage_dtype    dtype that packed bytes are viewed as; see ``convert_storage_``
+    attn_implementation    as in ``load_model``; "auto" asks what a step gains on this CPU where
+              there is something to `attach`
 
     Collective: all ranks call it with the same arguments. Each reads its rows only, and quantizes
     those of dense weights; the bytes are those of the whole model, cut afterwards. An error on one
@@ -86,6 +97,14 @@ def load_sharded(
     error: BaseException | None = None
     try:
         loading = _Loading(path, model, config)
+        if not isinstance(model, nn.Module) or attn_implementation != AUTO:
+            set_attention(
+                "load_sharded",
+                loading.model,
+                attn_implementation,
+                dtype=mixed_precision_policy(mixed_precision).param_dtype,
+                training=attach is not None,
+            )
         loaded = loading.attach(attach)
         if storage_dtype is not None:
             convert_storage_(loaded, storage_dtype)
