@@ -5,9 +5,11 @@ and beside an unquantized base, time and memory of a rank.
 
 bitsandbytes' 4-bit parameters are no floats, which fully_shard refuses: its users name them in
 ignored_params, so every rank holds the whole base. All sides: the same LoRA (r = 16 on q_proj and
-v_proj), bfloat16 mixed precision, gradient checkpointing (non-reentrant), AdamW. A side runs in
-processes of its own, since peak memory is a property of a process; sides take turns, round by
-round, and ratios are those within a round.
+v_proj), bfloat16 mixed precision, gradient checkpointing (non-reentrant), AdamW. quantal's rows
+have quantal's attention, and one of them also the loss and the heap of train.py; the others have
+the loss and the default attention of transformers. A side runs in processes of its own, since peak
+memory is a property of a process; sides take turns, round by round, and ratios are those within a
+round.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from quantal_train import heap
+
 MB = 1e6
 RIVALS = ("bitsandbytes NF4, whole on every rank", "bf16, unquantized")
 #: quantal's rows: arguments of its config.
@@ -34,17 +38,22 @@ METHODS: dict[str, dict[str, Any]] = {
     "NF4 + double quantization": {"method": "bnb_nf4"},
     "HQQ 4-bit g64": {"method": "hqq", "bits": 4, "group_size": 64},
     "MLX 4-bit g64": {"method": "mlx_int4"},
-    "NF4 + double quantization, chunked loss": {"method": "bnb_nf4"},
+    "NF4 + double quantization, as train.py": {"method": "bnb_nf4"},
 }
-#: As train.py computes the loss: no logits of the whole batch.
-CHUNKED = "chunked loss"
+#: With train.py's loss, which makes no logits of the whole batch, and its heap.
+AS_PROGRAM = "as train.py"
 NOTE = """Two ranks, one thread each, batch 2 x 256 per rank. Times are medians of the steps of a
 process, ratios medians over rounds. Peak: resident memory of the rank that has most, while it
 steps (VmHWM, reset after the first step) and over the whole run (loading included). Base: bytes of
 the frozen weights of the linear layers that a rank keeps; whole: those of the model. Moved: bytes
 that all-gathers bring together in a step, as counted: blocks twice (forward and backward), the
-root, embeddings among it, once. All but the row with chunked loss compute transformers' own loss,
-whose logits are most of the peak."""
+root, embeddings among it, once.
+
+Attention: quantal's in its four rows (`attn_implementation="quantal"`, which train.py chooses on
+such a machine), transformers' default, torch's, in the others. LoRA: the same PEFT adapters, which
+quantal adds in one step with its product. Loss: transformers' own, whose logits are most of the
+peak, but for the row "as train.py": `quantal.chunked_loss` and the heap that train.py starts itself
+with. bitsandbytes in that heap, one run: {heap}."""
 
 
 def lora(model: nn.Module) -> nn.Module:
@@ -56,6 +65,11 @@ def lora(model: nn.Module) -> nn.Module:
     return model
 
 
+def lora_and_attention(model: nn.Module) -> nn.Module:
+    model.set_attn_implementation("quantal")
+    return lora(model)
+
+
 def quantal_model(method: str, folder: str) -> nn.Module:
     import quantal
     from quantal import fsdp
@@ -63,7 +77,9 @@ def quantal_model(method: str, folder: str) -> nn.Module:
     config = quantal.QuantizationConfig(
         compute_dtype=torch.bfloat16, backend_options={"support": "extended"}, **METHODS[method]
     )
-    return fsdp.load_sharded(folder, config=config, attach=lora, mixed_precision=torch.bfloat16)
+    return fsdp.load_sharded(
+        folder, config=config, attach=lora_and_attention, mixed_precision=torch.bfloat16
+    )
 
 
 def fully_sharded(model: nn.Module) -> nn.Module:
@@ -92,7 +108,7 @@ def build(name: str, folder: str) -> nn.Module:
 
 
 def loss_of(model: nn.Module, tokens: torch.Tensor, name: str) -> torch.Tensor:
-    if name.endswith(CHUNKED):
+    if name.endswith(AS_PROGRAM):
         import quantal
 
         return quantal.chunked_loss(model, tokens, tokens)
@@ -150,9 +166,11 @@ def child(name: str, steps: int, folder: str) -> None:
     os._exit(0)  # not through the end of the interpreter, where threads of gloo can abort it
 
 
-def run(name: str, steps: int, folder: str) -> dict[str, float]:
+def run(name: str, steps: int, folder: str, whole_heap: bool = False) -> dict[str, float]:
     """The worst rank of each figure, and the base of the whole model."""
-    ranks = pairs.torchrun(__file__, 2, "--child", name, "--steps", str(steps), "--folder", folder)
+    arguments = ("--child", name, "--steps", str(steps), "--folder", folder)
+    environment = heap.tuned(dict(os.environ)) if whole_heap else None
+    ranks = pairs.torchrun(__file__, 2, *arguments, environment=environment)
     out = {figure: max(rank[figure] for rank in ranks) for figure in ranks[0]}
     out["total"] = out["base"] if name == RIVALS[0] else sum(rank["base"] for rank in ranks)
     print(name, {k: round(v, 3) if v < 1e3 else f"{v / MB:.1f} MB" for k, v in out.items()})
@@ -165,7 +183,7 @@ def measure(rounds: int, steps: int, folder: str) -> dict[str, list[dict[str, fl
     found: dict[str, list[dict[str, float]]] = {name: [] for name in rows}
     for turn in range(rounds):
         for name in rows if turn % 2 == 0 else rows[::-1]:
-            found[name].append(run(name, steps, folder))
+            found[name].append(run(name, steps, folder, name.endswith(AS_PROGRAM)))
     return found
 
 
@@ -203,6 +221,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         load_model(None).save_pretrained(folder)
         found = measure(args.rounds, args.steps, folder)
+        rival = run(RIVALS[0], args.steps, folder, whole_heap=True)
+    in_heap = f"{rival['peak'] / MB:.0f} MB at {1024 / rival['seconds']:.0f} tokens/s"
     rows = []
     for name, runs in found.items():
         ratios = [
@@ -227,7 +247,7 @@ def main() -> None:
             "bf16 peak / ours",
         ],
         rows,
-        NOTE,
+        NOTE.format(heap=in_heap),
     ).replace(pairs.FIGURE, "- figure: median over rounds of the ratio within a round")
     print(page)
     if args.output:

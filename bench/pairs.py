@@ -97,12 +97,15 @@ def smollm2_gguf() -> str:
     return str(next(pathlib.Path(spec.origin).parent.glob("*.gguf")))
 
 
-def torchrun(script: str, ranks: int, *arguments: str) -> list[dict[str, Any]]:
-    """What each rank of a script found: rank 0 prints it as "RESULT " and JSON, one list."""
+def torchrun(
+    script: str, ranks: int, *arguments: str, environment: dict[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """What each rank of a script found: rank 0 prints it as "RESULT " and JSON, one list. The
+    environment is this process's where none is given."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     command += [str(pathlib.Path(script).resolve()), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**(environment or os.environ), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     lines = [text for text in done.stdout.splitlines() if text.startswith("RESULT ")]
     if done.returncode or not lines:
