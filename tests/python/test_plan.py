@@ -239,6 +239,8 @@ STEPS = [
     ("float32", "sdpa", False, 0.1, "float32"),
     ("bfloat16", "sdpa", True, 0.0, "float32"),
     ("bfloat16", "sdpa", False, 0.0, "bfloat16"),
+    ("float32", "sdpa", False, 0.0, "bfloat16"),
+    ("bfloat16", "sdpa", False, 0.1, "bfloat16"),
     ("float32", "eager", True, 0.0, "float32"),
     ("bfloat16", "eager", False, 0.1, "float32"),
 ]
