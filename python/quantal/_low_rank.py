@@ -191,10 +191,15 @@ def _only_adapter(layer: Any, x: Any) -> str | None:
     return active
 
 
+def _autocast_dtype(x: torch.Tensor) -> torch.dtype:
+    """That of a product of `x`, on the CPU, under autocast."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
 def lora_product(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
     """What PEFT's ``lora.Linear.forward(x)`` gives, up to rounding; None where this way does not do
     all that a call of that layer would."""
-    if is_compiling() or _any_autocast() or any(_GLOBAL_HOOKS):
+    if is_compiling() or any(_GLOBAL_HOOKS):
         return None
     name = _only_adapter(layer, x)
     base = None if name is None else _plain_base(layer)
@@ -213,6 +218,11 @@ def lora_product(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
     codes, stats, shared = base._buffers_packed
     if not codes.is_cpu:
         return None
+    if _any_autocast():
+        expected = _autocast_dtype(x)
+        if expected not in (x.dtype, base.compute_dtype):
+            return None  # the base reads x as it is
+        x = _cast(x, expected)
     parameters: dict[str, Any] = base._parameters
     bias = parameters["bias"] if "bias" in parameters else base.bias
     dropped = None if type(dropout) is nn.Identity else dropout(x)

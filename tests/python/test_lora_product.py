@@ -153,6 +153,40 @@ def test_matrices_of_two_dtypes_are_refused_as_by_peft():
             run(layer, x)
 
 
+@pytest.mark.parametrize("target", [F16, BF16], ids=str)
+@pytest.mark.parametrize("adapter", [F32, BF16], ids=str)
+@pytest.mark.parametrize("wide", [False, True])
+def test_autocast(wide, adapter, target):
+    """As Trainer and accelerate run bfloat16: activations are of autocast's dtype, or the base
+    computes in it."""
+    torch.manual_seed(1)
+    layer = adapted(packed(compute=target if wide else F32), dtype=adapter)
+    x = torch.randn(33, 64).to(F32 if wide else target).requires_grad_()
+    grad = torch.randn(33, 45).to(target)
+    with torch.autocast("cpu", target):
+        found = gradients(layer, x, type(layer).__call__, grad)
+        theirs = gradients(layer, x, in_peft, grad)
+        with torch.no_grad():
+            assert torch.equal(layer(x), found[0])
+    assert is_fused(found[0]) and not is_fused(theirs[0])
+    exact = reference(layer, x, grad)
+    for name, mine, other in zip(("y", "a", "b", "x"), found, theirs, strict=True):
+        expected = exact.pop(0)
+        assert mine.dtype is other.dtype
+        assert error(mine, expected) < BOUNDS[target if adapter is F32 else BF16]
+        # The two gradients of x are added in autocast's dtype: one more rounding than PEFT's sum.
+        limit = 1.3 if wide and name == "x" else 1.1
+        assert error(mine, expected) < limit * error(other, expected) + 5e-7
+
+
+def test_autocast_of_another_device():
+    layer, x = adapted(packed()), torch.randn(5, 64)
+    y = layer(x)
+    with torch.autocast("cuda", BF16):
+        found = layer(x)
+    assert is_fused(found) and torch.equal(found, y)
+
+
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("compute", BOUNDS, ids=str)
 def test_a_base_that_computes_in_another_dtype(dtype, compute):

@@ -285,7 +285,7 @@ def _counted_rank(_rank_of_test, _world_of_test, rank, world, port, arguments):
     return len(calls), set(calls)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32", "bf16_autocast"])
 def test_lora_is_done_in_one_step(place, tmp_path, precision):
     """On sharded models too, in training, evaluation and sampling."""
     more = "--precision", precision, "--max_steps", 2, "--eval_fraction", 0.1, "--sample_steps", 2
