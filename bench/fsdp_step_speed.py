@@ -51,7 +51,8 @@ root, embeddings among it, once.
 
 Attention: quantal's in its four rows (`attn_implementation="quantal"`, which train.py chooses on
 such a machine), transformers' default, torch's, in the others. LoRA: the same PEFT adapters, which
-quantal adds in one step with its product. Loss: transformers' own, whose logits are most of the
+quantal adds in one step with its product. Units: the blocks and the root; quantal gathers each
+block while the one before it computes. Loss: transformers' own, whose logits are most of the
 peak, but for the row "as train.py": `quantal.chunked_loss` and the heap that train.py starts itself
 with. bitsandbytes in that heap, one run: {heap}."""
 

@@ -290,6 +290,94 @@ def test_all_gathers_move_packed_bytes_only():
         assert result == [{"measured": True, "packed only": True, "less than dense": True}] * 3
 
 
+def _gathers_begun(rank: int, world: int) -> dict:
+    """Gathers that have begun when each block computes, without gradients and in a step."""
+    out = {}
+    for name, (reentrant, _, _) in list(STEPS.items())[:3]:
+        model = adapted(METHODS["nf4"])
+        model.config.use_cache = False
+        if reentrant is not None:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        shard_model(model.train(), mixed_precision=torch.bfloat16)
+        begun: list[int] = []
+        tokens = batch(0).chunk(world)[rank]
+        with count_gathers() as traffic:
+            for block in decoder_blocks(model):
+                block.self_attn.register_forward_pre_hook(
+                    lambda *_: begun.append(traffic.calls)  # noqa: B023
+                )
+            with torch.no_grad():
+                model(input_ids=tokens, labels=tokens)
+            forward = traffic.calls
+            model(input_ids=tokens, labels=tokens).loss.backward()
+        out[name] = begun[:2], forward, begun[2:4], traffic.calls
+    return out
+
+
+def test_the_next_block_is_gathered_while_one_computes():
+    """Root and two blocks; the root stays gathered until a backward pass. Each block is gathered
+    twice in a step, whether it is computed once more or not."""
+    for result in run_ranks(2, _gathers_begun):
+        assert list(result.values()) == [([3, 3], 3, [5, 5], 7)] * 3
+
+
+class Skipping(Zoo):
+    """Leaves blocks out."""
+
+    skipped: tuple = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks:
+            block[1].bias.requires_grad_(True)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids) * self.scale
+        for number, block in enumerate(self.blocks):
+            if number not in self.skipped:
+                x = x + block(x)
+        return x
+
+
+def _left_out(rank: int, world: int) -> list:
+    ids = torch.arange(24).reshape(2, 12)
+    models = Skipping(), shard_model(Skipping())
+    optimizers = [torch.optim.SGD([m.scale, *(b[1].bias for b in m.blocks)], 0.1) for m in models]
+    last, found = len(models[0].blocks) - 1, []
+    # In the middle, the first, the last one; with steps, or other values, in between.
+    for skipped, trains in (
+        ((4,), False),
+        ((), True),
+        ((0, 5, 6, last), True),
+        ((1, 2), False),
+        ((last,), True),
+        ((), False),
+    ):
+        results = []
+        for model, optimizer in zip(models, optimizers, strict=True):
+            model.skipped = skipped
+            with torch.set_grad_enabled(trains):
+                results.append(model(ids))
+            if trains:
+                results[-1].square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            else:
+                with torch.no_grad():
+                    for block in model.blocks:
+                        block[1].bias.add_(0.01)
+        held = [hasattr(p, "full_tensor") for b in models[1].blocks for p in b.parameters()]
+        found.append((torch.equal(*results), all(held)))
+    return found
+
+
+def test_blocks_that_are_left_out():
+    """What was gathered ahead for them is given back, and never stands for later values."""
+    for result in run_ranks(2, _left_out):
+        assert result == [(True, True)] * 6
+
+
 # ---------------------------------------------------------------------- what is refused
 
 

@@ -13,6 +13,7 @@ from .. import _check
 from .._dtypes import tensor_bytes
 from .._errors import ConfigError, CorruptError
 from .._packed import PackedWeight
+from ._ahead import gather_ahead
 from ._blocks import decoder_blocks
 from ._checksum import crc32
 
@@ -112,7 +113,8 @@ def shard_model(
     Attach adapters before: a block is one unit with its LoRA inside. Every rank calls this with the
     same model. With `check` the ranks compare names, forms and bytes, and CorruptError on all of
     them names the first tensor that differs; trained parameters become rank 0's instead, since
-    adapters start from random numbers.
+    adapters start from random numbers. On CPUs each of ``decoder_blocks`` is gathered while the one
+    before it computes, which FSDP2 does on streams only.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -131,6 +133,8 @@ def shard_model(
     for unit in units:
         fully_shard(unit, **policies)
     fully_shard(model, **policies)
+    if mesh.device_type == "cpu":
+        gather_ahead(model, units if blocks is None else [])
     return model
 
 
