@@ -110,12 +110,12 @@ Bf16Job with_scratch(Bf16Job job) {
 void matmul_bf16(const Bf16Kernels& kernels, const KernelMatrix& matrix, const std::uint16_t* x,
                  std::int64_t m_rows, const float* bias, std::uint16_t* y,
                  const Executor& executor) {
-  const std::int64_t ld = bf16_ld(matrix.cols, 64);
   const std::int64_t block = block_rows(m_rows, kMaxBf16Inputs);
   for_input_blocks(m_rows, block, [&](std::int64_t m, std::int64_t count) {
+    const std::int64_t ld = bf16_ld(kernels.packed_width(matrix, count), 64);
     const std::uint16_t* packed =
         pack_rows(count, ld, matrix.cols, executor, [&](std::int64_t i, std::uint16_t* out) {
-          kernels.pack(matrix, x + (m + i) * matrix.cols, out);
+          kernels.pack(matrix, count, x + (m + i) * matrix.cols, out);
         });
     const Bf16Job job{.x = packed,
                       .ldx = ld,

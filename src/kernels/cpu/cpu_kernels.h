@@ -119,9 +119,12 @@ struct LowRankKernels;
 /// Products of bfloat16 activations with weights rounded to bfloat16, where the processor has
 /// instructions for them.
 struct Bf16Kernels {
-  /// One row of activations of w.cols elements to the order in which `matmul` reads it, zero up to
-  /// the next multiple of 64.
-  void (*pack)(const KernelMatrix& w, const std::uint16_t* in, std::uint16_t* out) noexcept;
+  /// Elements of a packed row of activations, of which there are `inputs`.
+  std::int64_t (*packed_width)(const KernelMatrix& w, std::int64_t inputs) noexcept;
+  /// One row of activations of w.cols elements to the form in which `matmul` of so many inputs
+  /// reads it.
+  void (*pack)(const KernelMatrix& w, std::int64_t inputs, const std::uint16_t* in,
+               std::uint16_t* out) noexcept;
   /// Output rows [row_begin, row_end).
   void (*matmul)(const KernelMatrix& w, const Bf16Job& job, std::int64_t row_begin,
                  std::int64_t row_end) noexcept;
@@ -131,6 +134,14 @@ struct Bf16Kernels {
   void (*matmul_transposed)(const KernelMatrix& w, const Bf16Job& job, std::int64_t col_begin,
                             std::int64_t col_end) noexcept;
 };
+/// Of so few inputs scales are applied to sums, where the matrix allows it.
+inline constexpr std::int64_t kMaxSumInputs = 4;
+bool has_sums_avx512bf16(const KernelMatrix& w, std::int64_t inputs) noexcept;
+std::int64_t sums_width_avx512bf16(const KernelMatrix& w) noexcept;
+void pack_sums_avx512bf16(const KernelMatrix& w, const std::uint16_t* in,
+                          std::uint16_t* out) noexcept;
+void matmul_sums_avx512bf16(const KernelMatrix& w, const Bf16Job& job, std::int64_t row_begin,
+                            std::int64_t row_end) noexcept;
 /// matmul of up to 11 inputs where step_fields is not 0, 4 rows at a time; returns the first row
 /// left.
 std::int64_t matmul_direct_avx512bf16(const KernelMatrix& w, const Bf16Job& job,

@@ -189,6 +189,7 @@ void run_tiles(const KernelMatrix& w, const Bf16Job& job, std::int64_t row, std:
 
 void matmul(const KernelMatrix& w, const Bf16Job& job, std::int64_t row,
             std::int64_t row_end) noexcept {
+  if (has_sums_avx512bf16(w, job.inputs)) return matmul_sums_avx512bf16(w, job, row, row_end);
   if (job.inputs > kMaxTileInputs) return matmul_panels_avx512bf16(w, job, row, row_end);
   if (job.inputs <= kMaxDirectInputs && step_fields(w) != 0) {
     row = matmul_direct_avx512bf16(w, job, row, row_end);
@@ -196,8 +197,14 @@ void matmul(const KernelMatrix& w, const Bf16Job& job, std::int64_t row,
   run_tiles(w, job, row, row_end);
 }
 
+std::int64_t packed_width(const KernelMatrix& w, std::int64_t inputs) noexcept {
+  return has_sums_avx512bf16(w, inputs) ? sums_width_avx512bf16(w) : w.cols;
+}
+
 /// One row of activations: the order of columns in scratch, zero up to a multiple of 64.
-void pack(const KernelMatrix& w, const std::uint16_t* in, std::uint16_t* out) noexcept {
+void pack(const KernelMatrix& w, std::int64_t inputs, const std::uint16_t* in,
+          std::uint16_t* out) noexcept {
+  if (has_sums_avx512bf16(w, inputs)) return pack_sums_avx512bf16(w, in, out);
   const std::int64_t fields = step_fields(w);
   const std::int64_t whole = fields > 1 ? w.cols : 0;
   const auto chunk = [](const std::uint16_t* p) {
@@ -219,7 +226,8 @@ void pack(const KernelMatrix& w, const std::uint16_t* in, std::uint16_t* out) no
 }  // namespace
 
 const Bf16Kernels& bf16_kernels_avx512bf16() {
-  static constexpr Bf16Kernels kKernels = {pack, matmul, matmul_transposed_avx512bf16};
+  static constexpr Bf16Kernels kKernels = {packed_width, pack, matmul,
+                                           matmul_transposed_avx512bf16};
   return kKernels;
 }
 

@@ -248,16 +248,22 @@ void expand_nested(const KernelMatrix& w, const std::uint8_t* codes, const std::
 /// How the bytes of a super-block become integers.
 enum class SubCode { kUnsigned, kSigned, kLowNibble, kHighNibble };
 
+/// outer[0] in eight lanes, then outer[1].
+template <class T>
+typename T::F two_blocks(const float* outer) {
+  alignas(64) static constexpr float kLane[kLanes] = {0, 0, 0, 0, 0, 0, 0, 0,
+                                                      1, 1, 1, 1, 1, 1, 1, 1};
+  const auto low = T::lt(T::load(kLane), T::set1(0.5F));
+  return T::select(low, T::set1(outer[0]), T::set1(outer[1]));
+}
+
 /// to[k] = outer[(phase + k) / size] for k < count.
 template <class T>
 void repeat_outer(const float* outer, std::int64_t size, std::int64_t phase, std::int64_t count,
                   float* to) {
   if (size == 8 && phase == 0) {  // two blocks a vector
-    alignas(64) static constexpr float kLane[kLanes] = {0, 0, 0, 0, 0, 0, 0, 0,
-                                                        1, 1, 1, 1, 1, 1, 1, 1};
-    const auto low = T::lt(T::load(kLane), T::set1(0.5F));
     for (std::int64_t k = 0; k < count; k += kLanes, outer += 2) {
-      T::store(to + k, T::select(low, T::set1(outer[0]), T::set1(outer[1])));
+      T::store(to + k, two_blocks<T>(outer));
     }
     return;
   }
@@ -269,49 +275,74 @@ void repeat_outer(const float* outer, std::int64_t size, std::int64_t phase, std
   }
 }
 
+/// Blocks of `size` slots that slots [position, position + count) touch.
+struct SlotBlocks {
+  std::int64_t first, count;
+  std::int64_t phase;  ///< position of the first slot in the first block
+};
+inline SlotBlocks slot_blocks(std::int64_t position, std::int64_t count, std::int64_t size) {
+  const std::int64_t first = position / size;
+  return {first, (position + count - 1) / size - first + 1, position - first * size};
+}
+
+template <class T, SubCode kSub>
+typename T::U sub_code(typename T::U code) {
+  if constexpr (kSub == SubCode::kSigned) {
+    return T::sub_u(T::xor_u(code, T::set1_u(0x80)), T::set1_u(0x80));
+  }
+  if constexpr (kSub == SubCode::kLowNibble) return T::and_u(code, T::set1_u(15));
+  if constexpr (kSub == SubCode::kHighNibble) return T::template shr<4>(code);
+  return code;
+}
+
 /// to[k] = float(super[block]) * sub-code, rounded once.
-template <class T>
+template <class T, SubCode kSub>
 void expand_super(const KernelMatrix& w, const std::uint8_t* codes, const std::uint8_t* supers,
-                  SubCode sub, std::int64_t position, std::int64_t count, float* to) {
-  using U = typename T::U;
+                  std::int64_t position, std::int64_t count, float* to) {
   float outer[kStretchSlots + kLanes];
-  const std::int64_t first = position / w.nested_group_size;
-  const std::int64_t blocks = (position + count - 1) / w.nested_group_size - first + 1;
-  for (std::int64_t b = 0; b < blocks; b += kLanes) {
-    const std::uint8_t* from = supers + (first + b) * 2;
+  const std::int64_t size = w.nested_group_size;
+  // A division by a constant is a shift, and most blocks have 8 slots.
+  const SlotBlocks blocks =
+      size == 8 ? slot_blocks(position, count, 8) : slot_blocks(position, count, size);
+  for (std::int64_t b = 0; b < blocks.count; b += kLanes) {
+    const std::uint8_t* from = supers + (blocks.first + b) * 2;
     const bool whole = w.stats_end - from >= kLanes * 2;
-    T::store(outer + b, load_kind_n<T>(FloatKind::kF16, from, whole ? kLanes : blocks - b));
+    T::store(outer + b, load_kind_n<T>(FloatKind::kF16, from, whole ? kLanes : blocks.count - b));
   }
-  repeat_outer<T>(outer, w.nested_group_size, position % w.nested_group_size, count, to);
-  for (std::int64_t k = 0; k < count; k += kLanes) {
-    U code = load_codes<T>(w, codes + k, count - k);
-    if (sub == SubCode::kSigned) {
-      code = T::sub_u(T::xor_u(code, T::set1_u(0x80)), T::set1_u(0x80));
-    } else if (sub == SubCode::kLowNibble) {
-      code = T::and_u(code, T::set1_u(15));
-    } else if (sub == SubCode::kHighNibble) {
-      code = T::template shr<4>(code);
-    }
-    T::store(to + k, T::mul(T::load(to + k), T::to_f(code)));
+  const auto value = [&](std::int64_t k, typename T::F block) {
+    const typename T::U code = sub_code<T, kSub>(load_codes<T>(w, codes + k, count - k));
+    T::store(to + k, T::mul(block, T::to_f(code)));
+  };
+  if (size == 8 && blocks.phase == 0) {
+    for (std::int64_t k = 0; k < count; k += kLanes) value(k, two_blocks<T>(outer + k / 8));
+    return;
   }
+  repeat_outer<T>(outer, size, blocks.phase, count, to);
+  for (std::int64_t k = 0; k < count; k += kLanes) value(k, T::load(to + k));
 }
 
 /// Sub-scales (and sub-offsets) of `count` slots from `first` on.
 template <class T>
 void expand_supers(const KernelMatrix& w, const std::uint8_t* stats, std::int64_t first,
                    std::int64_t count, Stretch& out) {
-  const bool nibbles = w.scale == ScaleKind::kSuperU4;
   const bool offsets = w.offset != OffsetKind::kNone;
-  const std::uint8_t* sub_offsets = stats + (nibbles ? 0 : w.slots);
-  const std::uint8_t* supers = stats + (offsets && !nibbles ? 2 : 1) * w.slots;
-  const SubCode code = nibbles                          ? SubCode::kLowNibble
-                       : w.scale == ScaleKind::kSuperI8 ? SubCode::kSigned
-                                                        : SubCode::kUnsigned;
-  expand_super<T>(w, stats + first, supers, code, first, count, out.scale);
-  if (offsets) {
-    expand_super<T>(w, sub_offsets + first, supers + 2 * w.nested_slots,
-                    nibbles ? SubCode::kHighNibble : SubCode::kUnsigned, first, count, out.offset);
+  const std::uint8_t* codes = stats + first;
+  if (w.scale == ScaleKind::kSuperU4) {  // both in one byte
+    const std::uint8_t* supers = stats + w.slots;
+    expand_super<T, SubCode::kLowNibble>(w, codes, supers, first, count, out.scale);
+    if (!offsets) return;
+    return expand_super<T, SubCode::kHighNibble>(w, codes, supers + 2 * w.nested_slots, first,
+                                                 count, out.offset);
   }
+  const std::uint8_t* supers = stats + (offsets ? 2 : 1) * w.slots;
+  if (w.scale == ScaleKind::kSuperI8) {
+    expand_super<T, SubCode::kSigned>(w, codes, supers, first, count, out.scale);
+  } else {
+    expand_super<T, SubCode::kUnsigned>(w, codes, supers, first, count, out.scale);
+  }
+  if (!offsets) return;
+  expand_super<T, SubCode::kUnsigned>(w, codes + w.slots, supers + 2 * w.nested_slots, first, count,
+                                      out.offset);
 }
 
 /// Phase of a row's first column; phases come from outside and are clamped so that no slot beyond

@@ -169,6 +169,29 @@ float value(const PackedView& w, std::int64_t row, std::int64_t col) {
   return 0;
 }
 
+Parts parts(const PackedView& w, std::int64_t row, std::int64_t col) {
+  const PackedLayout layout = layout_of(w.spec);
+  const auto [s, o] = statistics_at(w, layout, row, col);
+  Parts out{mapped(w, code_at(w, layout, row, col)), s, 0.0};
+  switch (w.spec.offset) {
+    case Offset::kNone:
+      break;
+    case Offset::kBias:
+      out.offset = o;
+      break;
+    case Offset::kShift:
+      out.offset = -o;
+      break;
+    case Offset::kZeroPoint:
+      out.offset = -static_cast<double>(o) * s;
+      break;
+    case Offset::kOver127:
+      out.scale = static_cast<double>(s) * kInverse127;
+      break;
+  }
+  return out;
+}
+
 void dequantize(const PackedView& w, const Panel& panel, DType out_dtype, void* out,
                 std::int64_t ld) {
   for (std::int64_t r = panel.row_begin; r < panel.row_end; ++r) {
