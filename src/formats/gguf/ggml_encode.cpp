@@ -78,27 +78,32 @@ EncodeStatus encode_row(GgmlType type, WeightRun weights, std::int64_t cols, std
 
 }  // namespace
 
-void encode_rows(GgmlType type, WeightRun weights, std::int64_t first_row, std::int64_t rows,
-                 std::int64_t cols, std::uint8_t* out, const Executor& executor) {
-  const std::int64_t row_bytes = ggml_bytes(type, 1, cols);
-  // The first row that failed, so that the message does not depend on how rows are split.
-  std::atomic<std::int64_t> failed{rows};
-  executor.parallel_for(0, rows, rows_per_task(cols), [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t r = begin; r < end && r < failed.load(std::memory_order_relaxed); ++r) {
-      if (encode_row(type, weights.at((first_row + r) * cols), cols, out + r * row_bytes) ==
-          EncodeStatus::kDone) {
-        continue;
-      }
-      std::int64_t seen = failed.load();
-      while (r < seen && !failed.compare_exchange_weak(seen, r)) {
-      }
+RowEncoder::RowEncoder(GgmlType type, WeightRun weights, std::int64_t rows, std::int64_t cols)
+    : type_(type),
+      weights_(weights),
+      rows_(rows),
+      cols_(cols),
+      row_bytes_(ggml_bytes(type, 1, cols)),
+      failed_(rows) {}
+
+bool RowEncoder::encode(std::int64_t begin, std::int64_t end, std::uint8_t* out) {
+  for (std::int64_t r = begin; r < end; ++r, out += row_bytes_) {
+    std::int64_t seen = failed_.load(std::memory_order_relaxed);
+    if (seen <= r) return false;
+    if (encode_row(type_, weights_.at(r * cols_), cols_, out) == EncodeStatus::kDone) continue;
+    while (r < seen && !failed_.compare_exchange_weak(seen, r)) {
     }
-  });
-  const std::int64_t row = failed.load();
-  if (row == rows) return;
-  const bool plain = !ggml_packable(type);
-  if (!plain) refuse_not_finite("gguf", weights, first_row + row + 1, cols);
-  refuse_too_large(type, weights, first_row + row, cols);
+    return false;
+  }
+  return true;
+}
+
+void RowEncoder::check() const {
+  const std::int64_t row = failed_.load();
+  if (row == rows_) return;
+  const bool plain = !ggml_packable(type_);
+  if (!plain) refuse_not_finite("gguf", weights_, row + 1, cols_);
+  refuse_too_large(type_, weights_, row, cols_);
 }
 
 }  // namespace gguf
@@ -136,7 +141,12 @@ void encode_ggml(GgmlType type, DType dtype, const void* weights, std::int64_t r
                            ", expected one of f32, f16, bf16");
   }
   ggml_bytes(type, rows, cols);
-  gguf::encode_rows(type, {dtype, weights}, 0, rows, cols, out, executor);
+  const std::int64_t row_bytes = ggml_bytes(type, 1, cols);
+  gguf::RowEncoder encoder(type, {dtype, weights}, rows, cols);
+  executor.parallel_for(0, rows, rows_per_task(cols), [&](std::int64_t begin, std::int64_t end) {
+    encoder.encode(begin, end, out + begin * row_bytes);
+  });
+  encoder.check();
 }
 
 }  // namespace quantal

@@ -164,6 +164,16 @@ RowJob job_of(const BlockForm& form, const PackedSpec& spec) {
           ggml_bytes(form.type, 1, spec.cols)};
 }
 
+void pack_rows_of(const RowJob& job, std::int64_t rows, const std::uint8_t* blocks,
+                  std::uint8_t* codes, std::uint8_t* stats, std::uint8_t* scratch) {
+  with_block(job.form.type, [&]<class Block>() {
+    for (std::int64_t r = 0; r < rows; ++r) {
+      pack_one_row<Block>(job, blocks + r * job.row_bytes, codes + r * job.layout.code_bytes,
+                          stats + r * job.layout.stat_bytes, scratch);
+    }
+  });
+}
+
 }  // namespace
 
 bool ggml_packable(GgmlType type) noexcept { return gguf::find_form(type) != nullptr; }
@@ -210,16 +220,22 @@ PackedMatrix pack_ggml(GgmlType type, std::int64_t rows, std::int64_t cols,
   const RowJob job = job_of(form_of(type, "pack_ggml"), w.spec);
   executor.parallel_for(0, rows, rows_per_task(cols), [&](std::int64_t begin, std::int64_t end) {
     std::vector<std::uint8_t> scratch(static_cast<std::size_t>(cols));
-    with_block(type, [&]<class Block>() {
-      for (std::int64_t r = begin; r < end; ++r) {
-        pack_one_row<Block>(job, blocks.data() + r * job.row_bytes,
-                            w.codes.data() + r * job.layout.code_bytes,
-                            w.stats.data() + r * job.layout.stat_bytes, scratch.data());
-      }
-    });
+    pack_rows_of(job, end - begin, blocks.data() + begin * job.row_bytes,
+                 w.codes.data() + begin * job.layout.code_bytes,
+                 w.stats.data() + begin * job.layout.stat_bytes, scratch.data());
   });
   return w;
 }
+
+namespace gguf {
+
+void pack_blocks(GgmlType type, const PackedSpec& spec, const std::uint8_t* blocks,
+                 std::uint8_t* codes, std::uint8_t* stats, std::uint8_t* scratch) {
+  pack_rows_of(job_of(form_of(type, "pack_blocks"), spec), spec.rows, blocks, codes, stats,
+               scratch);
+}
+
+}  // namespace gguf
 
 std::vector<std::uint8_t> unpack_ggml(const PackedView& w, const Executor& executor) {
   const GgmlType type = ggml_type_of(w.spec);

@@ -76,19 +76,23 @@ void quantize(const PackedSpec& spec, DType dtype, const void* weights, std::uin
     fail(Errc::kDtype, "gguf: weights have dtype " + std::string(dtype_name(dtype)) +
                            ", expected one of f32, f16, bf16");
   }
-  // Rows in slices, so that the blocks never lie beside the packed form as a whole. A slice is
-  // large enough for all threads; errors name rows of the matrix.
+  // A few rows at a time, so that the blocks never leave the cache of the thread that makes them.
   const PackedLayout layout = layout_of(spec);
-  const std::int64_t slice = rows_per_task(spec.cols) * 16 * executor.num_threads();
-  const WeightRun run{dtype, weights};
-  for (std::int64_t r = 0; r < spec.rows; r += slice) {
-    const std::int64_t rows = std::min(slice, spec.rows - r);
-    std::vector<std::uint8_t> blocks(static_cast<std::size_t>(ggml_bytes(type, rows, spec.cols)));
-    encode_rows(type, run, r, rows, spec.cols, blocks.data(), executor);
-    const PackedMatrix part = pack_ggml(type, rows, spec.cols, blocks, executor);
-    std::memcpy(codes + r * layout.code_bytes, part.codes.data(), part.codes.size());
-    std::memcpy(stats + r * layout.stat_bytes, part.stats.data(), part.stats.size());
-  }
+  const std::int64_t few = rows_per_task(spec.cols);
+  RowEncoder encoder(type, {dtype, weights}, spec.rows, spec.cols);
+  executor.parallel_for(0, spec.rows, few, [&](std::int64_t begin, std::int64_t end) {
+    const std::int64_t most = std::min(few, end - begin);
+    std::vector<std::uint8_t> blocks(static_cast<std::size_t>(ggml_bytes(type, most, spec.cols)));
+    std::vector<std::uint8_t> scratch(static_cast<std::size_t>(spec.cols));
+    PackedSpec part = spec;
+    for (std::int64_t r = begin; r < end; r += part.rows) {
+      part.rows = std::min(few, end - r);
+      if (!encoder.encode(r, r + part.rows, blocks.data())) return;
+      pack_blocks(type, part, blocks.data(), codes + r * layout.code_bytes,
+                  stats + r * layout.stat_bytes, scratch.data());
+    }
+  });
+  encoder.check();
 }
 
 std::vector<NamedTensor> export_layer(const PackedView& w, const std::string& prefix) {

@@ -10,7 +10,7 @@ namespace quantal::gguf {
 
 PackedSpec make_spec(std::int64_t rows, std::int64_t cols, const QuantizeOptions& options);
 
-/// encode_ggml into the packed form, rows of blocks at a time.
+/// encode_ggml into the packed form, a few rows of blocks at a time.
 void quantize(const PackedSpec& spec, DType dtype, const void* weights, std::uint8_t* codes,
               std::uint8_t* stats, std::uint8_t* shared, const Executor& executor);
 

@@ -1,15 +1,31 @@
 // Encoders of ggml's block types.
 #pragma once
 
+#include <atomic>
+#include <cstdint>
+
 #include "kernels/quantize.h"
 #include "quantal/ggml.h"
 
 namespace quantal::gguf {
 
-/// Rows [first_row, first_row + rows) of a matrix whose row 0 is at `weights`, as encode_ggml.
-/// Errors name rows of the whole matrix.
-void encode_rows(GgmlType type, WeightRun weights, std::int64_t first_row, std::int64_t rows,
-                 std::int64_t cols, std::uint8_t* out, const Executor& executor);
+/// The rows of a matrix as blocks, as encode_ggml. Threads share one object.
+class RowEncoder {
+ public:
+  RowEncoder(GgmlType type, WeightRun weights, std::int64_t rows, std::int64_t cols);
+
+  /// Blocks of rows [begin, end), one after another. False once a row at or before them failed.
+  bool encode(std::int64_t begin, std::int64_t end, std::uint8_t* out);
+  /// Throws Error{kUnsupported} that names the first weight of the matrix for which encode failed,
+  /// however its rows were split.
+  void check() const;
+
+ private:
+  const GgmlType type_;
+  const WeightRun weights_;
+  const std::int64_t rows_, cols_, row_bytes_;
+  std::atomic<std::int64_t> failed_;  ///< first such row; rows_ if there is none
+};
 
 /// Why a row could not be encoded.
 enum class EncodeStatus { kDone, kNotFinite, kTooLarge };

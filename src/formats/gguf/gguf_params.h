@@ -48,4 +48,9 @@ constexpr const BlockForm* find_form(GgmlType type) {
   return nullptr;
 }
 
+/// Packs rows of blocks on the calling thread: spec.rows of them, the packed form of `type`, into
+/// every byte of `codes` and `stats`. `scratch` [spec.cols].
+void pack_blocks(GgmlType type, const PackedSpec& spec, const std::uint8_t* blocks,
+                 std::uint8_t* codes, std::uint8_t* stats, std::uint8_t* scratch);
+
 }  // namespace quantal::gguf
