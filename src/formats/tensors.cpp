@@ -18,6 +18,36 @@ float read_weight(WeightRun w, std::int64_t i) {
   return value;
 }
 
+template <std::int64_t kItem>
+void interleave_items(std::int64_t begin, std::int64_t end, const std::uint8_t* first,
+                      const std::uint8_t* second, std::uint8_t* out) {
+  for (std::int64_t i = begin; i < end; ++i) {
+    std::memcpy(out + 2 * kItem * i, first + kItem * i, kItem);
+    std::memcpy(out + 2 * kItem * i + kItem, second + kItem * i, kItem);
+  }
+}
+
+template <class T>
+std::vector<double> row_sums(std::span<const T> values, std::int64_t step, std::int64_t rows,
+                             std::int64_t cols, const Executor& executor) {
+  std::vector<double> sums(static_cast<std::size_t>(rows));
+  // Values of the rows before `row`.
+  const auto before = [&](std::int64_t row) {
+    return std::min(std::ssize(values), ceil_div(row * cols, step));
+  };
+  executor.parallel_for(0, rows, rows_per_task(ceil_div(cols, step)),
+                        [&](std::int64_t begin, std::int64_t end) {
+                          for (std::int64_t r = begin; r < end; ++r) {
+                            double sum = 0;
+                            for (std::int64_t i = before(r); i < before(r + 1); ++i) {
+                              sum += static_cast<double>(values[static_cast<std::size_t>(i)]);
+                            }
+                            sums[static_cast<std::size_t>(r)] = sum;
+                          }
+                        });
+  return sums;
+}
+
 }  // namespace
 
 const TensorView& require_tensor(const TensorLookup& lookup, const std::string& name,
@@ -143,6 +173,28 @@ void refuse_not_finite(std::string_view where, WeightRun weights, std::int64_t r
 std::int64_t rows_per_task(std::int64_t cols) {
   constexpr std::int64_t kElements = 32768;
   return std::max<std::int64_t>(1, kElements / std::max<std::int64_t>(1, cols));
+}
+
+std::vector<double> sums_by_row(std::span<const float> values, std::int64_t step, std::int64_t rows,
+                                std::int64_t cols, const Executor& executor) {
+  return row_sums(values, step, rows, cols, executor);
+}
+
+std::vector<double> sums_by_row(std::span<const double> values, std::int64_t step,
+                                std::int64_t rows, std::int64_t cols, const Executor& executor) {
+  return row_sums(values, step, rows, cols, executor);
+}
+
+void interleave(std::size_t item, std::int64_t n, const std::uint8_t* first,
+                const std::uint8_t* second, std::uint8_t* out, const Executor& executor) {
+  constexpr std::int64_t kPairsPerTask = 16384;
+  executor.parallel_for(0, n, kPairsPerTask, [&](std::int64_t begin, std::int64_t end) {
+    if (item == 2) {
+      interleave_items<2>(begin, end, first, second, out);
+    } else {
+      interleave_items<4>(begin, end, first, second, out);
+    }
+  });
 }
 
 void spread_rows(PackedSpec spec, const FlatStats& flat, RowRange rows, std::uint8_t* stats,

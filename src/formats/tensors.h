@@ -47,6 +47,18 @@ void refuse_not_finite(std::string_view where, WeightRun weights, std::int64_t r
 /// Rows per task that make a task about 32768 elements.
 std::int64_t rows_per_task(std::int64_t cols);
 
+/// Sums by row, of values that belong to groups of `step` elements of a [rows, cols] matrix, in
+/// double: value i counts for the row that element i * step lies in. In order of i, so that the
+/// sums depend on nothing but the values of the row.
+std::vector<double> sums_by_row(std::span<const float> values, std::int64_t step, std::int64_t rows,
+                                std::int64_t cols, const Executor& executor);
+std::vector<double> sums_by_row(std::span<const double> values, std::int64_t step,
+                                std::int64_t rows, std::int64_t cols, const Executor& executor);
+
+/// out[2 i] = first[i], out[2 i + 1] = second[i]: `n` pairs of elements of `item` bytes (2 or 4).
+void interleave(std::size_t item, std::int64_t n, const std::uint8_t* first,
+                const std::uint8_t* second, std::uint8_t* out, const Executor& executor);
+
 /// Packs rows of codes into `out` [rows.size(), code_bytes]; `fill(r, codes)` writes those of row
 /// r, one byte each.
 template <class Fill>

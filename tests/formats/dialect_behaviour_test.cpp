@@ -7,6 +7,7 @@
 
 #include "formats/bnb/bnb_params.h"
 #include "formats/layers.h"
+#include "formats/quantized_forms.h"
 #include "kernels/support.h"
 
 namespace quantal::testing {
@@ -90,41 +91,29 @@ TEST(DialectBehaviour, SameBytesForEverySplitAndInstructionSet) {
   }
 }
 
-TEST(DialectBehaviour, QuantizingWritesEveryByteOfCodesWithoutPadding) {
-  const Tensor w = random_matrix(24, 512, DType::kBF16, 11);
-  for (const Dialect* dialect : dialects()) {
-    for (int method = 0; method < static_cast<int>(M::NONE); ++method) {
-      for (const int bits : {1, 2, 3, 4, 5, 6, 8}) {
-        for (const char* type : {"", "fp4", "mxfp4", "Q4_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K"}) {
-          QuantizeOptions options;
-          options.method = static_cast<M>(method);
-          options.bits = bits;
-          if (*type != '\0') options.quant_type = type;
-          PackedSpec spec;
-          try {
-            spec = dialect->make_spec(24, 512, options);
-          } catch (const Error&) {
-            continue;  // not an option of this dialect
-          }
-          const PackedLayout layout = layout_of(spec);
-          ASSERT_EQ(layout.code_bytes * 8, spec.cols * spec.bits);
-          for (const std::string_view set : available_cpu_kernels()) {
-            select_cpu_kernels(set);
-            PackedMatrix clean = make_packed(spec), dirty = make_packed(spec);
-            std::ranges::fill(dirty.codes, std::uint8_t{0xA5});
-            for (PackedMatrix* out : {&clean, &dirty}) {
-              dialect->quantize(spec, DType::kBF16, w.bytes.data(), out->codes.data(),
-                                out->stats.data(), out->shared.data(), serial_executor());
-            }
-            expect_same_bytes(dirty, clean,
-                              std::string(dialect->name) + " " + type + " " + std::to_string(bits) +
-                                  " " + std::string(set));
-          }
-        }
+TEST(DialectBehaviour, QuantizingWritesEveryByteHoweverRowsAreSplit) {
+  for (const QuantizedForm& form : quantized_forms()) {
+    const std::vector<std::uint16_t> weights = form_weights(form.rows, form.cols);
+    const PackedMatrix truth = quantized(form, weights);
+    const OddExecutor odd;
+    const ThreadExecutor threads(2);
+    for (const std::string_view set : available_cpu_kernels()) {
+      select_cpu_kernels(set);
+      for (const Executor* executor : {&serial_executor(), static_cast<const Executor*>(&odd),
+                                       static_cast<const Executor*>(&threads)}) {
+        PackedMatrix dirty = make_packed(truth.spec);
+        std::ranges::fill(dirty.codes, std::uint8_t{0xA5});
+        std::ranges::fill(dirty.stats, std::uint8_t{0x5A});
+        dialect_by_name(form.dialect)
+            .quantize(dirty.spec, DType::kBF16, weights.data(), dirty.codes.data(),
+                      dirty.stats.data(), dirty.shared.data(), *executor);
+        expect_same_bytes(
+            dirty, truth,
+            form.name + " " + std::string(set) + " by " + std::to_string(executor->num_threads()));
       }
     }
+    select_cpu_kernels(available_cpu_kernels().front());
   }
-  select_cpu_kernels(available_cpu_kernels().front());
 }
 
 TEST(DialectBehaviour, ImportIsTheInverseOfExport) {

@@ -273,7 +273,7 @@ TEST(HqqQuantizedMeta, QuantizesTheStoredParametersOfUpstream) {
     PackedSpec spec = hqq::make_spec(40, 256, options);
     const hqq::GroupParameters p =
         hqq::solve(spec, {DType::kF32, input.bytes.data()}, serial_executor());
-    std::vector<float> scale = p.scale;
+    FreshVector<float> scale = p.scale;
     for (float& s : scale) s = 1.0F / s;
     constexpr std::int64_t kGroup = 32;
     std::vector<NamedTensor> fields = hqq::blank_meta("scale", spec, kGroup);

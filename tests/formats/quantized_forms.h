@@ -89,6 +89,7 @@ inline void add_mlx(FormTable& out) {
   for (const int bits : {2, 3, 5, 6}) {
     QuantizeOptions mlx = form_options(M::BNB_NF4, bits, 64);
     out.add("mlx" + std::to_string(bits), "mlx", mlx, 21, 128, false);
+    if (bits == 3) out.add("mlx3_half_a_unit", "mlx", mlx, 21, 192, false);
   }
   for (const char* mode : {"mxfp4", "nvfp4", "mxfp8"}) {
     QuantizeOptions mx = form_options(M::BNB_NF4, 0, 0);
@@ -107,6 +108,8 @@ inline void add_quanto(FormTable& out) {
   out.add("quanto4_hqq", "quanto", quanto, 24, 256, true);
   quanto.axis = -1;
   out.add("quanto4_hqq_axis_minus1", "quanto", quanto, 256, 40, true);
+  quanto.mode = "max,zeropoint";
+  out.add("quanto4_zeropoint_axis_minus1", "quanto", quanto, 256, 40, true);
   quanto.mode = "max";
   out.add("quanto4_axis_minus1", "quanto", quanto, 256, 40, true);  // statistics are shared by rows
 }
@@ -118,6 +121,7 @@ inline void add_gguf(FormTable& out) {
     QuantizeOptions gguf = form_options(M::BNB_NF4, 0, 0);
     gguf.mode = mode;
     out.add(mode, "gguf", gguf, 9, 256, false);
+    if (gguf.mode == "Q5_1") out.add("Q5_1_part_of_a_unit", "gguf", gguf, 9, 160, false);
   }
 }
 

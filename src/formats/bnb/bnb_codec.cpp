@@ -70,6 +70,31 @@ const std::vector<std::uint8_t>& dynamic_codes() {
   return codes;
 }
 
+/// A block of the second level; returns its absmax.
+float encode_dynamic(const float* values, std::int64_t count, float offset,
+                     const std::uint8_t* table, std::uint8_t* codes) {
+  std::array<float, kNestedBlock> v;
+  float top = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const float x = values[i] - offset;
+    v[static_cast<std::size_t>(i)] = x;
+    top = std::max(top, std::fabs(x));
+  }
+  if (top == 0) {
+    std::fill_n(codes, count, std::uint8_t{0});
+    return top;
+  }
+  const float reciprocal = 1.0F / top;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const float s = std::min(std::max(v[static_cast<std::size_t>(i)] * reciprocal, -1.0F), 1.0F);
+    const float unit = (s + 1.0F) * 0.5F;
+    // The product and the sum round once, as a fused multiply-add does: both are exact in double.
+    const auto index = static_cast<float>(static_cast<double>(unit) * 65535.0 + 0.5);
+    codes[i] = table[static_cast<std::size_t>(index) & 0xFFFFu];
+  }
+  return top;
+}
+
 /// The first pass: absmax of every block, codes of rows [begin, end).
 struct RowEncoder {
   const PackedSpec& spec;
@@ -123,12 +148,9 @@ struct RowEncoder {
 
 /// Mean of the absmax of all blocks of the matrix that these rows are a part of. In double: the
 /// blocks that begin in a row are added first, then rows in order, so that any cut gives it.
-float mean_of(const PackedSpec& spec, std::span<const float> absmax, const RowGather& gather) {
-  std::vector<double> rows(static_cast<std::size_t>(spec.rows));
-  for (std::size_t i = 0; i < absmax.size(); ++i) {
-    const std::int64_t row = static_cast<std::int64_t>(i) * spec.group_size / spec.cols;
-    rows[static_cast<std::size_t>(row)] += static_cast<double>(absmax[i]);
-  }
+float mean_of(const PackedSpec& spec, std::span<const float> absmax, const RowGather& gather,
+              const Executor& executor) {
+  std::vector<double> rows = sums_by_row(absmax, spec.group_size, spec.rows, spec.cols, executor);
   if (gather) rows = gather(std::move(rows));
   double sum = 0;
   for (const double row : rows) sum += row;
@@ -136,10 +158,9 @@ float mean_of(const PackedSpec& spec, std::span<const float> absmax, const RowGa
   return static_cast<float>(sum / static_cast<double>(blocks));
 }
 
-void write_nested(const PackedSpec& spec, std::vector<float>& absmax, float offset,
+void write_nested(const PackedSpec& spec, std::span<const float> absmax, float offset,
                   std::uint8_t* stats, std::uint8_t* shared, const Executor& executor) {
-  for (float& a : absmax) a -= offset;
-  const Nested nested = quantize_dynamic(absmax);
+  const Nested nested = quantize_dynamic(absmax, offset, executor);
   spread_stats(spec, {nested.codes.data(), nullptr, nested.absmax.data()}, 0, stats, executor);
   std::memcpy(shared, &offset, sizeof(offset));
   std::memcpy(shared + sizeof(offset), dynamic_map().data(), sizeof(dynamic_map()));
@@ -163,28 +184,22 @@ const std::array<float, 256>& dynamic_map() {
   return map;
 }
 
-Nested quantize_dynamic(std::span<const float> values) {
+Nested quantize_dynamic(std::span<const float> values, float offset, const Executor& executor) {
   const std::vector<std::uint8_t>& table = dynamic_codes();
   const auto n = static_cast<std::int64_t>(values.size());
   Nested out;
   out.codes.resize(values.size());
   out.absmax.resize(static_cast<std::size_t>(ceil_div(n, kNestedBlock)));
-  for (std::size_t b = 0; b < out.absmax.size(); ++b) {
-    const std::size_t begin = b * kNestedBlock;
-    const std::size_t end = std::min(values.size(), begin + kNestedBlock);
-    float top = 0;
-    for (std::size_t i = begin; i < end; ++i) top = std::max(top, std::fabs(values[i]));
-    out.absmax[b] = top;
-    if (top == 0) continue;
-    const float reciprocal = 1.0F / top;
-    for (std::size_t i = begin; i < end; ++i) {
-      const float s = std::min(std::max(values[i] * reciprocal, -1.0F), 1.0F);
-      const float unit = (s + 1.0F) * 0.5F;
-      // The product and the sum round once, as a fused multiply-add does: both are exact in double.
-      const auto index = static_cast<float>(static_cast<double>(unit) * 65535.0 + 0.5);
-      out.codes[i] = table[static_cast<std::size_t>(index) & 0xFFFFu];
-    }
-  }
+  constexpr std::int64_t kBlocksPerTask = 32;
+  executor.parallel_for(
+      0, std::ssize(out.absmax), kBlocksPerTask, [&](std::int64_t first, std::int64_t last) {
+        for (std::int64_t b = first; b < last; ++b) {
+          const std::int64_t begin = b * kNestedBlock;
+          const std::int64_t count = std::min(kNestedBlock, n - begin);
+          out.absmax[static_cast<std::size_t>(b)] = encode_dynamic(
+              values.data() + begin, count, offset, table.data(), out.codes.data() + begin);
+        }
+      });
   return out;
 }
 
@@ -264,7 +279,7 @@ void quantize_blocks(const PackedSpec& spec, WeightRun weights, const OffsetOf& 
   }
   const PackedLayout layout = layout_of(spec);
   const std::int64_t numel = checked_mul(spec.rows, spec.cols, "bnb: elements");
-  std::vector<float> absmax(static_cast<std::size_t>(ceil_div(numel, spec.group_size)));
+  FreshVector<float> absmax(static_cast<std::size_t>(ceil_div(numel, spec.group_size)));
   const RowEncoder encoder{
       spec,          weights, table_quantizer(spec.code_map == CodeMap::kFp4), quantize_kernels(),
       absmax.data(), numel};
@@ -290,7 +305,7 @@ void quantize_with_offset(const PackedSpec& spec, DType dtype, const void* weigh
                           std::optional<float> nested_offset, std::uint8_t* codes,
                           std::uint8_t* stats, std::uint8_t* shared, const Executor& executor) {
   const auto offset_of = [&](std::span<const float> absmax) {
-    return nested_offset ? *nested_offset : mean_of(spec, absmax, {});
+    return nested_offset ? *nested_offset : mean_of(spec, absmax, {}, executor);
   };
   quantize_blocks(spec, {dtype, weights}, offset_of, codes, stats, shared, executor);
 }
@@ -299,7 +314,7 @@ void quantize_part(const PackedSpec& spec, DType dtype, const void* weights, std
                    std::uint8_t* stats, std::uint8_t* shared, const RowGather& gather,
                    const Executor& executor) {
   const auto offset_of = [&](std::span<const float> absmax) {
-    return mean_of(spec, absmax, gather);
+    return mean_of(spec, absmax, gather, executor);
   };
   quantize_blocks(spec, {dtype, weights}, offset_of, codes, stats, shared, executor);
 }

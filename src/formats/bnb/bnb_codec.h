@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <optional>
 #include <span>
-#include <vector>
 
+#include "formats/fresh.h"
 #include "quantal/formats.h"
 
 namespace quantal::bnb {
@@ -29,14 +29,14 @@ void quantize_part(const PackedSpec& spec, DType dtype, const void* weights, std
                    std::uint8_t* stats, std::uint8_t* shared, const RowGather& gather,
                    const Executor& executor);
 
-/// Second level: u8 codes of `values` and one absmax per kNestedBlock of them.
+/// Second level: u8 codes of numbers and one absmax per kNestedBlock of them.
 struct Nested {
-  std::vector<std::uint8_t> codes;
-  std::vector<float> absmax;
+  FreshVector<std::uint8_t> codes;
+  FreshVector<float> absmax;
 };
-/// Quantizes `values` blockwise with the dynamic map as upstream's CPU path does: through a table
-/// of 65536 entries over [-1, 1], which is not exactly the nearest entry. Bit-exact with
-/// bitsandbytes 0.50.2.
-Nested quantize_dynamic(std::span<const float> values);
+/// Quantizes `values` - `offset` blockwise with the dynamic map as upstream's CPU path does:
+/// through a table of 65536 entries over [-1, 1], which is not exactly the nearest entry. Bit-exact
+/// with bitsandbytes 0.50.2.
+Nested quantize_dynamic(std::span<const float> values, float offset, const Executor& executor);
 
 }  // namespace quantal::bnb

@@ -16,6 +16,8 @@ namespace {
 
 /// Groups that one task handles.
 constexpr std::int64_t kRunsPerChunk = 256;
+/// The same where a group is a few numbers.
+constexpr std::int64_t kGroupsPerTask = 8192;
 
 /// A matrix of weights seen as groups.
 struct Groups {
@@ -42,7 +44,7 @@ struct Groups {
 /// Copies each chunk of columns into a matrix of its own, once, because the solver comes back to it
 /// in every round: in place its rows lie a large power of two apart and evict each other from the
 /// caches. `tiles` owns the copy.
-void gather_columns(Groups& g, std::vector<std::uint8_t>& tiles, const Executor& executor) {
+void gather_columns(Groups& g, FreshVector<std::uint8_t>& tiles, const Executor& executor) {
   const std::int64_t rows = g.grouping.rows, cols = g.grouping.cols;
   const auto item = static_cast<std::int64_t>(dtype_size(g.weights.dtype));
   const std::int64_t tile = checked_mul(rows, kColumnBlock, "hqq: tile");
@@ -118,13 +120,10 @@ void step_chunk(const Groups& g, std::int64_t chunk, GroupParameters& p, double*
 }
 
 /// Mean residual of the matrix that these rows are a part of.
-float mean_residual(const Groups& g, std::span<const double> residuals, const RowGather& gather) {
+float mean_residual(const Groups& g, std::span<const double> residuals, const RowGather& gather,
+                    const Executor& executor) {
   const std::int64_t step = g.columns() ? 1 : g.spec.group_size;  // between first elements
-  std::vector<double> rows(static_cast<std::size_t>(g.spec.rows));
-  for (std::size_t i = 0; i < residuals.size(); ++i) {
-    const std::int64_t row = static_cast<std::int64_t>(i) * step / g.spec.cols;
-    rows[static_cast<std::size_t>(row)] += residuals[i];
-  }
+  std::vector<double> rows = sums_by_row(residuals, step, g.spec.rows, g.spec.cols, executor);
   if (gather) rows = gather(std::move(rows));
   double sum = 0;
   for (const double row : rows) sum += row;
@@ -174,8 +173,16 @@ void write_stats(const Groups& g, GroupParameters p, std::uint8_t* stats, std::u
                  const Executor& executor) {
   const PackedSpec& spec = g.spec;
   const std::size_t item = dtype_size(spec.value_dtype);
-  const std::size_t groups = p.scale.size();
-  for (float& scale : p.scale) scale = 1.0F / scale;
+  const auto groups = std::ssize(p.scale);
+  const auto for_parts = [&](const auto& body) {
+    executor.parallel_for(0, groups, kGroupsPerTask, body);
+  };
+  for_parts([&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      float& scale = p.scale[static_cast<std::size_t>(i)];
+      scale = 1.0F / scale;
+    }
+  });
   MetaFields fields = blank_fields(spec);
   if (!fields.scale.empty()) {
     quantize_parameters("scale", spec, kScaleMetaGroup, p.scale, fields.scale);
@@ -186,10 +193,13 @@ void write_stats(const Groups& g, GroupParameters p, std::uint8_t* stats, std::u
   const std::vector<std::uint8_t> residue = encode_fields(std::move(fields));
   if (!residue.empty()) std::memcpy(shared, residue.data(), residue.size());
 
-  std::vector<std::uint8_t> scales(groups * item), zeros(groups * item);
-  const auto n = static_cast<std::int64_t>(groups);
-  narrow_from_f32(spec.value_dtype, p.scale.data(), n, scales.data());
-  narrow_from_f32(spec.value_dtype, p.zero.data(), n, zeros.data());
+  const auto bytes = static_cast<std::size_t>(groups) * item;
+  FreshVector<std::uint8_t> scales(bytes), zeros(bytes);
+  for_parts([&](std::int64_t begin, std::int64_t end) {
+    const auto at = static_cast<std::size_t>(begin) * item;
+    narrow_from_f32(spec.value_dtype, p.scale.data() + begin, end - begin, scales.data() + at);
+    narrow_from_f32(spec.value_dtype, p.zero.data() + begin, end - begin, zeros.data() + at);
+  });
   write_parameters(spec, {{scales}, {zeros}}, {0, layout_of(spec).stat_rows}, stats, executor);
 }
 
@@ -276,7 +286,7 @@ GroupParameters solve(const PackedSpec& spec, WeightRun weights, const Executor&
                       const RowGather& gather) {
   Groups g = groups_of(spec, weights);
   const Flags flags = Flags::from_int(spec.dialect_flags);
-  std::vector<std::uint8_t> tiles;
+  FreshVector<std::uint8_t> tiles;
   if (flags.optimize && g.columns() && g.chunks() > 1) gather_columns(g, tiles, executor);
   GroupParameters p;
   p.scale.resize(static_cast<std::size_t>(g.grouping.groups));
@@ -293,7 +303,7 @@ GroupParameters solve(const PackedSpec& spec, WeightRun weights, const Executor&
   if (!finite) refuse_not_finite("hqq", weights, spec.rows, spec.cols);
   if (!flags.optimize) return p;
 
-  std::vector<double> residuals(p.scale.size());
+  FreshVector<double> residuals(p.scale.size());
   float best = std::numeric_limits<float>::infinity();
   for (int round = 0; round < kSolverRounds; ++round) {
     executor.parallel_for(0, g.chunks(), kGrain, [&](std::int64_t begin, std::int64_t end) {
@@ -301,7 +311,7 @@ GroupParameters solve(const PackedSpec& spec, WeightRun weights, const Executor&
         step_chunk(g, c, p, residuals.data());
       }
     });
-    const float error = mean_residual(g, residuals, gather);
+    const float error = mean_residual(g, residuals, gather, executor);
     p.errors.push_back(error);
     if (!(error < best)) break;  // the zeros of this round are kept
     best = error;

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "formats/fresh.h"
 #include "formats/hqq/hqq_params.h"
 #include "kernels/quantize.h"
 #include "quantal/formats.h"
@@ -37,7 +38,7 @@ InitialCode initial_code(float low, float high, float max_code, bool round_zero)
 /// unit (files hold its reciprocal), `zero` in codes. `errors` holds the mean residual of each
 /// round of the solver that ran.
 struct GroupParameters {
-  std::vector<float> scale, zero;
+  FreshVector<float> scale, zero;
   std::vector<float> errors;
 };
 /// The error of a round is added in double: groups that begin in a row first, then rows in order;

@@ -221,12 +221,16 @@ void write_parameters(const PackedSpec& spec, const OpenParameters& parameters, 
     return;
   }
   // A column's pair, or the one pair for every row.
-  const std::int64_t stat_bytes = layout_of(spec).stat_bytes;
   const bool columns = spec.group_map == GroupMap::kColumnRuns;
+  if (columns) {
+    const auto from = static_cast<std::size_t>(rows.begin) * item;
+    interleave(item, rows.size(), scales + from, zeros + from, stats, executor);
+    return;
+  }
+  const std::int64_t stat_bytes = layout_of(spec).stat_bytes;
   for (std::int64_t i = rows.begin; i < rows.end; ++i, stats += stat_bytes) {
-    const std::size_t from = columns ? static_cast<std::size_t>(i) * item : 0;
-    std::memcpy(stats, scales + from, item);
-    std::memcpy(stats + item, zeros + from, item);
+    std::memcpy(stats, scales, item);
+    std::memcpy(stats + item, zeros, item);
   }
 }
 
@@ -322,7 +326,7 @@ std::vector<NamedTensor> blank_meta(std::string_view what, const PackedSpec& spe
 }
 
 void quantize_parameters(std::string_view what, const PackedSpec& spec, std::int64_t group_size,
-                         std::vector<float>& values, std::span<NamedTensor> fields) {
+                         std::span<float> values, std::span<NamedTensor> fields) {
   constexpr float kMaxCode = (1 << kMetaBits) - 1;
   const QuantizeKernels& k = quantize_kernels();
   const auto n = static_cast<std::int64_t>(values.size());
@@ -370,7 +374,9 @@ void quantize_parameters(std::string_view what, const PackedSpec& spec, std::int
     }
     return nullptr;
   };
-  values = decode_meta(codes.view(), joined(what, "_q"), Fields(meta, lookup), n, spec.value_dtype);
+  std::ranges::copy(
+      decode_meta(codes.view(), joined(what, "_q"), Fields(meta, lookup), n, spec.value_dtype),
+      values.begin());
 }
 
 }  // namespace quantal::hqq

@@ -67,6 +67,6 @@ std::vector<NamedTensor> blank_meta(std::string_view what, const PackedSpec& spe
 /// Quantizes `values` (one per group, float32 before rounding) to 8 bits along axis 0 without the
 /// solver, fills `fields` (from blank_meta) and replaces `values` by what decodes from them.
 void quantize_parameters(std::string_view what, const PackedSpec& spec, std::int64_t group_size,
-                         std::vector<float>& values, std::span<NamedTensor> fields);
+                         std::span<float> values, std::span<NamedTensor> fields);
 
 }  // namespace quantal::hqq

@@ -41,8 +41,10 @@ Groups groups_of(const PackedSpec& spec, WeightRun weights) {
           rounded_kernels()};
 }
 
-/// Scale and shift of the max optimizer, or the absmax scale of a symmetric group.
+/// Scale and shift of the max optimizer, or the absmax scale of a symmetric group; zero as it is
+/// without a rounded shift.
 void initialize_group(const Groups& g, float low, float high, std::size_t k, GroupParameters& p) {
+  p.zero[k] = g.symmetric() ? static_cast<float>(kInt8Centre) : 0.0F;
   if (g.symmetric()) {
     constexpr float kLargest = 127.0F;
     p.scale[k] = g.round(std::max(std::fabs(low), std::fabs(high)) / kLargest);
@@ -110,6 +112,13 @@ void for_each_columns(const Groups& g, const Executor& executor, Body body) {
   });
 }
 
+/// Calls body(begin, end) for ranges of the groups, for work of a few operations each.
+template <class Body>
+void for_each_range(const Groups& g, const Executor& executor, const Body& body) {
+  constexpr std::int64_t kGroupsPerTask = 8192;
+  executor.parallel_for(0, g.groups(), kGroupsPerTask, body);
+}
+
 /// Codes of row `r`, one per byte.
 void encode_row(const Groups& g, const GroupParameters& p, std::int64_t r, std::uint8_t* row) {
   const float max_code = g.symmetric() ? 255.0F : g.max_code();
@@ -134,39 +143,43 @@ void encode_row(const Groups& g, const GroupParameters& p, std::int64_t r, std::
 void write_stats(const Groups& g, const GroupParameters& p, std::uint8_t* stats,
                  const Executor& executor) {
   const std::size_t item = dtype_size(g.spec.value_dtype), groups = p.scale.size();
-  const std::vector<float>& offsets = g.flags.zero_point ? p.zero : p.shift;
-  const auto n = static_cast<std::int64_t>(groups);
-  std::vector<std::uint8_t> scale(groups * item), offset(g.symmetric() ? 0 : groups * item);
-  narrow_from_f32(g.spec.value_dtype, p.scale.data(), n, scale.data());
-  if (!offset.empty()) narrow_from_f32(g.spec.value_dtype, offsets.data(), n, offset.data());
+  const FreshVector<float>& offsets = g.flags.zero_point ? p.zero : p.shift;
+  FreshVector<std::uint8_t> scale(groups * item), offset(g.symmetric() ? 0 : groups * item);
+  for_each_range(g, executor, [&](std::int64_t begin, std::int64_t end) {
+    const auto at = static_cast<std::size_t>(begin) * item;
+    const DType dtype = g.spec.value_dtype;
+    narrow_from_f32(dtype, p.scale.data() + begin, end - begin, scale.data() + at);
+    if (offset.empty()) return;
+    narrow_from_f32(dtype, offsets.data() + begin, end - begin, offset.data() + at);
+  });
   if (!g.columns()) {
     spread_stats(g.spec,
                  {.scales = scale.data(), .offsets = offset.empty() ? nullptr : offset.data()}, 0,
                  stats, executor);
     return;
   }
-  const std::size_t step = offset.empty() ? item : 2 * item;
-  for (std::size_t i = 0; i < groups; ++i) {
-    std::memcpy(stats + i * step, scale.data() + i * item, item);
-    if (!offset.empty()) std::memcpy(stats + i * step + item, offset.data() + i * item, item);
+  if (offset.empty()) {
+    std::ranges::copy(scale, stats);
+  } else {
+    interleave(item, g.groups(), scale.data(), offset.data(), stats, executor);
   }
 }
 
 /// Residuals of one solver step by row (axis -1: of a row block at its first row); the terms of
 /// each group go to `sums`.
 std::vector<double> step(const Groups& g, const GroupParameters& p, const Shrink& shrink,
-                         std::vector<double>& sums, const Executor& executor) {
+                         FreshVector<double>& sums, const Executor& executor) {
   std::vector<double> rows(static_cast<std::size_t>(g.spec.rows));
   const float max_code = g.max_code();
   if (g.columns()) {
     const std::int64_t chunks = ceil_div(g.spec.cols, kColumnChunk);
     std::vector<double> errors(static_cast<std::size_t>(g.spec.rows / g.spec.group_size * chunks));
-    std::fill(sums.begin(), sums.end(), 0.0);
     for_each_columns(
         g, executor,
         [&](std::int64_t task, std::int64_t block, std::int64_t first, std::int64_t count) {
           std::vector<double> error(static_cast<std::size_t>(count));
           const std::int64_t at = block * g.spec.cols + first;
+          std::fill_n(sums.data() + at, count, 0.0);
           const RoundedCodes codes = {p.scale.data() + at, p.shift.data() + at, p.zero.data() + at,
                                       max_code, 0.0F};
           for (std::int64_t r = block * g.spec.group_size; r < (block + 1) * g.spec.group_size;
@@ -201,11 +214,12 @@ std::vector<double> step(const Groups& g, const GroupParameters& p, const Shrink
 /// Largest scale of each row's groups; with axis -1 of a row block, at its first row.
 std::vector<double> largest_scales(const Groups& g, const GroupParameters& p) {
   std::vector<double> rows(static_cast<std::size_t>(g.spec.rows));
-  const std::int64_t per_row = g.columns() ? g.spec.cols : g.groups_per_row();
-  for (std::size_t k = 0; k < p.scale.size(); ++k) {
-    const std::int64_t unit = static_cast<std::int64_t>(k) / per_row;
+  const std::int64_t per_unit = g.columns() ? g.spec.cols : g.groups_per_row();
+  for (std::int64_t unit = 0; per_unit * unit < g.groups(); ++unit) {
+    const std::span<const float> scales(p.scale.data() + per_unit * unit,
+                                        static_cast<std::size_t>(per_unit));
     double& top = rows[static_cast<std::size_t>(g.columns() ? unit * g.spec.group_size : unit)];
-    top = std::max(top, static_cast<double>(p.scale[k]));
+    for (const float scale : scales) top = std::max(top, static_cast<double>(scale));
   }
   return rows;
 }
@@ -266,8 +280,8 @@ void optimize_shifts(const PackedSpec& spec, WeightRun weights, GroupParameters&
                      const Executor& executor, const RowGather& gather) {
   const Groups g = groups_of(spec, weights);
   const auto size = static_cast<double>(spec.group_size);
-  std::vector<double> sums(p.scale.size());
-  std::vector<float> best = p.shift;
+  FreshVector<double> sums(p.scale.size());
+  FreshVector<float> best(p.shift.size());
   for (int round = 0; round <= kSolverRounds; ++round) {
     std::vector<double> rows = step(g, p, shrink_of(round, spec.value_dtype), sums, executor);
     if (gather) rows = gather(std::move(rows));
@@ -277,10 +291,12 @@ void optimize_shifts(const PackedSpec& spec, WeightRun weights, GroupParameters&
     p.errors.push_back(g.round(static_cast<float>(error / numel)));
     const std::size_t last = p.errors.size() - 1;
     if (last > 0 && !(p.errors[last] < p.errors[last - 1])) break;
-    best = p.shift;
-    for (std::size_t k = 0; k < sums.size(); ++k) {
-      p.shift[k] = g.round(static_cast<float>(sums[k] / size));
-    }
+    best.swap(p.shift);
+    for_each_range(g, executor, [&](std::int64_t begin, std::int64_t end) {
+      for (auto k = static_cast<std::size_t>(begin); k < static_cast<std::size_t>(end); ++k) {
+        p.shift[k] = g.round(static_cast<float>(sums[k] / size));
+      }
+    });
   }
   p.shift = std::move(best);
 }
@@ -302,7 +318,7 @@ void quantize_part(const PackedSpec& spec, DType dtype, const void* weights, std
   const auto groups = static_cast<std::size_t>(g.groups());
   p.scale.resize(groups);
   p.shift.resize(groups);
-  p.zero.resize(groups, g.symmetric() ? static_cast<float>(kInt8Centre) : 0.0F);
+  p.zero.resize(groups);
 
   const auto encode = [&](std::int64_t r) {
     thread_local std::vector<std::uint8_t> row;
@@ -322,7 +338,11 @@ void quantize_part(const PackedSpec& spec, DType dtype, const void* weights, std
     const auto top = static_cast<float>(*std::max_element(rows.begin(), rows.end()));
     std::fill(p.scale.begin(), p.scale.end(), top);
   }
-  for (std::size_t k = 0; g.flags.zero_point && k < groups; ++k) round_shift(g, k, p);
+  if (g.flags.zero_point) {
+    for_each_range(g, executor, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t k = begin; k < end; ++k) round_shift(g, static_cast<std::size_t>(k), p);
+    });
+  }
   if (!at_once) {
     executor.parallel_for(0, spec.rows, rows_per_task(spec.cols),
                           [&](std::int64_t begin, std::int64_t end) {

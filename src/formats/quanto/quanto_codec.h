@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "formats/fresh.h"
 #include "formats/quanto/quanto_params.h"
 #include "kernels/rounded.h"
 #include "quantal/formats.h"
@@ -31,7 +32,7 @@ void quantize_part(const PackedSpec& spec, DType dtype, const void* weights, std
 /// Parameters of all groups, numbers of value_dtype, in the order of the packed statistics.
 /// `errors` holds the mean residual before and after each round of the optimizer that ran.
 struct GroupParameters {
-  std::vector<float> scale, shift, zero;
+  FreshVector<float> scale, shift, zero;
   std::vector<float> errors;
 };
 /// How round `round` (0 .. kSolverRounds) of the optimizer shrinks residuals.
