@@ -187,7 +187,8 @@ struct Dialect {
   PackedSpec (*make_spec)(std::int64_t rows, std::int64_t cols, const QuantizeOptions& options);
 
   /// Quantizes a row-major [rows, cols] matrix of kF32, kF16 or kBF16 into buffers of
-  /// layout_of(spec), bit for bit as upstream's CPU path. Throws Error{kUnsupported} naming the
+  /// layout_of(spec), bit for bit as upstream's CPU path. Writes every byte of codes and stats,
+  /// padding too; `shared` holds zeros before. Throws Error{kUnsupported} naming the
   /// first NaN or infinite weight (row, column); nothing is promised about the buffers then.
   void (*quantize)(const PackedSpec& spec, DType dtype, const void* weights, std::uint8_t* codes,
                    std::uint8_t* stats, std::uint8_t* shared, const Executor& executor);

@@ -145,6 +145,13 @@ torch::Tensor bytes_tensor(at::IntArrayRef sizes) {
   return torch::zeros(sizes, torch::TensorOptions().dtype(torch::kByte));
 }
 
+/// Bytes whose pages are left to the threads that will write them.
+torch::Tensor unwritten_bytes(at::IntArrayRef sizes) {
+  torch::Tensor out = torch::empty(sizes, torch::TensorOptions().dtype(torch::kByte));
+  prefer_large_pages(out.mutable_data_ptr(), out.nbytes());
+  return out;
+}
+
 /// A tensor over bytes that it owns.
 torch::Tensor adopt(std::vector<std::uint8_t>&& bytes, at::IntArrayRef sizes) {
   if (bytes.empty()) return bytes_tensor(sizes);
@@ -302,7 +309,10 @@ PackedTensors quantize(const torch::Tensor& weight, const PackedSpec& spec) {
                            std::to_string(spec.rows) + ", " + std::to_string(spec.cols) +
                            "] of the spec");
   }
-  PackedTensors out = empty_packed(spec);
+  const PackedLayout layout = layout_of(spec);
+  PackedTensors out{spec, unwritten_bytes({spec.rows, layout.code_bytes}),
+                    unwritten_bytes({layout.stat_rows, layout.stat_bytes}),
+                    bytes_tensor({layout.shared_bytes})};
   dialect_by_id(spec.dialect)
       .quantize(spec, view.dtype, view.bytes.data(), out.codes.mutable_data_ptr<std::uint8_t>(),
                 out.stats.mutable_data_ptr<std::uint8_t>(),

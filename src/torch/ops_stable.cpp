@@ -102,9 +102,6 @@ std::tuple<Tensor, Tensor, Tensor> quantize_cpu(Tensor weight, Ints spec_ints) {
   const DType dtype = checked_weight(weight, spec);
   const Tensor source = stable::contiguous(weight);
   auto [codes, stats, shared] = packed_buffers(weight, spec);
-  const bool padded = codes.numel() * 8 != spec.rows * spec.cols * spec.bits;
-  if (padded) stable::zero_(codes);  // else the dialect writes every byte: much of its time
-  stable::zero_(stats);
   stable::zero_(shared);
   const auto bytes = [](Tensor& t) { return static_cast<std::uint8_t*>(t.mutable_data_ptr()); };
   dialect_by_id(spec.dialect)

@@ -14,10 +14,12 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstring>
 #include <numeric>
 #include <tuple>
 
+#include "kernels/tasks.h"
 #include "torch/ops_cpu.h"
 #include "torch/ops_link.h"
 #include "torch/stable_executor.h"
@@ -93,8 +95,9 @@ std::uint64_t word_at(const std::uint8_t* data) {
   return word;
 }
 
+constexpr std::size_t kWord = 8, kLanes = 8;
+
 std::uint64_t byte_sum(const std::uint8_t* data, std::size_t bytes) {
-  constexpr std::size_t kWord = 8, kLanes = 8;
   std::array<std::uint64_t, kLanes> lanes{};
   std::size_t begin = 0;
   for (; begin + kLanes * kWord <= bytes; begin += kLanes * kWord) {
@@ -110,9 +113,17 @@ std::uint64_t byte_sum(const std::uint8_t* data, std::size_t bytes) {
 std::int64_t byte_sum(const char* what, const Tensor& t) {
   check_cpu(what, t);
   const Tensor whole = t.is_contiguous() ? t : stable::contiguous(t);
-  const std::size_t bytes = static_cast<std::size_t>(whole.numel()) * whole.element_size();
-  return static_cast<std::int64_t>(
-      byte_sum(static_cast<const std::uint8_t*>(whole.const_data_ptr()), bytes));
+  const auto bytes = static_cast<std::int64_t>(whole.element_size()) * whole.numel();
+  const auto* data = static_cast<const std::uint8_t*>(whole.const_data_ptr());
+  constexpr std::int64_t kUnit = kWord * kLanes, kUnitsPerTask = 4096;
+  std::atomic<std::uint64_t> total{0};  // a sum that wraps has no order
+  run_tasks(stable_executor(), ceil_div(bytes, kUnit), kUnitsPerTask,
+            [&](std::int64_t begin, std::int64_t end) {
+              const std::int64_t size = std::min(bytes, end * kUnit) - begin * kUnit;
+              total.fetch_add(byte_sum(data + begin * kUnit, static_cast<std::size_t>(size)),
+                              std::memory_order_relaxed);
+            });
+  return static_cast<std::int64_t>(total.load());
 }
 
 std::tuple<std::int64_t, std::int64_t> byte_sums_cpu(Tensor codes, Tensor stats) {
