@@ -9,7 +9,13 @@ import torch
 from torch import nn
 
 from conftest import CONFIGS, hqq, nf4
-from quantal import ConfigError, QuantizedLinear, ShapeError, UnsupportedError
+from quantal import (
+    ConfigError,
+    QuantizationConfig,
+    QuantizedLinear,
+    ShapeError,
+    UnsupportedError,
+)
 
 #: 72 columns: groups of 64 and 128 cross rows.
 SHAPES = [(48, 128), (64, 72), (128, 192)]
@@ -175,3 +181,13 @@ def test_wrong_inputs_are_typed_errors():
     layer.stats = nn.Parameter(layer.stats[:-1].clone(), requires_grad=False)
     with pytest.raises(ShapeError):
         layer(torch.randn(2, 128))
+
+
+def test_layers_without_a_config_have_one_each():
+    first, second = QuantizedLinear(64, 64), QuantizedLinear(64, 64)
+    assert first.config == QuantizationConfig()
+    first.config.skip_modules.append("gate")
+    first.config.backend_options["fallback"] = "error"
+    assert second.config == QuantizationConfig()
+    assert QuantizedLinear(64, 64).config == QuantizationConfig()
+    assert not second.config.bits_set

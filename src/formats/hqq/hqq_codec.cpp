@@ -174,17 +174,14 @@ void write_stats(const Groups& g, GroupParameters p, std::uint8_t* stats, std::u
   const PackedSpec& spec = g.spec;
   const std::size_t item = dtype_size(spec.value_dtype);
   const auto groups = std::ssize(p.scale);
-  const auto for_parts = [&](const auto& body) {
-    executor.parallel_for(0, groups, kGroupsPerTask, body);
+  const auto invert = [&p](std::int64_t begin, std::int64_t end) {
+    std::for_each(p.scale.begin() + begin, p.scale.begin() + end,
+                  [](float& scale) { scale = 1.0F / scale; });
   };
-  for_parts([&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t i = begin; i < end; ++i) {
-      float& scale = p.scale[static_cast<std::size_t>(i)];
-      scale = 1.0F / scale;
-    }
-  });
   MetaFields fields = blank_fields(spec);
-  if (!fields.scale.empty()) {
+  const bool scales_quantized = !fields.scale.empty();
+  if (scales_quantized) {
+    invert(0, groups);
     quantize_parameters("scale", spec, kScaleMetaGroup, p.scale, fields.scale);
   }
   if (!fields.zero.empty()) {
@@ -195,7 +192,8 @@ void write_stats(const Groups& g, GroupParameters p, std::uint8_t* stats, std::u
 
   const auto bytes = static_cast<std::size_t>(groups) * item;
   FreshVector<std::uint8_t> scales(bytes), zeros(bytes);
-  for_parts([&](std::int64_t begin, std::int64_t end) {
+  executor.parallel_for(0, groups, kGroupsPerTask, [&](std::int64_t begin, std::int64_t end) {
+    if (!scales_quantized) invert(begin, end);
     const auto at = static_cast<std::size_t>(begin) * item;
     narrow_from_f32(spec.value_dtype, p.scale.data() + begin, end - begin, scales.data() + at);
     narrow_from_f32(spec.value_dtype, p.zero.data() + begin, end - begin, zeros.data() + at);
