@@ -128,7 +128,7 @@ def word_sum(data: torch.Tensor) -> int:
     return total - (1 << 64) if total >> 63 else total
 
 
-@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 63, 64, 65, 127, 1000])
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 63, 64, 65, 127, 1000, 1 << 18, 600_013])
 @pytest.mark.parametrize("offset", [0, 3])
 def test_byte_sums_are_sums_of_words(count, offset):
     generator = torch.Generator().manual_seed(count)
