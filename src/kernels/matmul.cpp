@@ -5,6 +5,7 @@
 
 #include "kernels/cpu/dispatch.h"
 #include "kernels/scratch.h"
+#include "kernels/tasks.h"
 #include "quantal/kernels.h"
 
 namespace quantal {
@@ -75,6 +76,7 @@ std::int64_t column_grain(const KernelMatrix& matrix) {
 
 /// Multiples of this many elements lie in the same sets of a first-level cache.
 constexpr std::int64_t kCacheSetElements = 2048;
+constexpr std::int64_t kRowUnit = 8;            // rows of weights of a tile in float32
 constexpr std::int64_t kBf16RowUnit = 32;       // rows of weights that stand together in a panel
 constexpr std::int64_t kPackGrain = 32 * 1024;  // activations packed by one task
 
@@ -128,7 +130,7 @@ void matmul_bf16(const Bf16Kernels& kernels, const KernelMatrix& matrix, const s
       kernels.matmul(matrix, with_scratch(job), begin * kBf16RowUnit,
                      std::min(end * kBf16RowUnit, matrix.rows));
     };
-    executor.parallel_for(0, units, row_grain(matrix, kBf16RowUnit) / kBf16RowUnit, std::ref(body));
+    share_tasks(executor, units, row_grain(matrix, kBf16RowUnit) / kBf16RowUnit, body);
   });
 }
 
@@ -156,7 +158,7 @@ void matmul_transposed_bf16(const Bf16Kernels& kernels, const KernelMatrix& matr
       kernels.matmul_transposed(matrix, with_scratch(job), begin * kColumnUnit,
                                 std::min(end * kColumnUnit, matrix.cols));
     };
-    executor.parallel_for(0, units, column_grain(matrix), std::ref(body));
+    share_tasks(executor, units, column_grain(matrix), body);
   });
 }
 
@@ -201,9 +203,11 @@ void matmul(const PackedView& w, DType dtype, const void* x, std::int64_t m_rows
                         .y_kind = kind,
                         .y = out + m * matrix.rows * element,
                         .ldy = matrix.rows};
-    executor.parallel_for(
-        0, matrix.rows, row_grain(matrix, 8),
-        [&](std::int64_t begin, std::int64_t end) { kernels.matmul(matrix, job, begin, end); });
+    share_tasks(executor, ceil_div(matrix.rows, kRowUnit), row_grain(matrix, kRowUnit) / kRowUnit,
+                [&](std::int64_t begin, std::int64_t end) {
+                  kernels.matmul(matrix, job, begin * kRowUnit,
+                                 std::min(end * kRowUnit, matrix.rows));
+                });
   });
 }
 
@@ -234,7 +238,7 @@ void matmul_transposed(const PackedView& w, DType dtype, const void* g, std::int
       kernels.matmul_transposed(matrix, job, begin * kColumnUnit,
                                 std::min(end * kColumnUnit, matrix.cols));
     };
-    executor.parallel_for(0, units, column_grain(matrix), std::ref(body));
+    share_tasks(executor, units, column_grain(matrix), body);
   });
 }
 

@@ -1,6 +1,8 @@
 // Work that is cut into tasks only where it is worth it.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <functional>
 
@@ -17,6 +19,27 @@ void run_tasks(const Executor& executor, std::int64_t units, std::int64_t grain,
   } else {
     executor.parallel_for(0, units, grain, std::ref(body));
   }
+}
+
+/// run_tasks whose threads take pieces of the units until none is left, so that one that wakes late
+/// or has to make way for another program does not hold up the rest. For work that many cut points
+/// cost little and whose results no cut changes.
+template <class Body>
+void share_tasks(const Executor& executor, std::int64_t units, std::int64_t grain, Body body) {
+  constexpr std::int64_t kPieces = 8;  // of a thread
+  const std::int64_t tasks = (units + grain - 1) / grain;
+  const std::int64_t threads = std::min<std::int64_t>(executor.num_threads(), tasks);
+  if (threads <= 1) return body(0, units);
+  const std::int64_t piece = std::max(grain, (units + kPieces * threads - 1) / (kPieces * threads));
+  std::atomic<std::int64_t> next{0};
+  const auto take = [&](std::int64_t /*begin*/, std::int64_t /*end*/) {
+    for (;;) {
+      const std::int64_t begin = next.fetch_add(piece, std::memory_order_relaxed);
+      if (begin >= units) return;
+      body(begin, std::min(begin + piece, units));
+    }
+  };
+  executor.parallel_for(0, threads, 1, std::ref(take));
 }
 
 }  // namespace quantal
