@@ -209,6 +209,33 @@ TEST_F(Int8Activations, ShapesGroupsAndInputs) {
   }
 }
 
+/// Rows whose sub-codes and super-blocks fill 32-bit words are transposed as they are stored.
+TEST_F(Int8Activations, SuperBlocksInWholeWords) {
+  std::uint64_t seed = 8000;
+  for (ScaleSource scale : {ScaleSource::kSuperU8, ScaleSource::kSuperI8, ScaleSource::kSuperU4}) {
+    for (Offset offset : {Offset::kNone, Offset::kShift}) {
+      if (scale == ScaleSource::kSuperU4 && offset == Offset::kNone) continue;
+      if (scale == ScaleSource::kSuperI8 && offset != Offset::kNone) continue;
+      for (std::int64_t nested : {4, 8, 16}) {
+        for (std::int64_t supers : {1, 2, 10, 34}) {
+          const std::int64_t group = scale == ScaleSource::kSuperU8 ? 32 : 16;
+          const PackedSpec spec{.rows = 35,
+                                .cols = supers * nested * group,
+                                .bits = scale == ScaleSource::kSuperI8 ? 6 : 4,
+                                .offset = offset,
+                                .scale = scale,
+                                .group_size = group,
+                                .nested_group_size = nested};
+          for (std::int64_t m : {1, 3}) {
+            const Problem p = make_problem(spec, m, DType::kBF16, ++seed);
+            check_all_sets(p, describe(spec) + " m " + std::to_string(m));
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST_F(Int8Activations, WholeRowsOfAnyLength) {
   std::uint64_t seed = 9000;
   for (std::int64_t cols : {1, 3, 4, 15, 17, 63, 65, 127, 129, 511, 513, 700, 4100}) {

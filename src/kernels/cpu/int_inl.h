@@ -10,6 +10,7 @@
 
 #include "kernels/cpu/codes_inl.h"
 #include "kernels/cpu/int_direct_inl.h"
+#include "kernels/cpu/int_stats_inl.h"
 
 namespace quantal {
 namespace {  // NOLINT: internal linkage on purpose
@@ -197,7 +198,7 @@ class IntProduct {
         direct_(direct_product<V>(w, job)),
         fill_(panel_filler<V>(w, *job.form)),
         multiply_(tile(w, *job.form)),
-        words_(whole_words(w)),
+        slots_(w, *job.form),
         panel_(static_cast<std::int32_t*>(job.scratch)),
         a_(reinterpret_cast<float*>(panel_ + kIntPanelColumns / 4 * kRows)),
         b_(a_ + kSlots * kRows),
@@ -245,85 +246,32 @@ class IntProduct {
                          : multiply_inputs<V, false, false, V::kInputs>;
   }
 
-  /// A and B of columns [c, c + n): a_[slot][row]. Returns the position of c in slot 0.
+  /// a_[slot][row] and b_ of columns [c, c + n). Returns the position of c in slot 0.
   std::int64_t statistics(std::int64_t row, std::int64_t rows, std::int64_t c, std::int64_t n) {
-    if constexpr (V::kHalves) {
-      if (words_) return stored_statistics(row, rows, c, n);
-    }
-    Stretch stats[V::kLanes];
+    std::int64_t position = 0;
     for (std::int64_t half = 0; half < kRows; half += V::kLanes) {
-      const std::uint8_t* scales[V::kLanes];
-      const std::uint8_t* offsets[V::kLanes];
+      std::int64_t at = half;
+      const auto put = [&](F a, F b) {
+        V::store_f(a_ + at, a);
+        if (w_.has_offsets) V::store_f(b_ + at, b);
+        at += kRows;
+      };
+      if (!slots_.stored()) {
+        position = slots_.expanded(row + half, row + rows - 1, c, n, put);
+        continue;
+      }
+      const std::uint8_t* stats[V::kLanes];
       for (std::int64_t r = 0; r < V::kLanes; ++r) {
-        expand_stretch<T>(w_, row + min64(half + r, rows - 1), c, n, stats[r]);
-        scales[r] = reinterpret_cast<const std::uint8_t*>(stats[r].scale);
-        offsets[r] = reinterpret_cast<const std::uint8_t*>(stats[r].offset);
+        stats[r] = w_.stats + (row + min64(half + r, rows - 1)) * w_.stat_bytes;
       }
-      const std::int64_t slots = (stats[0].phase + n - 1) / w_.group_size + 1;
-      for (std::int64_t s = 0; s < slots; s += V::kLanes) {
-        combine(scales, offsets, s, half);
+      const std::int64_t in_word = slots_.in_word();
+      const std::int64_t first = c / w_.group_size / in_word * in_word;
+      for (std::int64_t s = first; s <= (c + n - 1) / w_.group_size; s += V::kLanes * in_word) {
+        slots_.words(stats, s, put);
       }
+      position = c - first * w_.group_size;
     }
-    return stats[0].phase;
-  }
-
-  void combine(const std::uint8_t* const* scales, const std::uint8_t* const* offsets,
-               std::int64_t slot, std::int64_t half) {
-    typename V::I s[V::kLanes];
-    typename V::I o[V::kLanes] = {};
-    V::transpose(scales, 4 * slot, V::kLanes, s);
-    if (w_.has_offsets) V::transpose(offsets, 4 * slot, V::kLanes, o);
-    for (std::int64_t i = 0; i < V::kLanes; ++i) {
-      put(slot + i, half, V::cast_f(s[i]), V::cast_f(o[i]));
-    }
-  }
-
-  /// a_ and b_ of one slot.
-  [[gnu::always_inline]] void put(std::int64_t slot, std::int64_t half, F scale, F b) {
-    const std::int64_t at = slot * kRows + half;
-    V::store_f(a_ + at, V::mul(scale, V::set1_f(job_.form->unit)));
-    if (!w_.has_offsets) return;
-    if (w_.offset != OffsetKind::kBias) b = V::mul(b, V::set1_f(-1.0F));
-    if (w_.offset == OffsetKind::kZeroPoint) b = V::mul(b, scale);
-    V::store_f(b_ + at, b);
-  }
-
-  /// True if statistics are floats that fill whole 32-bit words of a row.
-  static bool whole_words(const KernelMatrix& w) {
-    return is_float_scale(w.scale) && !w.has_header && w.slots * scale_bytes(w.scale) % 4 == 0;
-  }
-
-  /// The same, transposed as they are stored; slot 0 is the first of its word.
-  std::int64_t stored_statistics(std::int64_t row, std::int64_t rows, std::int64_t c,
-                                 std::int64_t n) {
-    const std::int64_t size = scale_bytes(w_.scale), in_word = 4 / size;
-    const std::int64_t first = c / w_.group_size / in_word * in_word;
-    const std::int64_t slots = (c + n - 1) / w_.group_size - first + 1;
-    const std::int64_t step = V::kLanes * 4 / size;
-    for (std::int64_t half = 0; half < kRows; half += V::kLanes) {
-      const std::uint8_t* from[V::kLanes];
-      for (std::int64_t r = 0; r < V::kLanes; ++r) {
-        from[r] = w_.stats + (row + min64(half + r, rows - 1)) * w_.stat_bytes;
-      }
-      for (std::int64_t slot = 0; slot < slots; slot += step) {
-        const std::int64_t offset = (first + slot) * size;
-        const std::int64_t words = (w_.slots * size - offset) / 4;
-        typename V::I s[V::kLanes];
-        typename V::I o[V::kLanes] = {};
-        V::transpose(from, offset, words, s);
-        if (w_.has_offsets) V::transpose(from, w_.slots * size + offset, words, o);
-        for (std::int64_t i = 0; i < V::kLanes; ++i) {
-          if (w_.scale == ScaleKind::kF32) {
-            put(slot + i, half, V::cast_f(s[i]), V::cast_f(o[i]));
-            continue;
-          }
-          const bool f16 = w_.scale == ScaleKind::kF16;
-          put(slot + 2 * i, half, V::low_half(f16, s[i]), V::low_half(f16, o[i]));
-          put(slot + 2 * i + 1, half, V::high_half(f16, s[i]), V::high_half(f16, o[i]));
-        }
-      }
-    }
-    return c - first * w_.group_size;
+    return position;
   }
 
   /// Columns [col, col + n), which begin at `position` in the first slot. With the last ones a
@@ -382,7 +330,7 @@ class IntProduct {
   const AddDirect direct_;
   const FillPanel fill_;
   const Multiply multiply_;
-  const bool words_;
+  const IntSlots<T, V> slots_;
   std::int32_t* const panel_;
   float* const a_;
   float* const b_;
