@@ -246,16 +246,24 @@ class IntProduct {
                          : multiply_inputs<V, false, false, V::kInputs>;
   }
 
+  /// Stores A and B of one slot after the other.
+  struct Put {
+    float* a;
+    float* b;
+    bool offsets;
+    [[gnu::always_inline]] void operator()(F scale, F offset) {
+      V::store_f(a, scale);
+      if (offsets) V::store_f(b, offset);
+      a += kRows;
+      b += kRows;
+    }
+  };
+
   /// a_[slot][row] and b_ of columns [c, c + n). Returns the position of c in slot 0.
   std::int64_t statistics(std::int64_t row, std::int64_t rows, std::int64_t c, std::int64_t n) {
     std::int64_t position = 0;
     for (std::int64_t half = 0; half < kRows; half += V::kLanes) {
-      std::int64_t at = half;
-      const auto put = [&](F a, F b) {
-        V::store_f(a_ + at, a);
-        if (w_.has_offsets) V::store_f(b_ + at, b);
-        at += kRows;
-      };
+      Put put{a_ + half, b_ + half, w_.has_offsets};
       if (!slots_.stored()) {
         position = slots_.expanded(row + half, row + rows - 1, c, n, put);
         continue;

@@ -28,9 +28,9 @@ class IntSlots {
   std::int64_t in_word() const { return 4 / scale_bytes(w_.scale); }
 
   /// fn(a, b) of the slots of V::kLanes words from `slot` on, a multiple of in_word(). What comes
-  /// beyond the row is unspecified.
+  /// beyond the row is unspecified. fn is copied and assigned.
   template <class Fn>
-  [[gnu::always_inline]] void words(Rows stats, std::int64_t slot, Fn fn) const {
+  [[gnu::always_inline]] void words(Rows stats, std::int64_t slot, Fn& fn) const {
     const std::int64_t size = scale_bytes(w_.scale), offset = slot * size;
     const std::int64_t n = (w_.slots * size - offset) / 4, second = w_.slots * size + offset;
     switch (w_.scale) {
@@ -53,7 +53,7 @@ class IntSlots {
   /// `last`, which is repeated, and of some more. Returns the position of c in the first slot.
   template <class Fn>
   std::int64_t expanded(std::int64_t row, std::int64_t last, std::int64_t c, std::int64_t n,
-                        Fn fn) const {
+                        Fn& fn) const {
     Stretch stats[V::kLanes];
     const std::uint8_t* scales[V::kLanes];
     const std::uint8_t* offsets[V::kLanes];
@@ -115,16 +115,18 @@ class IntSlots {
     I o[V::kLanes];
     V::transpose(scales, scale_at, words, s);
     if constexpr (kOffsets) V::transpose(offsets, offset_at, words, o);
+    Fn local = fn;  // stores of vectors may alias all that is in memory
     for (std::int64_t i = 0; i < V::kLanes; ++i) {
       const I other = kOffsets ? o[i] : s[i];
       if constexpr (kScale == ScaleKind::kF32) {
-        slot<kOffset>(V::cast_f(s[i]), V::cast_f(other), fn);
+        slot<kOffset>(V::cast_f(s[i]), V::cast_f(other), local);
       } else if constexpr (V::kHalves) {
         constexpr bool kF16 = kScale == ScaleKind::kF16;
-        slot<kOffset>(V::low_half(kF16, s[i]), V::low_half(kF16, other), fn);
-        slot<kOffset>(V::high_half(kF16, s[i]), V::high_half(kF16, other), fn);
+        slot<kOffset>(V::low_half(kF16, s[i]), V::low_half(kF16, other), local);
+        slot<kOffset>(V::high_half(kF16, s[i]), V::high_half(kF16, other), local);
       }
     }
+    fn = local;
   }
 
   /// Sub-codes of super-blocks (expand_supers in stats_inl.h), V::kLanes words of four.
@@ -152,6 +154,7 @@ class IntSlots {
     const auto half = [](const I* halves, std::int64_t j) {
       return j % 2 == 0 ? V::low_half(true, halves[j / 2]) : V::high_half(true, halves[j / 2]);
     };
+    Fn local = fn;  // stores of vectors may alias all that is in memory
     for (std::int64_t i = 0; i < V::kLanes; ++i) {
       const std::int64_t j = (first + 4 * i) / w_.nested_group_size - block;
       const F scale = half(super, j);
@@ -164,13 +167,14 @@ class IntSlots {
       const auto four = [&](I scales, I offsets) {
         constexpr SubCode kOther = kNibbles ? kSub : SubCode::kUnsigned;
         slot<kOffset>(V::mul(scale, sub_code<kSub>(scales)),
-                      V::mul(shift, sub_code<kOther>(offsets)), fn);
+                      V::mul(shift, sub_code<kOther>(offsets)), local);
       };
       four(code[i], other);
       four(V::template shift<8>(code[i]), V::template shift<8>(other));
       four(V::template shift<16>(code[i]), V::template shift<16>(other));
       four(V::template shift<24>(code[i]), V::template shift<24>(other));
     }
+    fn = local;
   }
   /// The low byte of a word, or its low four bits.
   template <SubCode kSub>
