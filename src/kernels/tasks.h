@@ -21,22 +21,24 @@ void run_tasks(const Executor& executor, std::int64_t units, std::int64_t grain,
   }
 }
 
-/// run_tasks whose threads take pieces of the units until none is left, so that one that wakes late
-/// or has to make way for another program does not hold up the rest. For work that many cut points
-/// cost little and whose results no cut changes.
+/// run_tasks whose threads take pieces of the units until none is left, smaller and smaller ones,
+/// so that one that wakes late or has to make way for another program does not hold up the rest.
+/// For work whose results no cut changes.
 template <class Body>
 void share_tasks(const Executor& executor, std::int64_t units, std::int64_t grain, Body body) {
-  constexpr std::int64_t kPieces = 8;  // of a thread
   const std::int64_t tasks = (units + grain - 1) / grain;
   const std::int64_t threads = std::min<std::int64_t>(executor.num_threads(), tasks);
   if (threads <= 1) return body(0, units);
-  const std::int64_t piece = std::max(grain, (units + kPieces * threads - 1) / (kPieces * threads));
+  // Each piece begins with empty caches: few, the first ones large.
+  const std::int64_t least = std::max(grain, units / (6 * threads));
   std::atomic<std::int64_t> next{0};
   const auto take = [&](std::int64_t /*begin*/, std::int64_t /*end*/) {
-    for (;;) {
-      const std::int64_t begin = next.fetch_add(piece, std::memory_order_relaxed);
-      if (begin >= units) return;
-      body(begin, std::min(begin + piece, units));
+    for (std::int64_t begin = next.load(std::memory_order_relaxed); begin < units;) {
+      const std::int64_t share = 3 * (units - begin) / (4 * threads);  // of what is left
+      const std::int64_t end = std::min(begin + std::max(least, share), units);
+      if (!next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
+      body(begin, end);
+      begin = next.load(std::memory_order_relaxed);
     }
   };
   executor.parallel_for(0, threads, 1, std::ref(take));

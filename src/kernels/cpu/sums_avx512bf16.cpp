@@ -91,9 +91,12 @@ class SumProduct {
         &SumProduct::rows<1, 1>, &SumProduct::rows<1, 2>, &SumProduct::rows<1, 3>,
         &SumProduct::rows<1, 4>};
     static_assert(sizeof(kOf) == kMaxSumInputs * sizeof(kOf[0]));
-    ahead_ = w_.codes + row * w_.code_bytes + kAheadBytes;
     const std::int64_t rows_ahead = kAheadBytes / w_.code_bytes + kSumRows;
+    ask_for_stats(w_, row, min64(rows_ahead, row_end - row));
+    const std::uint8_t* first = w_.codes + row * w_.code_bytes;
+    for (ahead_ = first; ahead_ < first + kAheadBytes && ahead_ < end_;) ask();
     for (; row + kSumRows <= row_end; row += kSumRows) {
+      ahead_ = w_.codes + row * w_.code_bytes + kAheadBytes;
       if (row + rows_ahead < row_end) ask_for_stats(w_, row + rows_ahead, kSumRows);
       (this->*kOf[job_.inputs - 1])(row);
     }
@@ -162,6 +165,7 @@ class SumProduct {
       x += Unit::kColumns;
     }
     if (whole < n) {
+      if constexpr (kRows == kSumRows) ask();
       const std::int64_t left = w_.code_bytes - first - whole / Unit::kColumns * Unit::kBytes;
       add_unit<true>(codes, left, x, slot_at(quarter), sums);
     }
