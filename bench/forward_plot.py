@@ -6,7 +6,10 @@ import math
 from typing import Any
 
 _FONT = "font-family='sans-serif' font-size='11' fill='#374151'"
-_COLOURS = ["#4f46e5", "#b45309", "#0e7490", "#15803d", "#be123c", "#6b7280", "#7c3aed", "#0369a1"]
+_COLOURS = [
+    *("#4f46e5", "#ea580c", "#0e7490", "#15803d", "#be123c", "#6b7280"),
+    *("#a855f7", "#0ea5e9", "#84cc16", "#d946ef", "#713f12", "#facc15"),
+]
 
 
 def _text(x: float, y: float, value: str, anchor: str = "start") -> str:
@@ -62,7 +65,8 @@ def _intensity(row: Any, rows: list[Any]) -> float:
 
 
 def _bars(rows: list[Any]) -> list[str]:
-    """Rival time / ours on a logarithmic axis, one bar each, for the first form that has rivals."""
+    """Rival time / ours on a logarithmic axis, one bar each, for the forms that have rivals."""
+    names = list(dict.fromkeys(name for row in rows for name in row.rivals))
     out = [_text(500, 25, "time of a rival / quantal's (right of the line: quantal is faster)")]
     y = 45.0
     for row in rows:
@@ -70,10 +74,11 @@ def _bars(rows: list[Any]) -> list[str]:
             continue
         out.append(_text(500, y + 9, f"{row.form}, {row.shape}, {row.m} row{'s' * (row.m > 1)}"))
         y += 14
-        for i, (name, ratio) in enumerate(row.rivals.items()):
+        out.append(_line(720, y - 2, 720, y + 11 * len(row.rivals), "stroke='#111827'"))
+        for name, ratio in row.rivals.items():
             x = 720 + 60 * max(-1.5, min(3.5, math.log2(ratio)))
             low, width = min(720.0, x), abs(x - 720)
-            colour = _COLOURS[i % len(_COLOURS)]
+            colour = _COLOURS[names.index(name) % len(_COLOURS)]
             out.append(
                 f"<rect x='{low:.1f}' y='{y:.1f}' width='{width:.1f}' height='9' fill='{colour}'/>"
             )
@@ -81,7 +86,6 @@ def _bars(rows: list[Any]) -> list[str]:
             out.append(_text(max(720.0, x) + 4, y + 9, f"{ratio:.2f}"))
             y += 11
         y += 6
-    out.append(_line(720, 35, 720, y, "stroke='#111827'"))
     return out
 
 
