@@ -50,8 +50,7 @@ std::vector<std::uint8_t> run(const Problem& p, const Executor& executor, std::i
   return y;
 }
 
-/// Inputs up to which scales may be applied to sums (quantal/kernels.h), by the width of codes.
-constexpr std::int64_t most_sum_inputs(int bits) { return bits > 4 ? 4 : 3; }
+/// Inputs up to which scales may be applied to sums (quantal/kernels.h).
 constexpr std::int64_t kMostSumInputs = 4;
 
 /// True if the active set multiplies bfloat16 with bfloat16, with an order of its own.
@@ -187,7 +186,7 @@ TEST_F(Products, ManyInputsAndEveryActivationType) {
 bool applies_scales_to_sums(const PackedSpec& spec, std::int64_t m_rows, bool transposed) {
   const bool own_order =
       active_cpu_kernels().starts_with("avx512") && active_cpu_kernels() != "avx512";
-  return own_order && !transposed && m_rows <= most_sum_inputs(spec.bits) && spec.bits > 1 &&
+  return own_order && !transposed && m_rows <= kMostSumInputs && spec.bits > 1 &&
          spec.cols % 16 == 0 && spec.group_size % 16 == 0 && spec.cols % spec.group_size == 0 &&
          spec.code_map < CodeMap::kE4M3 && (spec.bits <= 4 || spec.centre >= 0);
 }
@@ -252,7 +251,7 @@ TEST_F(Products, UnitVectorsGiveTheWeights) {
       const bool own_order = name.starts_with("avx512") && name != "avx512";
       if (!supports_packed_matmul(spec) || spec.cols > (own_order ? 600 : 64)) continue;
       // Few inputs, a tile, panels: each its own kernel in the set for bfloat16.
-      for (std::int64_t m : {1, 3, 9, 20, 40}) check_unit_vectors(spec, m, false, ++seed);
+      for (std::int64_t m : {1, 2, 3, 4, 9, 20, 40}) check_unit_vectors(spec, m, false, ++seed);
       check_unit_vectors(spec, 5, true, ++seed);
     }
   }
@@ -286,7 +285,7 @@ TEST_F(Products, LongRowsManyInputsInBfloat16) {
         PackedSpec{.rows = 9, .cols = 8448, .bits = 6, .centre = 32, .group_size = 192},
         PackedSpec{.rows = 10, .cols = 4352, .bits = 6, .centre = 32, .group_size = 16},
         PackedSpec{.rows = 11, .cols = 5000, .bits = 8, .centre = 128}}) {
-    for (std::int64_t m : {1, 2, 5, 8, 11, 12, 16, 33, 67, 530}) {
+    for (std::int64_t m : {1, 2, 3, 4, 5, 8, 11, 12, 16, 33, 67, 530}) {
       const Problem p = make_problem(spec, m, DType::kBF16, false, ++seed);
       check_all_sets(p, describe(spec) + " m " + std::to_string(m));
     }
@@ -344,10 +343,10 @@ TEST_F(Products, ARowOfOutputsDoesNotDependOnTheOtherInputs) {
       if (!has_own_order(p) || transposed) EXPECT_EQ(single, all) << describe(spec);
       const auto bytes = static_cast<std::ptrdiff_t>(all.size()) / p.m_rows;
       for (std::int64_t m = 0; m < p.m_rows; ++m) {
-        for (std::int64_t count : {2, 3, 5, 9, 12}) {
+        for (std::int64_t count : {2, 3, 4, 5, 9, 12}) {
           if (m + count > p.m_rows) continue;
           const auto some = run(p, serial_executor(), m, m + count);
-          const auto& whole = count <= 3 ? single : all;
+          const auto& whole = count <= kMostSumInputs ? single : all;
           EXPECT_TRUE(std::equal(some.begin(), some.end(), whole.begin() + m * bytes))
               << describe(spec) << " inputs " << m << " to " << m + count;
         }

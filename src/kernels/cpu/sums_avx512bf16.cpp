@@ -84,18 +84,19 @@ class SumProduct {
   }
 
   void run(std::int64_t row, std::int64_t row_end) {
-    constexpr decltype(&SumProduct::rows<kSumRows, 1>) kOf[] = {
-        &SumProduct::rows<kSumRows, 1>, &SumProduct::rows<kSumRows, 2>,
-        &SumProduct::rows<kSumRows, 3>, &SumProduct::rows<kSumRows, 4>};
+    constexpr decltype(&SumProduct::rows<1, 1>) kOf[] = {
+        &SumProduct::rows<rows_of(1), 1>, &SumProduct::rows<rows_of(2), 2>,
+        &SumProduct::rows<rows_of(3), 3>, &SumProduct::rows<rows_of(4), 4>};
     constexpr decltype(&SumProduct::rows<1, 1>) kSingle[] = {
         &SumProduct::rows<1, 1>, &SumProduct::rows<1, 2>, &SumProduct::rows<1, 3>,
         &SumProduct::rows<1, 4>};
     static_assert(sizeof(kOf) == kMaxSumInputs * sizeof(kOf[0]));
+    const std::int64_t together = rows_of(static_cast<int>(job_.inputs));
     const std::int64_t rows_ahead = kAheadBytes / w_.code_bytes + kSumRows;
     ask_for_stats(w_, row, min64(rows_ahead, row_end - row));
     const std::uint8_t* first = w_.codes + row * w_.code_bytes;
-    for (ahead_ = first; ahead_ < first + kAheadBytes && ahead_ < end_;) ask();
-    for (; row + kSumRows <= row_end; row += kSumRows) {
+    for (ahead_ = first; ahead_ < first + kAheadBytes && ahead_ < end_;) ask<kSumRows>();
+    for (; row + together <= row_end; row += together) {
       ahead_ = w_.codes + row * w_.code_bytes + kAheadBytes;
       if (row + rows_ahead < row_end) ask_for_stats(w_, row + rows_ahead, kSumRows);
       (this->*kOf[job_.inputs - 1])(row);
@@ -105,6 +106,17 @@ class SumProduct {
 
  private:
   static constexpr int kParts = kChunks ? Unit::kFields : 1;  // slots of a quarter
+  /// Weight rows whose sums stand in registers, and those that share a load of activations.
+  static constexpr int together_of(int inputs) { return inputs < 3 || Unit::kBits == 8 ? 1 : 2; }
+  static constexpr int rows_of(int inputs) {
+    return inputs < 4 || together_of(inputs) == 1 ? kSumRows : 2;
+  }
+
+  template <int kInputs, int kTogether>
+  struct Block {
+    typename Unit::Codes codes[kTogether];
+    __m512 parts[kInputs][kTogether][kParts];
+  };
   template <int kRows, int kInputs>
   struct Sums {
     __m512 of[kInputs][kRows];
@@ -159,13 +171,13 @@ class SumProduct {
     std::int64_t quarter = 0;
     const std::int64_t whole = n - n % Unit::kColumns;
     for (std::int64_t k = 0; k < whole; k += Unit::kColumns, quarter += 4) {
-      if constexpr (kRows == kSumRows) ask();
+      if constexpr (kRows > 1) ask<kRows>();
       add_unit<false>(codes, Unit::kBytes, x, slot_at(quarter), sums);
       codes += Unit::kBytes;
       x += Unit::kColumns;
     }
     if (whole < n) {
-      if constexpr (kRows == kSumRows) ask();
+      if constexpr (kRows > 1) ask<kRows>();
       const std::int64_t left = w_.code_bytes - first - whole / Unit::kColumns * Unit::kBytes;
       add_unit<true>(codes, left, x, slot_at(quarter), sums);
     }
@@ -179,38 +191,51 @@ class SumProduct {
   [[gnu::always_inline]] void add_unit(const std::uint8_t* codes, std::int64_t bytes,
                                        const std::uint16_t* x, std::int64_t slot,
                                        Sums<kRows, kInputs>& sums) const {
+    constexpr int kTogether = together_of(kInputs) < kRows ? together_of(kInputs) : kRows;
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      const auto unit = Unit::template load<kTail>(codes + r * w_.code_bytes, bytes);
-      __m512 parts[kInputs][kParts];
-#pragma GCC unroll 16
-      for (int i = 0; i < kInputs * kParts; ++i) {
-        parts[i / kParts][i % kParts] = _mm512_setzero_ps();
+    for (int r = 0; r < kRows; r += kTogether) {
+      Block<kInputs, kTogether> block;
+#pragma GCC unroll 2
+      for (int t = 0; t < kTogether; ++t) {
+        block.codes[t] = Unit::template load<kTail>(codes + (r + t) * w_.code_bytes, bytes);
       }
-      add_vectors<0>(unit, x, parts);
-#pragma GCC unroll 4
-      for (int p = 0; p < kParts; ++p) {
-        const __m512 scale = scales(stats_[r].scale + slot, p);
+#pragma GCC unroll 32
+      for (int i = 0; i < kInputs * kTogether * kParts; ++i) {
+        block.parts[i / kParts / kTogether][i / kParts % kTogether][i % kParts] =
+            _mm512_setzero_ps();
+      }
+      add_vectors<0>(x, block);
+#pragma GCC unroll 8
+      for (int i = 0; i < kTogether * kParts; ++i) {
+        const int t = i / kParts, p = i % kParts;
+        const __m512 scale = scales(stats_[r + t].scale + slot, p);
 #pragma GCC unroll 4
         for (int m = 0; m < kInputs; ++m) {
-          sums.of[m][r] = _mm512_fmadd_ps(parts[m][p], scale, sums.of[m][r]);
+          sums.of[m][r + t] = _mm512_fmadd_ps(block.parts[m][t][p], scale, sums.of[m][r + t]);
         }
       }
     }
   }
 
-  template <int kVector, int kInputs>
-  [[gnu::always_inline]] void add_vectors(const typename Unit::Codes& codes, const std::uint16_t* x,
-                                          __m512 (&parts)[kInputs][kParts]) const {
+  template <int kVector, int kInputs, int kTogether>
+  [[gnu::always_inline]] void add_vectors(const std::uint16_t* x,
+                                          Block<kInputs, kTogether>& block) const {
     if constexpr (kVector < Unit::kVectors) {
       constexpr int kPart = kChunks ? Unit::field_of(kVector) : 0;
-      const __m512i values = unit_.template values<kVector>(codes);
+      __m512i values[kTogether];
+#pragma GCC unroll 2
+      for (int t = 0; t < kTogether; ++t) {
+        values[t] = unit_.template values<kVector>(block.codes[t]);
+      }
 #pragma GCC unroll 4
       for (int m = 0; m < kInputs; ++m) {
-        add_products(parts[m][kPart], values,
-                     load_512(x + m * job_.ldx + 32 * Unit::input_of(kVector)));
+        const __m512i input = load_512(x + m * job_.ldx + 32 * Unit::input_of(kVector));
+#pragma GCC unroll 2
+        for (int t = 0; t < kTogether; ++t) {
+          add_products(block.parts[m][t][kPart], values[t], input);
+        }
       }
-      add_vectors<kVector + 1>(codes, x, parts);
+      add_vectors<kVector + 1>(x, block);
     }
   }
 
@@ -263,11 +288,12 @@ class SumProduct {
     out = sums;
   }
 
+  template <int kRows>
   [[gnu::always_inline]] void ask() {
     if (ahead_ >= end_) return;
 #pragma GCC unroll 8
-    for (int i = 0; i < kSumRows * Unit::kBytes / 64; ++i) __builtin_prefetch(ahead_ + 64 * i);
-    ahead_ += kSumRows * Unit::kBytes;
+    for (int i = 0; i < kRows * Unit::kBytes; i += 64) __builtin_prefetch(ahead_ + i);
+    ahead_ += kRows * Unit::kBytes;
   }
 
   const KernelMatrix& w_;
@@ -287,9 +313,8 @@ class SumProduct {
 std::int64_t sums_width_avx512bf16(const KernelMatrix& w) noexcept {
   return PackedInput(w).width();
 }
-/// Wide codes cost more to decode by themselves; narrow ones with more inputs less.
 bool has_sums_avx512bf16(const KernelMatrix& w, std::int64_t inputs) noexcept {
-  return inputs <= (w.bits > 4 ? kMaxSumInputs : kMaxSumInputs - 1) && has_sum_units(w);
+  return inputs <= kMaxSumInputs && has_sum_units(w);
 }
 
 void pack_sums_avx512bf16(const KernelMatrix& w, const std::uint16_t* in,
