@@ -29,8 +29,9 @@ void share_tasks(const Executor& executor, std::int64_t units, std::int64_t grai
   const std::int64_t tasks = (units + grain - 1) / grain;
   const std::int64_t threads = std::min<std::int64_t>(executor.num_threads(), tasks);
   if (threads <= 1) return body(0, units);
-  // Each piece begins with empty caches: few, the first ones large.
-  const std::int64_t least = std::max(grain, units / (6 * threads));
+  // Each piece begins with empty caches: few, the first ones large. The last ones are what threads
+  // may end apart by.
+  const std::int64_t least = std::max(grain, units / (32 * threads));
   std::atomic<std::int64_t> next{0};
   const auto take = [&](std::int64_t /*begin*/, std::int64_t /*end*/) {
     for (std::int64_t begin = next.load(std::memory_order_relaxed); begin < units;) {
