@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <cstring>
-#include <functional>
 #include <string>
 
 #include "kernels/cpu/dispatch.h"
@@ -86,8 +85,7 @@ std::int64_t bf16_ld(std::int64_t width, std::int64_t unit) {
   return ld % kCacheSetElements == 0 ? ld + 32 : ld;
 }
 
-/// Rows of `ld` elements in the thread's scratch, each written by pack(row, out). Here and below,
-/// bodies go to the executor by reference: std::function would copy their captures to the heap.
+/// Rows of `ld` elements in the thread's scratch, each written by pack(row, out).
 template <class Pack>
 const std::uint16_t* pack_rows(std::int64_t rows, std::int64_t ld, std::int64_t width,
                                const Executor& executor, Pack pack) {
@@ -95,11 +93,7 @@ const std::uint16_t* pack_rows(std::int64_t rows, std::int64_t ld, std::int64_t 
   const auto body = [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) pack(i, packed + i * ld);
   };
-  if (rows * width <= kPackGrain) {
-    body(0, rows);
-  } else {
-    executor.parallel_for(0, rows, ceil_div(kPackGrain, width), std::ref(body));
-  }
+  run_tasks(executor, rows, ceil_div(kPackGrain, std::max<std::int64_t>(width, 1)), body);
   return packed;
 }
 

@@ -80,22 +80,9 @@ class IntSlots {
   static bool is_super(ScaleKind s) {
     return s == ScaleKind::kSuperU8 || s == ScaleKind::kSuperI8 || s == ScaleKind::kSuperU4;
   }
-  template <OffsetKind kOf>
-  struct Kind {
-    static constexpr OffsetKind kKind = kOf;
-  };
   template <class Fn>
-  [[gnu::always_inline]] void with_offset(Fn slots) const {
-    switch (w_.has_offsets ? w_.offset : OffsetKind::kNone) {
-      case OffsetKind::kBias:
-        return slots(Kind<OffsetKind::kBias>{});
-      case OffsetKind::kShift:
-        return slots(Kind<OffsetKind::kShift>{});
-      case OffsetKind::kZeroPoint:
-        return slots(Kind<OffsetKind::kZeroPoint>{});
-      default:
-        return slots(Kind<OffsetKind::kNone>{});
-    }
+  [[gnu::always_inline]] void with_offset(Fn fn) const {
+    with_stored_offset(w_.has_offsets ? w_.offset : OffsetKind::kNone, fn);
   }
   /// fn of one slot.
   template <OffsetKind kOffset, class Fn>

@@ -92,6 +92,27 @@ void with_rule(const KernelMatrix& w, Fn fn) {
   }
 }
 
+/// An offset that is stored, as a type.
+template <OffsetKind kOffset>
+struct StoredOffset {
+  static constexpr OffsetKind kKind = kOffset;
+};
+
+/// Calls fn(StoredOffset); kNone also for the rule that stores none.
+template <class Fn>
+[[gnu::always_inline]] inline void with_stored_offset(OffsetKind offset, Fn fn) {
+  switch (offset) {
+    case OffsetKind::kBias:
+      return fn(StoredOffset<OffsetKind::kBias>{});
+    case OffsetKind::kShift:
+      return fn(StoredOffset<OffsetKind::kShift>{});
+    case OffsetKind::kZeroPoint:
+      return fn(StoredOffset<OffsetKind::kZeroPoint>{});
+    default:
+      return fn(StoredOffset<OffsetKind::kNone>{});
+  }
+}
+
 /// E4M3 codes (low 8 bits, the rest 0) to float32. Adding 120 to the exponent field rebiases it;
 /// exponent 0 has no hidden one, which is taken off again by an exact subtraction.
 template <class T>

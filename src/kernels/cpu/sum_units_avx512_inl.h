@@ -14,7 +14,15 @@ namespace quantal {
 namespace {  // NOLINT: internal linkage on purpose
 
 constexpr int sum_fields(int bits) {
-  constexpr int kFields[] = {0, 0, 4, 4, 2, 2, 2, 0, 1};
+  constexpr int kFields[] = {0,
+                             0,
+                             Planes<2>::kFields,
+                             Planes<3>::kFields,
+                             Planes<4>::kFields,
+                             Planes<5>::kFields,
+                             Planes<6>::kFields,
+                             0,
+                             Planes<8>::kFields};
   return kFields[bits];
 }
 /// Columns that share a quarter of the lanes in all vectors.

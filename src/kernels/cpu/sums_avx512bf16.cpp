@@ -251,16 +251,10 @@ class SumProduct {
 
   template <int kRows, int kInputs>
   void add_offsets(std::int64_t col, std::int64_t n, Sums<kRows, kInputs>& sums) const {
-    switch (w_.offset) {
-      case OffsetKind::kBias:
-        return add_offsets<OffsetKind::kBias>(col, n, sums);
-      case OffsetKind::kShift:
-        return add_offsets<OffsetKind::kShift>(col, n, sums);
-      case OffsetKind::kZeroPoint:
-        return add_offsets<OffsetKind::kZeroPoint>(col, n, sums);
-      default:
-        return;
-    }
+    with_stored_offset(w_.offset, [&](auto offset) {
+      constexpr OffsetKind kOffset = decltype(offset)::kKind;
+      if constexpr (kOffset != OffsetKind::kNone) add_offsets<kOffset>(col, n, sums);
+    });
   }
   template <OffsetKind kOffset, int kRows, int kInputs>
   [[gnu::noinline]] void add_offsets(std::int64_t col, std::int64_t n,
