@@ -47,7 +47,7 @@ std::int64_t packed_matmul_max_rows(const PackedSpec& spec, DType x_dtype,
 /// that depends on nothing but the shapes. x [m_rows, cols] and y [m_rows, rows] row-major and
 /// contiguous, both of `dtype`; bias float32 of `rows` or null. |error| <= 8 * sqrt(cols) * 2^-24 *
 /// sum|x||w| + rounding of y to dtype. For bfloat16 on "avx512bf16", w here is w(n, k) rounded to
-/// bfloat16, as panels are, and subnormals count as zero; but with up to 4 rows of x, integers and
+/// bfloat16, as panels are, and subnormals count as zero; but with up to 64 rows of x, integers and
 /// tables in whole groups of a multiple of 16 columns, scales and offsets are applied to sums over
 /// a group, in float32: w = scale * level + offset with levels rounded to bfloat16 (integers are
 /// exact) and without the roundings to value_dtype, |w| in the bound |scale * level| + |offset|,

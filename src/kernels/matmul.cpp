@@ -76,7 +76,7 @@ std::int64_t column_grain(const KernelMatrix& matrix) {
 /// Multiples of this many elements lie in the same sets of a first-level cache.
 constexpr std::int64_t kCacheSetElements = 2048;
 constexpr std::int64_t kRowUnit = 8;            // rows of weights of a tile in float32
-constexpr std::int64_t kBf16RowUnit = 32;       // rows of weights that stand together in a panel
+constexpr std::int64_t kBf16RowUnit = 32;       // rows of weights that stand together at most
 constexpr std::int64_t kPackGrain = 32 * 1024;  // activations packed by one task
 
 /// Elements from one packed row of activations to the next: whole units, and not in the same sets.
@@ -85,13 +85,16 @@ std::int64_t bf16_ld(std::int64_t width, std::int64_t unit) {
   return ld % kCacheSetElements == 0 ? ld + 32 : ld;
 }
 
-/// Rows of `ld` elements in the thread's scratch, each written by pack(row, out).
-template <class Pack>
-const std::uint16_t* pack_rows(std::int64_t rows, std::int64_t ld, std::int64_t width,
-                               const Executor& executor, Pack pack) {
+/// `width` elements from each of so many rows, followed by a zero, in rows of `ld` elements in the
+/// thread's scratch.
+const std::uint16_t* pad_rows(const std::uint16_t* in, std::int64_t rows, std::int64_t width,
+                              std::int64_t ld, const Executor& executor) {
   auto* packed = static_cast<std::uint16_t*>(thread_scratch<Scratch::kInputs>(ld * rows * 2));
   const auto body = [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t i = begin; i < end; ++i) pack(i, packed + i * ld);
+    for (std::int64_t i = begin; i < end; ++i) {
+      std::copy_n(in + i * width, width, packed + i * ld);  // `in` may be null without rows
+      packed[i * ld + width] = 0;
+    }
   };
   run_tasks(executor, rows, ceil_div(kPackGrain, std::max<std::int64_t>(width, 1)), body);
   return packed;
@@ -108,11 +111,19 @@ void matmul_bf16(const Bf16Kernels& kernels, const KernelMatrix& matrix, const s
                  const Executor& executor) {
   const std::int64_t block = block_rows(m_rows, kMaxBf16Inputs);
   for_input_blocks(m_rows, block, [&](std::int64_t m, std::int64_t count) {
-    const std::int64_t ld = bf16_ld(kernels.packed_width(matrix, count), 64);
-    const std::uint16_t* packed =
-        pack_rows(count, ld, matrix.cols, executor, [&](std::int64_t i, std::uint16_t* out) {
-          kernels.pack(matrix, count, x + (m + i) * matrix.cols, out);
-        });
+    const Bf16Tiles tiles = kernels.tiles(matrix, count);
+    const std::int64_t ld = bf16_ld(tiles.width, 64);
+    auto* packed = static_cast<std::uint16_t*>(thread_scratch<Scratch::kInputs>(ld * count * 2));
+    const auto pack = [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t t = begin; t < end; ++t) {
+        const std::int64_t first = count * t / tiles.count;
+        const std::int64_t rows = count * (t + 1) / tiles.count - first;
+        kernels.pack(matrix, count, x + (m + first) * matrix.cols, rows, packed + first * ld);
+      }
+    };
+    const std::int64_t work = count * matrix.cols;  // of all tiles
+    run_tasks(executor, tiles.count,
+              ceil_div(kPackGrain * tiles.count, std::max<std::int64_t>(work, 1)), pack);
     const Bf16Job job{.x = packed,
                       .ldx = ld,
                       .inputs = count,
@@ -137,10 +148,7 @@ void matmul_transposed_bf16(const Bf16Kernels& kernels, const KernelMatrix& matr
   for_input_blocks(m_rows, block, [&](std::int64_t m, std::int64_t count) {
     const std::uint16_t* rows = g + m * matrix.rows;
     if (ld != matrix.rows) {
-      rows = pack_rows(count, ld, matrix.rows, executor, [&](std::int64_t i, std::uint16_t* out) {
-        std::copy_n(g + (m + i) * matrix.rows, matrix.rows, out);  // g may be null without rows
-        out[matrix.rows] = 0;
-      });
+      rows = pad_rows(rows, count, matrix.rows, ld, executor);
     }
     const Bf16Job job{.x = rows,
                       .ldx = ld,

@@ -51,7 +51,7 @@ std::vector<std::uint8_t> run(const Problem& p, const Executor& executor, std::i
 }
 
 /// Inputs up to which scales may be applied to sums (quantal/kernels.h).
-constexpr std::int64_t kMostSumInputs = 4;
+constexpr std::int64_t kMostSumInputs = 64;
 
 /// True if the active set multiplies bfloat16 with bfloat16, with an order of its own.
 bool has_own_order(const Problem& p) {

@@ -84,7 +84,7 @@ struct MatmulJob {
   std::int64_t ldy;
 };
 
-/// The same with bfloat16 for x (rows of ldx elements, each from Bf16Kernels::pack), w and y.
+/// The same with bfloat16 for x (rows of ldx elements from Bf16Kernels::pack), w and y.
 struct Bf16Job {
   const std::uint16_t* x;
   std::int64_t ldx;
@@ -110,6 +110,14 @@ struct TransposedJob {
 using DecodeRow = void (*)(const KernelMatrix& w, std::int64_t row, std::int64_t col,
                            std::int64_t count, float* out) noexcept;
 
+/// Activations in the form in which products read them: rows that stand together are a tile, which
+/// begins where its first row would. Tile t of `count` are rows [t * inputs / count, (t + 1) *
+/// inputs / count).
+struct Bf16Tiles {
+  std::int64_t width;  ///< elements of a row
+  std::int64_t count;
+};
+
 struct Int8Kernels;
 struct IntKernels;
 struct BlockAttention;
@@ -119,12 +127,11 @@ struct LowRankKernels;
 /// Products of bfloat16 activations with weights rounded to bfloat16, where the processor has
 /// instructions for them.
 struct Bf16Kernels {
-  /// Elements of a packed row of activations, of which there are `inputs`.
-  std::int64_t (*packed_width)(const KernelMatrix& w, std::int64_t inputs) noexcept;
-  /// One row of activations of w.cols elements to the form in which `matmul` of so many inputs
-  /// reads it.
+  /// How `inputs` rows of activations are packed.
+  Bf16Tiles (*tiles)(const KernelMatrix& w, std::int64_t inputs) noexcept;
+  /// `rows` rows of w.cols activations, one tile of `inputs` in all.
   void (*pack)(const KernelMatrix& w, std::int64_t inputs, const std::uint16_t* in,
-               std::uint16_t* out) noexcept;
+               std::int64_t rows, std::uint16_t* out) noexcept;
   /// Output rows [row_begin, row_end).
   void (*matmul)(const KernelMatrix& w, const Bf16Job& job, std::int64_t row_begin,
                  std::int64_t row_end) noexcept;
@@ -134,14 +141,22 @@ struct Bf16Kernels {
   void (*matmul_transposed)(const KernelMatrix& w, const Bf16Job& job, std::int64_t col_begin,
                             std::int64_t col_end) noexcept;
 };
-/// Of so few inputs scales are applied to sums, where the matrix allows it.
+/// Scales are applied to sums where the matrix allows it: of so few inputs by rows of weights, of
+/// more with a row in each lane.
 inline constexpr std::int64_t kMaxSumInputs = 4;
+inline constexpr std::int64_t kMaxLaneInputs = 64;
 bool has_sums_avx512bf16(const KernelMatrix& w, std::int64_t inputs) noexcept;
 std::int64_t sums_width_avx512bf16(const KernelMatrix& w) noexcept;
 void pack_sums_avx512bf16(const KernelMatrix& w, const std::uint16_t* in,
                           std::uint16_t* out) noexcept;
 void matmul_sums_avx512bf16(const KernelMatrix& w, const Bf16Job& job, std::int64_t row_begin,
                             std::int64_t row_end) noexcept;
+bool has_lanes_avx512bf16(const KernelMatrix& w, std::int64_t inputs) noexcept;
+Bf16Tiles lane_tiles_avx512bf16(const KernelMatrix& w, std::int64_t inputs) noexcept;
+void pack_lanes_avx512bf16(const KernelMatrix& w, const std::uint16_t* in, std::int64_t rows,
+                           std::uint16_t* out) noexcept;
+void matmul_lanes_avx512bf16(const KernelMatrix& w, const Bf16Job& job, std::int64_t row_begin,
+                             std::int64_t row_end) noexcept;
 /// matmul of up to 11 inputs where step_fields is not 0, 4 rows at a time; returns the first row
 /// left.
 std::int64_t matmul_direct_avx512bf16(const KernelMatrix& w, const Bf16Job& job,

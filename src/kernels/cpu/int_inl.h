@@ -198,7 +198,7 @@ class IntProduct {
         direct_(direct_product<V>(w, job)),
         fill_(panel_filler<V>(w, *job.form)),
         multiply_(tile(w, *job.form)),
-        slots_(w, *job.form),
+        slots_(w, job.form->unit),
         panel_(static_cast<std::int32_t*>(job.scratch)),
         a_(reinterpret_cast<float*>(panel_ + kIntPanelColumns / 4 * kRows)),
         b_(a_ + kSlots * kRows),
@@ -222,7 +222,7 @@ class IntProduct {
     for (std::int64_t i = 0; i < job_.inputs * kRows; ++i) sums_[i] = 0.0F;
     for (std::int64_t c = 0; c < w_.cols; c += kStretch) {
       const std::int64_t n = min64(kStretch, w_.cols - c);
-      const std::int64_t phase = statistics(row, rows, c, n);
+      const std::int64_t phase = slots_.template fill<kRows>(row, rows, c, n, a_, b_);
       for (std::int64_t k = 0; k < n; k += kIntPanelColumns) {
         add_panel(c + k, phase + k, min64(kIntPanelColumns, n - k), row, rows);
       }
@@ -244,42 +244,6 @@ class IntProduct {
     }
     return w.has_offsets ? multiply_inputs<V, false, true, V::kInputs>
                          : multiply_inputs<V, false, false, V::kInputs>;
-  }
-
-  /// Stores A and B of one slot after the other.
-  struct Put {
-    float* a;
-    float* b;
-    bool offsets;
-    [[gnu::always_inline]] void operator()(F scale, F offset) {
-      V::store_f(a, scale);
-      if (offsets) V::store_f(b, offset);
-      a += kRows;
-      b += kRows;
-    }
-  };
-
-  /// a_[slot][row] and b_ of columns [c, c + n). Returns the position of c in slot 0.
-  std::int64_t statistics(std::int64_t row, std::int64_t rows, std::int64_t c, std::int64_t n) {
-    std::int64_t position = 0;
-    for (std::int64_t half = 0; half < kRows; half += V::kLanes) {
-      Put put{a_ + half, b_ + half, w_.has_offsets};
-      if (!slots_.stored()) {
-        position = slots_.expanded(row + half, row + rows - 1, c, n, put);
-        continue;
-      }
-      const std::uint8_t* stats[V::kLanes];
-      for (std::int64_t r = 0; r < V::kLanes; ++r) {
-        stats[r] = w_.stats + (row + min64(half + r, rows - 1)) * w_.stat_bytes;
-      }
-      const std::int64_t in_word = slots_.in_word();
-      const std::int64_t first = c / w_.group_size / in_word * in_word;
-      for (std::int64_t s = first; s <= (c + n - 1) / w_.group_size; s += V::kLanes * in_word) {
-        slots_.words(stats, s, put);
-      }
-      position = c - first * w_.group_size;
-    }
-    return position;
   }
 
   /// Columns [col, col + n), which begin at `position` in the first slot. With the last ones a

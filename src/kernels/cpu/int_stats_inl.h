@@ -14,17 +14,56 @@ class IntSlots {
   using F = typename V::F;
   using Rows = const std::uint8_t* const*;
 
-  IntSlots(const KernelMatrix& w, const IntForm& form)
+  IntSlots(const KernelMatrix& w, float unit)
       : w_(w),
-        unit_(form.unit),
+        unit_(unit),
         stored_(V::kHalves && !w.has_header &&
                 (is_float_scale(w.scale)
                      ? w.slots * scale_bytes(w.scale) % 4 == 0
                      : is_super(w.scale) && w.slots % 4 == 0 && w.nested_slots % 2 == 0 &&
                            w.nested_group_size % 4 == 0)) {}
 
-  /// True if statistics fill whole 32-bit words of a row: `words` takes them.
-  bool stored() const { return stored_; }
+  /// a[slot * kRows + r] and, if there are offsets, b of columns [c, c + n) of rows row + r, none
+  /// beyond row + rows - 1, which is repeated, and of some more slots. Returns the position of c in
+  /// slot 0.
+  template <std::int64_t kRows>
+  std::int64_t fill(std::int64_t row, std::int64_t rows, std::int64_t c, std::int64_t n, float* a,
+                    float* b) const {
+    std::int64_t position = 0;
+    for (std::int64_t at = 0; at < kRows; at += V::kLanes) {
+      Put<kRows> put{a + at, b + at, w_.has_offsets};
+      if (!stored_) {
+        position = expanded(row + at, row + rows - 1, c, n, put);
+        continue;
+      }
+      const std::uint8_t* stats[V::kLanes];
+      for (std::int64_t r = 0; r < V::kLanes; ++r) {
+        stats[r] = w_.stats + (row + min64(at + r, rows - 1)) * w_.stat_bytes;
+      }
+      const std::int64_t first = c / w_.group_size / in_word() * in_word();
+      for (std::int64_t s = first; s <= (c + n - 1) / w_.group_size; s += V::kLanes * in_word()) {
+        words(stats, s, put);
+      }
+      position = c - first * w_.group_size;
+    }
+    return position;
+  }
+
+ private:
+  /// Stores A and B of one slot after the other.
+  template <std::int64_t kRows>
+  struct Put {
+    float* a;
+    float* b;
+    bool offsets;
+    [[gnu::always_inline]] void operator()(F scale, F offset) {
+      V::store_f(a, scale);
+      if (offsets) V::store_f(b, offset);
+      a += kRows;
+      b += kRows;
+    }
+  };
+
   std::int64_t in_word() const { return 4 / scale_bytes(w_.scale); }
 
   /// fn(a, b) of the slots of V::kLanes words from `slot` on, a multiple of in_word(). What comes
@@ -69,7 +108,6 @@ class IntSlots {
     return stats[0].phase;
   }
 
- private:
   template <ScaleKind kScale, class Fn>
   [[gnu::always_inline]] void transposed(Rows scales, std::int64_t scale_at, Rows offsets,
                                          std::int64_t offset_at, std::int64_t words, Fn& fn) const {
@@ -143,7 +181,8 @@ class IntSlots {
     };
     Fn local = fn;  // stores of vectors may alias all that is in memory
     for (std::int64_t i = 0; i < V::kLanes; ++i) {
-      const std::int64_t j = (first + 4 * i) / w_.nested_group_size - block;
+      const auto at = static_cast<std::uint32_t>(first + 4 * i);  // faster than 64 bits
+      const std::int64_t j = at / static_cast<std::uint32_t>(w_.nested_group_size) - block;
       const F scale = half(super, j);
       F shift = scale;
       I other = code[i];
@@ -151,17 +190,19 @@ class IntSlots {
         shift = half(offset_super, j);
         other = kNibbles ? V::template shift<4>(code[i]) : offset_code[i];
       }
-      const auto four = [&](I scales, I offsets) {
-        constexpr SubCode kOther = kNibbles ? kSub : SubCode::kUnsigned;
-        slot<kOffset>(V::mul(scale, sub_code<kSub>(scales)),
-                      V::mul(shift, sub_code<kOther>(offsets)), local);
-      };
-      four(code[i], other);
-      four(V::template shift<8>(code[i]), V::template shift<8>(other));
-      four(V::template shift<16>(code[i]), V::template shift<16>(other));
-      four(V::template shift<24>(code[i]), V::template shift<24>(other));
+      super_slot<kSub, kOffset, 0>(scale, code[i], shift, other, local);
+      super_slot<kSub, kOffset, 8>(scale, code[i], shift, other, local);
+      super_slot<kSub, kOffset, 16>(scale, code[i], shift, other, local);
+      super_slot<kSub, kOffset, 24>(scale, code[i], shift, other, local);
     }
     fn = local;
+  }
+  /// fn of the slot whose codes are kAt bits up in their words.
+  template <SubCode kSub, OffsetKind kOffset, int kAt, class Fn>
+  [[gnu::always_inline]] void super_slot(F scale, I code, F shift, I other, Fn& fn) const {
+    constexpr SubCode kOther = kSub == SubCode::kLowNibble ? kSub : SubCode::kUnsigned;
+    slot<kOffset>(V::mul(scale, sub_code<kSub>(V::template shift<kAt>(code))),
+                  V::mul(shift, sub_code<kOther>(V::template shift<kAt>(other))), fn);
   }
   /// The low byte of a word, or its low four bits.
   template <SubCode kSub>
@@ -175,7 +216,7 @@ class IntSlots {
 
   const KernelMatrix& w_;
   const float unit_;
-  const bool stored_;
+  const bool stored_;  // statistics fill whole 32-bit words of a row: `words` takes them
 };
 
 }  // namespace

@@ -190,6 +190,7 @@ void run_tiles(const KernelMatrix& w, const Bf16Job& job, std::int64_t row, std:
 void matmul(const KernelMatrix& w, const Bf16Job& job, std::int64_t row,
             std::int64_t row_end) noexcept {
   if (has_sums_avx512bf16(w, job.inputs)) return matmul_sums_avx512bf16(w, job, row, row_end);
+  if (has_lanes_avx512bf16(w, job.inputs)) return matmul_lanes_avx512bf16(w, job, row, row_end);
   if (job.inputs > kMaxTileInputs) return matmul_panels_avx512bf16(w, job, row, row_end);
   if (job.inputs <= kMaxDirectInputs && step_fields(w) != 0) {
     row = matmul_direct_avx512bf16(w, job, row, row_end);
@@ -197,14 +198,13 @@ void matmul(const KernelMatrix& w, const Bf16Job& job, std::int64_t row,
   run_tiles(w, job, row, row_end);
 }
 
-std::int64_t packed_width(const KernelMatrix& w, std::int64_t inputs) noexcept {
-  return has_sums_avx512bf16(w, inputs) ? sums_width_avx512bf16(w) : w.cols;
+Bf16Tiles tiles(const KernelMatrix& w, std::int64_t inputs) noexcept {
+  if (has_lanes_avx512bf16(w, inputs)) return lane_tiles_avx512bf16(w, inputs);
+  return {has_sums_avx512bf16(w, inputs) ? sums_width_avx512bf16(w) : w.cols, inputs};
 }
 
 /// One row of activations: the order of columns in scratch, zero up to a multiple of 64.
-void pack(const KernelMatrix& w, std::int64_t inputs, const std::uint16_t* in,
-          std::uint16_t* out) noexcept {
-  if (has_sums_avx512bf16(w, inputs)) return pack_sums_avx512bf16(w, in, out);
+void pack_row(const KernelMatrix& w, const std::uint16_t* in, std::uint16_t* out) {
   const std::int64_t fields = step_fields(w);
   const std::int64_t whole = fields > 1 ? w.cols : 0;
   const auto chunk = [](const std::uint16_t* p) {
@@ -223,11 +223,17 @@ void pack(const KernelMatrix& w, std::int64_t inputs, const std::uint16_t* in,
   pad_columns(w.cols, out);
 }
 
+void pack(const KernelMatrix& w, std::int64_t inputs, const std::uint16_t* in, std::int64_t rows,
+          std::uint16_t* out) noexcept {
+  if (has_lanes_avx512bf16(w, inputs)) return pack_lanes_avx512bf16(w, in, rows, out);
+  if (has_sums_avx512bf16(w, inputs)) return pack_sums_avx512bf16(w, in, out);
+  pack_row(w, in, out);
+}
+
 }  // namespace
 
 const Bf16Kernels& bf16_kernels_avx512bf16() {
-  static constexpr Bf16Kernels kKernels = {packed_width, pack, matmul,
-                                           matmul_transposed_avx512bf16};
+  static constexpr Bf16Kernels kKernels = {tiles, pack, matmul, matmul_transposed_avx512bf16};
   return kKernels;
 }
 

@@ -30,42 +30,6 @@ struct PackedInput {
   }
 };
 
-bool has_sums_of_inputs(const KernelMatrix& w) {
-  return w.offset != OffsetKind::kNone && w.offset != OffsetKind::kOver127;
-}
-
-/// Lanes of `v` added up in each quarter, to[0], to[step], ..
-void store_quarters(__m512 v, std::int64_t step, float* to) {
-  v = _mm512_add_ps(v, _mm512_permute_ps(v, 0xB1));
-  v = _mm512_add_ps(v, _mm512_permute_ps(v, 0x4E));
-  alignas(16) float of[4];
-  _mm_store_ps(of, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, v)));
-  for (int q = 0; q < 4; ++q) to[q * step] = of[q];
-}
-
-/// Columns of chunk f of the quarters of a unit, `left` of which are in the row: even ones, odd.
-struct ChunkPair {
-  __m512i even, odd;
-
-  ChunkPair(const std::uint16_t* in, std::int64_t quarter, std::int64_t left) {
-    const auto chunk = [=](int q) {
-      if (q * quarter >= left) return _mm256_setzero_si256();
-      return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + q * quarter));
-    };
-    const auto both = [](__m256i low, __m256i high) {
-      return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-    };
-    const __m512i low = both(chunk(0), chunk(1));
-    const __m512i high = both(chunk(2), chunk(3));
-    // Words 0, 2, ..: 4 i and 4 i + 2 in lane i.
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i even_at = _mm512_add_epi32(_mm512_mullo_epi32(lane, _mm512_set1_epi32(0x40004)),
-                                             _mm512_set1_epi32(0x20000));
-    even = _mm512_permutex2var_epi16(low, even_at, high);
-    odd = _mm512_permutex2var_epi16(low, _mm512_add_epi16(even_at, _mm512_set1_epi16(1)), high);
-  }
-};
-
 template <class Unit, bool kChunks>
 class SumProduct {
  public:
