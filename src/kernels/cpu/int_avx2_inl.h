@@ -14,6 +14,7 @@ struct IntAvx2 {
   static constexpr int kInputs = 4;
   static constexpr bool kHoldSums = false;
   static constexpr int kDirectInputs = 0;
+  static constexpr bool kCopyUnits = false;
   static constexpr bool kHalves = false;
 
   static const __m256i* at(const void* p) { return static_cast<const __m256i*>(p); }

@@ -14,6 +14,7 @@ struct IntAvx512 {
   static constexpr int kInputs = 6;
   static constexpr bool kHoldSums = true;
   static constexpr int kDirectInputs = 2;
+  static constexpr bool kCopyUnits = true;
   static constexpr bool kHalves = true;
 
   static I load_i(const std::int32_t* p) { return _mm512_loadu_si512(p); }

@@ -8,6 +8,7 @@
 //   kHoldSums         registers hold sums and dots of a tile
 //   kDirectInputs     up to which codes are multiplied without a panel: 0 or 2
 //   kSigned           wide codes are stored as u - 128
+//   kCopyUnits        units are copied before they are transposed
 //   kHalves           low_half(f16, words) and high_half: 16-bit floats of 32-bit words
 //   I, F              32-bit integers and floats of kLanes rows; of I also 4 * kLanes bytes
 //   transpose(rows, offset, n, out)   out[i], i < kLanes, lane r: 32-bit word i at rows[r] +
@@ -63,15 +64,6 @@ class IntUnpacker {
 
   explicit IntUnpacker(const IntForm& form) : levels_(V::load_levels(form.levels)) {}
 
-  /// The unit at `offset` of V::kLanes rows, of which `words` 32-bit words are there.
-  [[gnu::always_inline]] void load(const std::uint8_t* const* rows, std::int64_t offset,
-                                   std::int64_t words, I (&in)[Unit::kVectors]) const {
-#pragma GCC unroll 16
-    for (int t = 0; t < Unit::kWords; t += V::kLanes) {
-      const std::int64_t n = min64(min64(V::kLanes, Unit::kWords - t), words - t);
-      V::transpose(rows, offset + 4 * t, n, in + t);
-    }
-  }
   /// Columns 16 kChunk + 4 j .. + 3 of a unit as they are multiplied.
   template <int kChunk>
   [[gnu::always_inline]] I codes(const I* in, int j) const {
@@ -104,17 +96,70 @@ struct IntRows {
   const std::uint8_t* ahead;  // codes that will be read after these rows, and where they end
   const std::uint8_t* end;
 
-  /// While a unit of V::kLanes rows is used, asks for as many bytes of the rows that come later,
-  /// which are one run of memory. In its order, every line: an order by rows, every other line, and
-  /// lines of the next unit beside these were all slower.
-  template <class V, int kBytes>
+  /// While some codes are used, asks for as many lines of the rows that come later, which are one
+  /// run of memory. In its order, every line: an order by rows, every other line, and lines of the
+  /// next unit beside these were all slower.
+  template <int kLines>
   [[gnu::always_inline]] void ask() {
     if (ahead >= end) return;
-    constexpr int kLines = (kBytes * V::kLanes + 63) / 64;
 #pragma GCC unroll 20
     for (int i = 0; i < kLines; ++i) __builtin_prefetch(ahead + 64 * i);
     ahead += 64 * kLines;
   }
+};
+
+/// Units of V::kLanes rows in turn, transposed. Rows are powers of two apart, so lines that were
+/// asked for do not stay in the first-level cache: with kCopy the next unit is copied while one is
+/// used.
+template <class V, class Unit, bool kCopy>
+class IntUnits {
+ public:
+  using I = typename V::I;
+
+  /// `count` units from `offset` on of the rows from `row` on.
+  IntUnits(IntRows& rows, std::int64_t row, std::int64_t offset, std::int64_t count)
+      : rows_(rows), codes_(rows.codes + row), offset_(offset), left_(count) {
+    if constexpr (kCopy) {
+      for (int r = 0; r < V::kLanes; ++r) copies_[r] = raw_ + r * kCopyBytes;
+      copy();
+    }
+  }
+  [[gnu::always_inline]] void next(I (&in)[Unit::kVectors]) {
+    const std::int64_t words = (rows_.code_bytes - offset_) / 4;
+    const std::uint8_t* const* from = kCopy ? copies_ : codes_;
+#pragma GCC unroll 16
+    for (int t = 0; t < Unit::kWords; t += V::kLanes) {
+      const std::int64_t n = min64(min64(V::kLanes, Unit::kWords - t), words - t);
+      V::transpose(from, (kCopy ? 0 : offset_) + 4 * t, n, in + t);
+    }
+    offset_ += Unit::kBytes;
+    if constexpr (kCopy) {
+      if (--left_ != 0) copy();
+    }
+  }
+
+ private:
+  static constexpr int kCopyBytes = (Unit::kBytes + 63) / 64 * 64;
+
+  [[gnu::always_inline]] void copy() {
+    const std::int64_t bytes = rows_.code_bytes - offset_;
+    if (bytes >= Unit::kBytes) {
+#pragma GCC unroll 16
+      for (int r = 0; r < V::kLanes; ++r) {
+        __builtin_memcpy(raw_ + r * kCopyBytes, codes_[r] + offset_, Unit::kBytes);
+      }
+      return;
+    }
+    for (int r = 0; r < V::kLanes; ++r) {
+      __builtin_memcpy(raw_ + r * kCopyBytes, codes_[r] + offset_, static_cast<std::size_t>(bytes));
+    }
+  }
+
+  IntRows& rows_;
+  const std::uint8_t* const* const codes_;
+  std::int64_t offset_, left_;
+  const std::uint8_t* copies_[V::kLanes];
+  alignas(64) std::uint8_t raw_[kCopy ? V::kLanes * kCopyBytes : 1];
 };
 
 /// Fills a panel with columns [col, col + n) of 2 * V::kLanes rows, col a multiple of
@@ -127,13 +172,15 @@ void fill_panel(const IntForm& form, IntRows& rows, std::int64_t col, std::int64
                 std::int32_t* panel) {
   using Unit = IntUnit<V, kBits>;
   const IntUnpacker<V, kBits, kTable> unpacker(form);
-  const std::uint8_t* const* codes = rows.codes;
-  for (int half = 0; half < 2; ++half, codes += V::kLanes, panel += V::kLanes) {
-    std::int64_t offset = col / Unit::kColumns * Unit::kBytes;
-    for (std::int64_t k = 0; k < n; k += Unit::kColumns, offset += Unit::kBytes) {
-      rows.template ask<V, Unit::kBytes>();
+  constexpr int kLines = (Unit::kBytes * V::kLanes / 64 + 1) / 2;  // the others while it is used
+  for (int half = 0; half < 2; ++half, panel += V::kLanes) {
+    IntUnits<V, Unit, V::kCopyUnits> units(rows, half * V::kLanes,
+                                           col / Unit::kColumns * Unit::kBytes,
+                                           (n + Unit::kColumns - 1) / Unit::kColumns);
+    for (std::int64_t k = 0; k < n; k += Unit::kColumns) {
       typename V::I in[Unit::kVectors];
-      unpacker.load(codes, offset, (rows.code_bytes - offset) / 4, in);
+      rows.template ask<kLines>();
+      units.next(in);
       unpacker.template store<0>(in, panel + k / 4 * (2 * V::kLanes));
     }
   }
@@ -167,6 +214,7 @@ struct IntPanel {
   std::int64_t runs;        // of the panel
   std::int64_t words;       // of 4 columns in a run
   std::int64_t last_words;  // in the last run
+  std::int64_t ask_lines;   // of codes that come later, in a run
   const float* a[kIntPanelColumns / kLanes];
   const float* b[kIntPanelColumns / kLanes];
 };

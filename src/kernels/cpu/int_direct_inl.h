@@ -27,15 +27,16 @@ class IntDirect {
 
   /// sums[m][rows of this half] += what the columns add.
   void run(IntRows& rows, float* sums) {
-    const std::uint8_t* const* codes = rows.codes + row_;
 #pragma GCC unroll 4
     for (int i = 0; i < kInputs; ++i) sums_[i] = V::load_f(sums + i * 2 * V::kLanes + row_);
     begin_run();
-    std::int64_t offset = p_.col / Unit::kColumns * Unit::kBytes;
-    for (bool more = true; more; offset += Unit::kBytes) {
-      rows.template ask<V, Unit::kBytes>();
+    const std::int64_t columns = 4 * ((p_.runs - 1) * p_.words + p_.last_words);
+    IntUnits<V, Unit, false> units(rows, row_, p_.col / Unit::kColumns * Unit::kBytes,
+                                   (columns + Unit::kColumns - 1) / Unit::kColumns);
+    for (bool more = true; more;) {
       I in[Unit::kVectors];
-      unpacker_.load(codes, offset, (rows.code_bytes - offset) / 4, in);
+      rows.template ask<(Unit::kBytes * V::kLanes + 63) / 64>();
+      units.next(in);
       more = chunks<0>(in);
     }
 #pragma GCC unroll 4

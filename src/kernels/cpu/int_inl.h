@@ -136,7 +136,8 @@ template <class V, int kInputs, bool kOffsets>
 
 /// sums[m][rows] += what the panel adds, for the tile of kInputs rows of activations from m on.
 template <class V, int kInputs, bool kWide, bool kOffsets>
-void multiply_int(const IntPanel& p, const IntJob& job, std::int64_t m, float* sums) {
+void multiply_int(const IntPanel& p, const IntJob& job, std::int64_t m, IntRows& rows,
+                  float* sums) {
   using I = typename V::I;
   constexpr std::int64_t kRows = 2 * V::kLanes;
   const std::int32_t* codes = p.codes;
@@ -154,6 +155,9 @@ void multiply_int(const IntPanel& p, const IntJob& job, std::int64_t m, float* s
       dot[2 * i] = dot[2 * i + 1] = V::set1_i(job.x.start[at + i]);
     }
     const std::int64_t words = r + 1 == p.runs ? p.last_words : p.words;
+    if (m == 0) {  // while the first tile is multiplied
+      for (std::int64_t k = 0; k < p.ask_lines; k += 2) rows.template ask<2>();
+    }
     for (std::int64_t k = 0; k < words; ++k, codes += kRows, x += kInputs) {
       const I first = V::load_i(codes);
       const I second = V::load_i(codes + V::kLanes);
@@ -175,13 +179,13 @@ void multiply_int(const IntPanel& p, const IntJob& job, std::int64_t m, float* s
 /// `inputs` <= kInputs rows of activations from m on.
 template <class V, bool kWide, bool kOffsets, int kInputs>
 void multiply_inputs(std::int64_t inputs, const IntPanel& p, const IntJob& job, std::int64_t m,
-                     float* sums) {
+                     IntRows& rows, float* sums) {
   if constexpr (kInputs > 1) {
     if (inputs < kInputs) {
-      return multiply_inputs<V, kWide, kOffsets, kInputs - 1>(inputs, p, job, m, sums);
+      return multiply_inputs<V, kWide, kOffsets, kInputs - 1>(inputs, p, job, m, rows, sums);
     }
   }
-  multiply_int<V, kInputs, kWide, kOffsets>(p, job, m, sums);
+  multiply_int<V, kInputs, kWide, kOffsets>(p, job, m, rows, sums);
 }
 
 // ------------------------------------------------------------------ products
@@ -233,7 +237,7 @@ class IntProduct {
  private:
   using F = typename V::F;
   using Multiply = void (*)(std::int64_t inputs, const IntPanel& p, const IntJob& job,
-                            std::int64_t m, float* sums);
+                            std::int64_t m, IntRows& rows, float* sums);
   static constexpr std::int64_t kSlots = kStretchSlots + 2 * kLanes;
 
   static Multiply tile(const KernelMatrix& w, const IntForm& form) {
@@ -262,6 +266,7 @@ class IntProduct {
     p.runs = (n + run - 1) / run;
     p.words = run / 4;
     p.last_words = (n - (p.runs - 1) * run + 3) / 4;
+    p.ask_lines = n * w_.bits * kRows / (2 * 8 * 64) / p.runs;
     for (std::int64_t r = 0; r < p.runs; ++r) {
       const std::int64_t at = (position + r * run) / w_.group_size * kRows;
       p.a[r] = a_ + at;
@@ -276,7 +281,7 @@ class IntProduct {
       if (last) {
         for (std::int64_t i = 0; i < count; ++i) __builtin_prefetch(output(m + i, row), 1);
       }
-      multiply_(count, p, job_, m, sums_ + m * kRows);
+      multiply_(count, p, job_, m, rows_, sums_ + m * kRows);
       if (last) store(m, count, row, rows);
     }
   }

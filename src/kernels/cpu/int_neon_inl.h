@@ -14,6 +14,7 @@ struct IntNeon {
   static constexpr int kInputs = 8;
   static constexpr bool kHoldSums = false;
   static constexpr int kDirectInputs = 0;
+  static constexpr bool kCopyUnits = false;
   static constexpr bool kHalves = false;
   static constexpr bool kSigned = true;
 

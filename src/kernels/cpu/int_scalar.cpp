@@ -12,6 +12,7 @@ struct IntScalar {
   static constexpr int kInputs = 2;
   static constexpr bool kHoldSums = false;
   static constexpr int kDirectInputs = 0;
+  static constexpr bool kCopyUnits = false;
   static constexpr bool kHalves = false;
   static constexpr bool kSigned = false;
 
