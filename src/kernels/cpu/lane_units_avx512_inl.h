@@ -94,7 +94,7 @@ class LaneCodes {
       from_ = from_ < last_ ? from_ + w_.code_bytes : last_;
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < kVecs * Unit::kBytes; i += 64) _mm_prefetch(ahead_ + i, _MM_HINT_T1);
+    for (int i = 0; i < kVecs * Unit::kBytes; i += 64) _mm_prefetch(ahead_ + i, _MM_HINT_T0);
     ahead_ += kVecs * Unit::kBytes;
     left_ -= kVecs;
   }
