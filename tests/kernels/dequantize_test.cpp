@@ -84,6 +84,34 @@ TEST_F(KernelSets, DequantizePanelIsAPartOfTheWhole) {
   }
 }
 
+TEST_F(KernelSets, SubnormalValuesOfTinyTablesAndStatistics) {
+  for (const float scale : {1.0F, 1e-9F, 1e-38F}) {
+    for (const float level : {0.5F, 1e-10F, 1e-39F}) {
+      for (const Offset offset : {Offset::kNone, Offset::kBias, Offset::kZeroPoint}) {
+        const PackedSpec spec{
+            .rows = 2, .cols = 192, .code_map = CodeMap::kTable, .offset = offset};
+        PackedMatrix w = random_packed(spec, 7);
+        for (std::size_t i = 0; i < 16; ++i) {
+          const float v = level * (static_cast<float>(i) - 7.0F);
+          std::memcpy(w.shared.data() + i * 4, &v, 4);
+        }
+        const std::vector<float> scales(6, scale), offsets(6, scale * 0.75F);
+        spread_stats(spec,
+                     {.scales = reinterpret_cast<const std::uint8_t*>(scales.data()),
+                      .offsets = reinterpret_cast<const std::uint8_t*>(offsets.data())},
+                     0, w.stats.data(), serial_executor());
+        const auto expected = reference(w, {0, 2, 0, 192}, DType::kBF16);
+        for (std::string_view name : available_cpu_kernels()) {
+          select_cpu_kernels(name);
+          EXPECT_TRUE(same_values(
+              DType::kBF16, kernel(w, {0, 2, 0, 192}, DType::kBF16, serial_executor()), expected))
+              << name << " " << scale << " " << level << " " << describe(spec);
+        }
+      }
+    }
+  }
+}
+
 TEST_F(KernelSets, DequantizeLeavesWhatIsBetweenRowsAlone) {
   const PackedSpec spec{.rows = 3, .cols = 37, .offset = Offset::kBias, .group_size = 5};
   const PackedMatrix w = random_packed(spec, 5);

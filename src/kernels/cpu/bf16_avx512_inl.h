@@ -112,18 +112,29 @@ inline void decode_any(const KernelMatrix& w, const Stretch& /*stats*/, std::int
   pad_columns(n, out);
 }
 
-/// One step of codes.
-template <class Step>
+/// One step of codes; kInOrder: columns in the order of memory.
+template <bool kInOrder, class Step>
 [[gnu::always_inline]] inline void decode_step(const Step& step, const std::uint8_t* codes,
                                                const typename Step::Group& group,
                                                std::uint16_t* out) {
-  __m512i values[Step::kFields];
+  constexpr int kFields = Step::kFields;
+  __m512i values[kFields];
   step.look_up(codes, group, values);
+  const auto store_half = [out](int chunk, __m256i half) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + chunk * kLanes), half);
+  };
 #pragma GCC unroll 4
-  for (int f = 0; f < Step::kFields; ++f) _mm512_storeu_si512(out + 32 * f, values[f]);
+  for (int f = 0; f < kFields; ++f) {
+    if (!kInOrder || kFields == 1) {
+      _mm512_storeu_si512(out + 32 * f, values[f]);
+    } else {
+      store_half(f, _mm512_castsi512_si256(values[f]));
+      store_half(kFields + f, _mm512_extracti64x4_epi64(values[f], 1));
+    }
+  }
 }
 
-template <class Step>
+template <bool kInOrder, class Step>
 void decode_steps(const KernelMatrix& w, const Stretch& stats, std::int64_t row, std::int64_t col,
                   std::int64_t k, std::int64_t n, std::uint16_t* out) {
   const Step step(w);
@@ -142,41 +153,43 @@ void decode_steps(const KernelMatrix& w, const Stretch& stats, std::int64_t row,
       for (; c + 2 * Step::kColumns <= n; c += 2 * Step::kColumns, slot += 2) {
         typename Step::Group pair[2];
         step.two_groups(stats, slot, pair);
-        decode_step(step, codes, pair[0], out + c);
-        decode_step(step, codes + Step::kBytes, pair[1], out + c + Step::kColumns);
+        decode_step<kInOrder>(step, codes, pair[0], out + c);
+        decode_step<kInOrder>(step, codes + Step::kBytes, pair[1], out + c + Step::kColumns);
         codes += 2 * Step::kBytes;
       }
     }
     for (; c < whole; c += Step::kColumns, slot += Step::kGroupsOfStep, codes += Step::kBytes) {
-      decode_step(step, codes, step.group(stats, slot), out + c);
+      decode_step<kInOrder>(step, codes, step.group(stats, slot), out + c);
     }
   }
   std::int64_t end = (slot + Step::kGroupsOfStep) * slot_size - stats.phase - k;
   for (; c < whole; slot += Step::kGroupsOfStep, end += width) {
     const typename Step::Group group = step.group(stats, slot);
     for (const std::int64_t stop = min64(end, whole); c < stop; c += Step::kColumns) {
-      decode_step(step, codes, group, out + c);
+      decode_step<kInOrder>(step, codes, group, out + c);
       codes += Step::kBytes;
     }
   }
   if constexpr (Step::kFields > 1) {
     if (whole < n) {
       const typename Step::Half half(w);
-      decode_step(half, codes, half.group(stats, slot), out + whole);
+      decode_step<kInOrder>(half, codes, half.group(stats, slot), out + whole);
     }
   }
-  pad_columns(n, out);
+  if (!kInOrder) pad_columns(n, out);
 }
 
-inline DecodeBf16 bf16_decoder(const KernelMatrix& w) {
+/// kInOrder: columns in the order of memory and nothing behind them; step_fields is not 0.
+template <bool kInOrder = false>
+DecodeBf16 bf16_decoder(const KernelMatrix& w) {
   DecodeBf16 decode = decode_any;
   if (step_fields(w) == 0) return decode;
   if (w.bits > 4) {
-    with_numbers(w, [&]<class Step>() { decode = decode_steps<Step>; });
+    with_numbers(w, [&]<class Step>() { decode = decode_steps<kInOrder, Step>; });
     return decode;
   }
   with_table_rule(w, [&]<class V>(V /*rule*/) {
-    with_lookup(w, [&]<class L>() { decode = decode_steps<TableStep<V, L>>; });
+    with_lookup(w, [&]<class L>() { decode = decode_steps<kInOrder, TableStep<V, L>>; });
   });
   return decode;
 }

@@ -166,6 +166,7 @@ void matmul_panels_avx512bf16(const KernelMatrix& w, const Bf16Job& job, std::in
 void matmul_transposed_avx512bf16(const KernelMatrix& w, const Bf16Job& job, std::int64_t col_begin,
                                   std::int64_t col_end) noexcept;
 const Bf16Kernels& bf16_kernels_avx512bf16();
+void dequantize_avx512bf16(const KernelMatrix& w, const DequantizeJob& job) noexcept;
 
 /// float32 that a Bf16Job's scratch holds for a thread: 512 KiB, too much for some stacks.
 inline constexpr std::int64_t kBf16ScratchFloats = 128 * 1024;

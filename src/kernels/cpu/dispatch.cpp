@@ -110,10 +110,10 @@ constexpr MaxRows kScalarRows = {{1, 1, 1}};
 // Best first.
 const CpuKernels kSets[] = {
 #if defined(__x86_64__)
-    {"avx512amx", has_amx, dequantize_avx512, matmul_avx512, matmul_transposed_avx512, widen_avx512,
-     int8_kernels_best_avx512, int_kernels_best_avx512, bf16_kernels_avx512bf16,
+    {"avx512amx", has_amx, dequantize_avx512bf16, matmul_avx512, matmul_transposed_avx512,
+     widen_avx512, int8_kernels_best_avx512, int_kernels_best_avx512, bf16_kernels_avx512bf16,
      few_rows_attention_avx512, nullptr, low_rank_kernels_avx512, kAmxRows, kAmxRows},
-    {"avx512bf16", has_avx512_bf16, dequantize_avx512, matmul_avx512, matmul_transposed_avx512,
+    {"avx512bf16", has_avx512_bf16, dequantize_avx512bf16, matmul_avx512, matmul_transposed_avx512,
      widen_avx512, int8_kernels_best_avx512, int_kernels_best_avx512, bf16_kernels_avx512bf16,
      few_rows_attention_avx512, block_attention_avx512bf16, low_rank_kernels_avx512, kBf16Rows,
      kBf16Rows},
