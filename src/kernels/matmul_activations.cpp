@@ -1,12 +1,12 @@
 // Products of activations in int8 with packed codes (quantal/kernels.h, matmul_int8_activations).
 #include <algorithm>
 #include <cmath>
-#include <functional>
 #include <string>
 
 #include "kernels/activations.h"
 #include "kernels/cpu/dispatch.h"
 #include "kernels/scratch.h"
+#include "kernels/tasks.h"
 #include "quantal/kernels.h"
 
 namespace quantal {
@@ -103,19 +103,14 @@ void multiply_block(const IntKernels& kernels, const KernelMatrix& matrix, const
                        inputs.tile(t));
     }
   };
-  if (job.inputs * matrix.cols <= kTaskInputs) {
-    round(0, inputs.tiles());
-  } else {  // bodies go by reference: std::function would copy their captures to the heap
-    const std::int64_t grain = ceil_div(kTaskInputs, matrix.cols * job.x.tile);
-    executor.parallel_for(0, inputs.tiles(), grain, std::ref(round));
-  }
+  run_tasks(executor, inputs.tiles(), ceil_div(kTaskInputs, matrix.cols * job.x.tile), round);
   const auto body = [&](std::int64_t begin, std::int64_t end) {
     IntJob task = job;
     task.scratch = thread_scratch<Scratch::kSums>(kIntScratchBytes);
     kernels.matmul(matrix, task, begin * kIntRowUnit, std::min(end * kIntRowUnit, matrix.rows));
   };
-  executor.parallel_for(0, ceil_div(matrix.rows, kIntRowUnit),
-                        ceil_div(kTaskCodes, kIntRowUnit * matrix.cols), std::ref(body));
+  run_tasks(executor, ceil_div(matrix.rows, kIntRowUnit),
+            ceil_div(kTaskCodes, kIntRowUnit * matrix.cols), body);
 }
 
 }  // namespace

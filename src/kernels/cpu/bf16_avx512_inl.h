@@ -18,11 +18,13 @@ constexpr std::int64_t kPadColumns = 64;
 inline void repeat_for_slots(const float* from, std::int64_t group_size, std::int64_t phase,
                              std::int64_t size, std::int64_t count, float* to) {
   const std::int64_t slots = (count + size - 1) / size;
-  if (group_size == 2 * size && phase == 0) {
-    const __m512i twice = _mm512_srli_epi32(
-        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 1);
-    for (std::int64_t k = 0; k < slots; k += kLanes, from += kLanes / 2) {
-      _mm512_storeu_ps(to + k, _mm512_permutexvar_ps(twice, _mm512_loadu_ps(from)));
+  for (int shift = 1; shift <= 3 && phase == 0; ++shift) {
+    if (group_size != size << shift) continue;
+    const __m512i at =
+        _mm512_srl_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                         _mm_cvtsi32_si128(shift));
+    for (std::int64_t k = 0; k < slots; k += kLanes, from += kLanes >> shift) {
+      _mm512_storeu_ps(to + k, _mm512_permutexvar_ps(at, _mm512_loadu_ps(from)));
     }
     return;
   }

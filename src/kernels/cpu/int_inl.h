@@ -213,6 +213,14 @@ class IntProduct {
     rows_.code_bytes = w.code_bytes;
   }
 
+  /// Asks for the first rows, which no others come before.
+  void ask_for_first(std::int64_t row) const {
+    const std::int64_t rows = min64(kRows, w_.rows - row);
+    const std::uint8_t* const stats = w_.stats + row * w_.stat_bytes;
+    for (std::int64_t i = 0; i < rows * w_.stat_bytes; i += 64) __builtin_prefetch(stats + i, 0, 2);
+    const std::uint8_t* const codes = w_.codes + row * w_.code_bytes;
+    for (std::int64_t i = 0; i < rows * w_.code_bytes; i += 64) __builtin_prefetch(codes + i, 0, 2);
+  }
   /// Rows [row, row + rows), rows <= kRows. Rows that are missing repeat the last one.
   void run(std::int64_t row, std::int64_t rows) {
     const std::int64_t later = min64(kRows, w_.rows - row - rows);
@@ -323,6 +331,7 @@ void matmul_int(const KernelMatrix& w, const IntJob& job, std::int64_t row,
   constexpr std::int64_t kRows = IntProduct<T, V>::kRows;
   static_assert(kIntRowUnit % kRows == 0);
   IntProduct<T, V> product(w, job);
+  if (row < row_end) product.ask_for_first(row);
   for (; row < row_end; row += kRows) product.run(row, min64(kRows, row_end - row));
 }
 

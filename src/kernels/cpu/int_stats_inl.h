@@ -1,4 +1,5 @@
-// Statistics of weight rows for integer products (int_kernels.h), a lane per row.
+// Statistics of weight rows for products in which a lane is a row: integer ones (int_kernels.h) and
+// those of lanes_avx512bf16.cpp.
 #pragma once
 
 #include "kernels/cpu/int_codes_inl.h"
@@ -6,7 +7,8 @@
 namespace quantal {
 namespace {  // NOLINT: internal linkage on purpose
 
-/// A and B of IntKernels' formula, a slot at a time for V::kLanes rows.
+/// Scales times `unit` and offsets as they are added (A and B in int_kernels.h), a slot at a time
+/// for V::kLanes rows.
 template <class T, class V>
 class IntSlots {
  public:

@@ -12,8 +12,8 @@
 namespace quantal {
 namespace {  // NOLINT: internal linkage on purpose
 
-constexpr int kVecs = 2;  // of rows that stand together
-constexpr std::int64_t kRows = kVecs * kLanes;
+constexpr int kLaneVecs = 2;  // of rows that stand together
+constexpr std::int64_t kLaneRows = kLaneVecs * kLanes;
 constexpr int kQuarterWords = 4;
 constexpr int kUnitWords = 4 * kQuarterWords;  // of the low plane
 
@@ -31,7 +31,7 @@ class LaneUnit {
   explicit LaneUnit(const KernelMatrix& w)
       : tables_(w), to_number_(_mm512_set1_ps(0x1p23F + w.centre)) {}
 
-  /// Pair kPair of word d, with the word of the high plane from `high_of`.
+  /// Pair kPair of a word, with its bits of the high plane (LaneCodes::low, high).
   template <int kPair>
   [[gnu::always_inline]] __m512i values(__m512i low, __m512i high) const {
     if constexpr (kBits == 8) {
@@ -65,7 +65,7 @@ class LaneUnit {
   const __m512 to_number_;  // 2^23, under which a code stands in the mantissa, and the centre
 };
 
-/// Units of kRows rows: those that are multiplied, and the next ones, which are copied
+/// Units of kLaneRows rows: those that are multiplied, and the next ones, which are copied
 /// row by row in the meantime. Rows are powers of two apart, so lines of many rows would not stay
 /// in the first-level cache until they are transposed.
 template <class Unit>
@@ -75,7 +75,7 @@ class LaneCodes {
 
   /// The next unit is that of columns from `col` on of rows from `row` on, if there are any.
   void aim(std::int64_t row, std::int64_t col) {
-    left_ = row < end_ ? kRows : 0;
+    left_ = row < end_ ? kLaneRows : 0;
     const std::int64_t offset = col / Unit::kColumns * Unit::kBytes;
     from_ = w_.codes + row * w_.code_bytes + offset;
     last_ = w_.codes + (end_ - 1) * w_.code_bytes + offset;
@@ -84,33 +84,33 @@ class LaneCodes {
     mask_ = bytes < 64 ? (__mmask64{1} << bytes) - 1 : ~__mmask64{0};
     to_ = 0;
   }
-  /// Copies kVecs rows of the next unit.
+  /// Copies kLaneVecs rows of the next unit.
   [[gnu::always_inline]] void copy() {
     if (left_ == 0) return;
 #pragma GCC unroll 2
-    for (int i = 0; i < kVecs; ++i) {
+    for (int i = 0; i < kLaneVecs; ++i) {
       copy_row();
       if (first_) _mm_prefetch(reinterpret_cast<const char*>(from_) + kFirstAhead, _MM_HINT_T0);
       from_ = from_ < last_ ? from_ + w_.code_bytes : last_;
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < kVecs * Unit::kBytes; i += 64) _mm_prefetch(ahead_ + i, _MM_HINT_T0);
-    ahead_ += kVecs * Unit::kBytes;
-    left_ -= kVecs;
+    for (int i = 0; i < kLaneVecs * Unit::kBytes; i += 64) _mm_prefetch(ahead_ + i, _MM_HINT_T0);
+    ahead_ += kLaneVecs * Unit::kBytes;
+    left_ -= kLaneVecs;
   }
   void copy_rest() {
     while (left_ != 0) copy();
   }
   /// Begins with rows from `row` on: nothing has asked for them.
   void begin(std::int64_t row) {
-    for (std::int64_t r = row; r < min64(row + kRows, end_); ++r) {
+    for (std::int64_t r = row; r < min64(row + kLaneRows, end_); ++r) {
       const char* codes = reinterpret_cast<const char*>(w_.codes + r * w_.code_bytes);
       for (std::int64_t i = 0; i < kFirstAhead; i += 64) _mm_prefetch(codes + i, _MM_HINT_T0);
     }
     ask_from(row);
     aim(row, 0);
     copy_rest();
-    ask_from(row + kRows);
+    ask_from(row + kLaneRows);
     first_ = true;
   }
   /// What is asked for while codes are copied: rows from `row` on, in the order of memory.
@@ -121,7 +121,7 @@ class LaneCodes {
 
   /// Makes the next unit the one that is multiplied.
   void transpose() {
-    for (int v = 0; v < kVecs; ++v) {
+    for (int v = 0; v < kLaneVecs; ++v) {
       const std::uint8_t* raw = raw_ + v * kLanes * kRowBytes;
       __m512i a[16];
 #pragma GCC unroll 16
@@ -141,7 +141,7 @@ class LaneCodes {
   }
   /// Word d of vector v of rows.
   [[gnu::always_inline]] __m512i low(int d, int v) const {
-    return load_512(words_ + (d * kVecs + v) * kLanes);
+    return load_512(words_ + (d * kLaneVecs + v) * kLanes);
   }
   [[gnu::always_inline]] __m512i high(int d, int v) const {
     if constexpr (Unit::kStrips == 0) return _mm512_setzero_si512();
@@ -173,7 +173,7 @@ class LaneCodes {
     __builtin_memcpy(to, from, kCount);
   }
   void store_word(int d, int v, __m512i word) {
-    _mm512_store_si512(words_ + (d * kVecs + v) * kLanes, word);
+    _mm512_store_si512(words_ + (d * kLaneVecs + v) * kLanes, word);
   }
 
   const KernelMatrix& w_;
@@ -185,8 +185,8 @@ class LaneCodes {
   __mmask64 mask_ = 0;
   bool whole_ = true;
   bool first_ = false;  // of the rows that are asked for while they are used
-  alignas(64) std::uint8_t raw_[kRows * kRowBytes] = {};
-  alignas(64) std::int32_t words_[Unit::kWords * kRows];
+  alignas(64) std::uint8_t raw_[kLaneRows * kRowBytes] = {};
+  alignas(64) std::int32_t words_[Unit::kWords * kLaneRows];
 };
 
 }  // namespace

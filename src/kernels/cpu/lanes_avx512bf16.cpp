@@ -16,9 +16,7 @@ constexpr std::int64_t kMinTile = kMaxSumInputs + 1, kMinFiller = kMinTile + 1; 
 constexpr std::int64_t kMaxTiles = kMaxBf16Inputs / 8;
 constexpr std::int64_t kSlots = kStretchSlots + 2 * kLanes;
 
-// ------------------------------------------------------------------ products
-
-/// A piece of kRows rows: pairs of columns, scales and offsets (null: none).
+/// A piece of kLaneRows rows: pairs of columns, scales and offsets (null: none).
 struct LanePiece {
   std::int64_t pairs;
   const float* a;
@@ -28,19 +26,20 @@ struct LanePiece {
 /// Sums of a register tile. Every loop over them must be unrolled.
 template <int kInputs>
 struct LaneSums {
-  __m512 of[kInputs][kVecs];
+  __m512 of[kInputs][kLaneVecs];
 
   [[gnu::always_inline]] LaneSums() {
 #pragma GCC unroll 24
-    for (int i = 0; i < kInputs * kVecs; ++i) of[i / kVecs][i % kVecs] = _mm512_setzero_ps();
+    for (int i = 0; i < kInputs * kLaneVecs; ++i)
+      of[i / kLaneVecs][i % kLaneVecs] = _mm512_setzero_ps();
   }
   /// += a pair of columns of the weights with that of each input.
-  [[gnu::always_inline]] void add(const __m512i (&values)[kVecs], const std::uint32_t* x) {
+  [[gnu::always_inline]] void add(const __m512i (&values)[kLaneVecs], const std::uint32_t* x) {
 #pragma GCC unroll 12
     for (int m = 0; m < kInputs; ++m) {
       const __m512i input = _mm512_set1_epi32(static_cast<int>(x[m]));
 #pragma GCC unroll 2
-      for (int v = 0; v < kVecs; ++v) add_products(of[m][v], values[v], input);
+      for (int v = 0; v < kLaneVecs; ++v) add_products(of[m][v], values[v], input);
     }
   }
   /// totals += scale * sums + offset * sums of x.
@@ -51,13 +50,15 @@ struct LaneSums {
   }
   [[gnu::always_inline]] void load(const float* totals) {
 #pragma GCC unroll 24
-    for (int i = 0; i < kInputs * kVecs; ++i)
-      of[i / kVecs][i % kVecs] = _mm512_load_ps(totals + i * kLanes);
+    for (int i = 0; i < kInputs * kLaneVecs; ++i) {
+      of[i / kLaneVecs][i % kLaneVecs] = _mm512_load_ps(totals + i * kLanes);
+    }
   }
   [[gnu::always_inline]] void store(float* totals) const {
 #pragma GCC unroll 24
-    for (int i = 0; i < kInputs * kVecs; ++i)
-      _mm512_store_ps(totals + i * kLanes, of[i / kVecs][i % kVecs]);
+    for (int i = 0; i < kInputs * kLaneVecs; ++i) {
+      _mm512_store_ps(totals + i * kLanes, of[i / kLaneVecs][i % kLaneVecs]);
+    }
   }
 
  private:
@@ -65,7 +66,7 @@ struct LaneSums {
   [[gnu::always_inline]] void add_scaled(const LanePiece& piece, const float* sums_of_x,
                                          LaneSums& totals) const {
 #pragma GCC unroll 2
-    for (int v = 0; v < kVecs; ++v) {
+    for (int v = 0; v < kLaneVecs; ++v) {
       const __m512 a = _mm512_loadu_ps(piece.a + v * kLanes);
       const __m512 b = kOffsets ? _mm512_loadu_ps(piece.b + v * kLanes) : a;
 #pragma GCC unroll 12
@@ -86,8 +87,8 @@ void multiply_panel(const LanePiece* pieces, std::int64_t count, const std::uint
   totals.load(out);
   for (const LanePiece* piece = pieces; piece < pieces + count; ++piece, sums_of_x += kInputs) {
     LaneSums<kInputs> sums;
-    for (std::int64_t k = 0; k < piece->pairs; ++k, panel += kRows, x += kInputs) {
-      const __m512i values[kVecs] = {load_512(panel), load_512(panel + kLanes)};
+    for (std::int64_t k = 0; k < piece->pairs; ++k, panel += kLaneRows, x += kInputs) {
+      const __m512i values[kLaneVecs] = {load_512(panel), load_512(panel + kLanes)};
       sums.add(values, x);
     }
     sums.add_to(*piece, sums_of_x, totals);
@@ -95,7 +96,7 @@ void multiply_panel(const LanePiece* pieces, std::int64_t count, const std::uint
   totals.store(out);
 }
 
-/// Weight rows in blocks of kRows.
+/// Weight rows in blocks of kLaneRows.
 template <class Unit, bool kChunks>
 class LaneProduct {
  public:
@@ -109,20 +110,20 @@ class LaneProduct {
         tiles_(lane_tiles(job.inputs)),
         sum_columns_(lane_columns(w)),
         totals_(job.scratch),
-        a_(totals_ + job.inputs * kRows),
-        b_(a_ + kSlots * kRows),
+        a_(totals_ + job.inputs * kLaneRows),
+        b_(a_ + kSlots * kLaneRows),
         codes_(w, row_end) {
     for (std::int64_t t = 0; t <= tiles_; ++t) first_[t] = job.inputs * t / tiles_;
-    static_assert(kMaxBf16Inputs * kRows + 2 * kSlots * kRows <= kBf16ScratchFloats);
+    static_assert(kMaxBf16Inputs * kLaneRows + 2 * kSlots * kLaneRows <= kBf16ScratchFloats);
   }
 
   void run(std::int64_t row) {
     stats_ahead_ = stats_of(row);
     ask_for_stats(row, w_.cols - 1);
     codes_.begin(row);
-    for (; row < row_end_; row += kRows) {
-      block(row, min64(kRows, row_end_ - row));
-      codes_.ask_from(row + 2 * kRows);
+    for (; row < row_end_; row += kLaneRows) {
+      block(row, min64(kLaneRows, row_end_ - row));
+      codes_.ask_from(row + 2 * kLaneRows);
     }
   }
 
@@ -154,20 +155,20 @@ class LaneProduct {
   }
 
   void block(std::int64_t row, std::int64_t rows) {
-    for (std::int64_t i = 0; i < job_.inputs * kRows; i += kLanes) {
+    for (std::int64_t i = 0; i < job_.inputs * kLaneRows; i += kLanes) {
       _mm512_store_ps(totals_ + i, _mm512_setzero_ps());
     }
     pieces_ = Pieces(w_);
     std::int64_t piece = 0;
     for (std::int64_t c = 0; c < w_.cols; c += kStretch) {
       const std::int64_t n = min64(kStretch, w_.cols - c);
-      const std::int64_t position = slots_.template fill<kRows>(row, rows, c, n, a_, b_);
-      slot_ = position / w_.group_size * kRows;
+      const std::int64_t position = slots_.template fill<kLaneRows>(row, rows, c, n, a_, b_);
+      slot_ = position / w_.group_size * kLaneRows;
       for (std::int64_t k = 0; k < n; k += Unit::kColumns) {
         codes_.transpose();
-        ask_for_stats(row + kRows, c + k);
+        ask_for_stats(row + kLaneRows, c + k);
         const std::int64_t next = c + k + Unit::kColumns;
-        next < w_.cols ? codes_.aim(row, next) : codes_.aim(row + kRows, 0);
+        next < w_.cols ? codes_.aim(row, next) : codes_.aim(row + kLaneRows, 0);
         find_pieces(c + k);
         multiply_tiles(c + k, piece);
         piece += count_;
@@ -175,14 +176,16 @@ class LaneProduct {
       }
     }
     for (std::int64_t m = 0; m < job_.inputs; ++m) {
-      for (std::int64_t r = 0; r < rows; r += kLanes) store(m, row + r, min64(kLanes, rows - r), r);
+      for (std::int64_t r = 0; r < rows; r += kLanes) {
+        store_outputs(job_, totals_ + m * kLaneRows + r, m, row + r, min64(kLanes, rows - r));
+      }
     }
   }
 
   /// Statistics of the rows that come after these, as much as the columns up to the end of this
   /// unit are of the row.
   void ask_for_stats(std::int64_t row, std::int64_t col) {
-    const std::int64_t bytes = kRows * w_.stat_bytes;
+    const std::int64_t bytes = kLaneRows * w_.stat_bytes;
     const char* const part =
         stats_of(row) +
         static_cast<std::int64_t>(static_cast<float>(bytes) *
@@ -204,7 +207,7 @@ class LaneProduct {
       found_[count_] = {size * kColumns / 2, a_ + slot_, w_.has_offsets ? b_ + slot_ : nullptr};
       ++count_;
       i += size;
-      if (pieces_.at_group()) slot_ += kRows;
+      if (pieces_.at_group()) slot_ += kLaneRows;
     }
   }
 
@@ -215,7 +218,7 @@ class LaneProduct {
       const auto* sums_of_x = reinterpret_cast<const float*>(x + sum_columns_ / 2 * inputs);
       x += col / 2 * inputs;
       sums_of_x += piece * inputs;
-      float* const totals = totals_ + m * kRows;
+      float* const totals = totals_ + m * kLaneRows;
       if (t == 0) {
         const First first = tiles_ == 1 ? first_of(inputs) : filler_of(inputs);
         (this->*first)(x, sums_of_x, totals);
@@ -274,38 +277,31 @@ class LaneProduct {
   template <bool kFill, int kFirst, int kStep, int kInputs>
   [[gnu::always_inline]] void pairs(const Unit& unit, int d, const std::uint32_t*& x,
                                     std::uint32_t*& panel, LaneSums<kInputs>& sums) const {
-    __m512i low[kVecs], high[kVecs];
+    __m512i low[kLaneVecs], high[kLaneVecs];
 #pragma GCC unroll 2
-    for (int v = 0; v < kVecs; ++v) {
+    for (int v = 0; v < kLaneVecs; ++v) {
       low[v] = codes_.low(d, v);
       high[v] = codes_.high(d, v);
     }
     each_pair<kFill, kFirst, kStep>(unit, low, high, x, panel, sums);
   }
   template <bool kFill, int kPair, int kStep, int kInputs>
-  [[gnu::always_inline]] static void each_pair(const Unit& unit, const __m512i (&low)[kVecs],
-                                               const __m512i (&high)[kVecs],
+  [[gnu::always_inline]] static void each_pair(const Unit& unit, const __m512i (&low)[kLaneVecs],
+                                               const __m512i (&high)[kLaneVecs],
                                                const std::uint32_t*& x, std::uint32_t*& panel,
                                                LaneSums<kInputs>& sums) {
     if constexpr (kPair < Unit::kPairs) {
-      __m512i values[kVecs];
+      __m512i values[kLaneVecs];
 #pragma GCC unroll 2
-      for (int v = 0; v < kVecs; ++v) {
+      for (int v = 0; v < kLaneVecs; ++v) {
         values[v] = unit.template values<kPair>(low[v], high[v]);
         if (kFill) _mm512_store_si512(panel + v * kLanes, values[v]);
       }
       sums.add(values, x);
       x += kInputs;
-      panel += kRows;
+      panel += kLaneRows;
       each_pair<kFill, kPair + kStep, kStep>(unit, low, high, x, panel, sums);
     }
-  }
-
-  void store(std::int64_t m, std::int64_t row, std::int64_t rows, std::int64_t at) const {
-    const __mmask16 mask = VecAvx512::first(static_cast<int>(rows));
-    __m512 v = _mm512_load_ps(totals_ + m * kRows + at);
-    if (job_.bias != nullptr) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, job_.bias + row));
-    store_kind_n<VecAvx512>(FloatKind::kBF16, v, job_.y + m * job_.ldy + row, rows);
   }
 
   const KernelMatrix& w_;
@@ -325,7 +321,7 @@ class LaneProduct {
   std::int64_t count_ = 0;             // of pieces found
   std::int64_t first_[kMaxTiles + 1];  // row of activations of each tile
   LanePiece found_[kUnitWords];
-  alignas(64) std::uint32_t panel_[Unit::kColumns / 2 * kRows];
+  alignas(64) std::uint32_t panel_[Unit::kColumns / 2 * kLaneRows];
   LaneCodes<Unit> codes_;
 };
 

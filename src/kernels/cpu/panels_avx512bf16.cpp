@@ -89,7 +89,9 @@ class PanelProduct {
       }
     }
     for (std::int64_t m = 0; m < job_.inputs; ++m) {
-      for (std::int64_t r = 0; r < rows; r += kLanes) store(m, row + r, min64(kLanes, rows - r), r);
+      for (std::int64_t r = 0; r < rows; r += kLanes) {
+        store_outputs(job_, sums_ + m * kPanelRows + r, m, row + r, min64(kLanes, rows - r));
+      }
     }
   }
 
@@ -123,13 +125,6 @@ class PanelProduct {
       for (std::int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(codes + bytes + last + b);
     }
     decode_(w_, stats_[r], row + r, c, k, n, out);
-  }
-
-  void store(std::int64_t m, std::int64_t row, std::int64_t rows, std::int64_t at) const {
-    const __mmask16 mask = VecAvx512::first(static_cast<int>(rows));
-    __m512 v = _mm512_load_ps(sums_ + m * kPanelRows + at);
-    if (job_.bias != nullptr) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, job_.bias + row));
-    store_kind_n<VecAvx512>(FloatKind::kBF16, v, job_.y + m * job_.ldy + row, rows);
   }
 
   const KernelMatrix& w_;
