@@ -112,6 +112,32 @@ TEST_F(KernelSets, SubnormalValuesOfTinyTablesAndStatistics) {
   }
 }
 
+TEST_F(KernelSets, EveryScaleOfOneByte) {
+  for (const ScaleSource scale : {ScaleSource::kE8M0, ScaleSource::kE4M3}) {
+    for (const DType value : {DType::kF32, DType::kBF16, DType::kF16}) {
+      const PackedSpec spec{.rows = 256,
+                            .cols = 128,
+                            .code_map = CodeMap::kE2M1,
+                            .scale = scale,
+                            .value_dtype = value,
+                            .group_size = 32};
+      PackedMatrix w = random_packed(spec, 11);
+      std::vector<std::uint8_t> bytes;
+      for (std::int64_t g = 0; g < 4 * spec.rows; ++g) {
+        bytes.push_back(static_cast<std::uint8_t>(g / 4));
+      }
+      spread_stats(spec, {.scales = bytes.data()}, 0, w.stats.data(), serial_executor());
+      const auto expected = reference(w, {0, 256, 0, 128}, DType::kBF16);
+      for (std::string_view name : available_cpu_kernels()) {
+        select_cpu_kernels(name);
+        EXPECT_TRUE(same_values(
+            DType::kBF16, kernel(w, {0, 256, 0, 128}, DType::kBF16, serial_executor()), expected))
+            << name << " " << describe(spec);
+      }
+    }
+  }
+}
+
 TEST_F(KernelSets, DequantizeLeavesWhatIsBetweenRowsAlone) {
   const PackedSpec spec{.rows = 3, .cols = 37, .offset = Offset::kBias, .group_size = 5};
   const PackedMatrix w = random_packed(spec, 5);

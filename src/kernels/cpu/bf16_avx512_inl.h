@@ -31,12 +31,14 @@ inline void repeat_for_slots(const float* from, std::int64_t group_size, std::in
   repeat_outer<VecBf16>(from, group_size / size, phase / size, slots, to);
 }
 
-/// expand_stretch with a slot for every `size` columns, which divide the groups.
-inline void expand_slots(const KernelMatrix& w, std::int64_t size, std::int64_t row,
-                         std::int64_t col, std::int64_t count, Stretch& out) {
-  if (size == w.group_size) return expand_stretch<VecBf16>(w, row, col, count, out);
+/// expand_stretch with a slot for every `size` columns, which divide the groups. T: VecBf16, or
+/// VecAvx512 where subnormal scales are not zero.
+template <class T = VecBf16>
+void expand_slots(const KernelMatrix& w, std::int64_t size, std::int64_t row, std::int64_t col,
+                  std::int64_t count, Stretch& out) {
+  if (size == w.group_size) return expand_stretch<T>(w, row, col, count, out);
   Stretch groups;
-  expand_stretch<VecBf16>(w, row, col, count, groups);
+  expand_stretch<T>(w, row, col, count, groups);
   repeat_for_slots(groups.scale, w.group_size, groups.phase, size, count, out.scale);
   if (w.offset != OffsetKind::kNone) {
     repeat_for_slots(groups.offset, w.group_size, groups.phase, size, count, out.offset);
@@ -44,9 +46,10 @@ inline void expand_slots(const KernelMatrix& w, std::int64_t size, std::int64_t 
   out.phase = 0;
 }
 /// The same for slot_columns; step_fields is not 0.
-inline void expand_steps(const KernelMatrix& w, std::int64_t row, std::int64_t col,
-                         std::int64_t count, Stretch& out) {
-  expand_slots(w, slot_columns(w), row, col, count, out);
+template <class T = VecBf16>
+void expand_steps(const KernelMatrix& w, std::int64_t row, std::int64_t col, std::int64_t count,
+                  Stretch& out) {
+  expand_slots<T>(w, slot_columns(w), row, col, count, out);
 }
 
 /// out[r * ld + 16 k + code]: the tables of groups first + k of some rows, 32 bytes each, two

@@ -48,7 +48,7 @@ void dequantize_avx512bf16(const KernelMatrix& w, const DequantizeJob& job) noex
     auto* out = static_cast<std::uint16_t*>(job.out) + (r - job.row_begin) * job.ld;
     for (std::int64_t c = job.col_begin; c < job.col_end; c += kStretch, out += kStretch) {
       const std::int64_t n = min64(kStretch, job.col_end - c);
-      expand_steps(w, r, c, n, stats);
+      expand_steps<VecAvx512>(w, r, c, n, stats);
       if (is_moderate(w, n, stats)) {
         decode(w, stats, r, c, 0, n, out);
       } else {
