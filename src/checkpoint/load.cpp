@@ -42,6 +42,7 @@ void read_layers(const ModelReader& reader, const Executor& executor, const std:
                  Checkpoint& out) {
   const std::vector<std::string>& names = reader.layer_names();
   std::vector<PackedMatrix*> slots;
+  slots.reserve(names.size());
   for (const std::string& name : names) slots.push_back(&out.layers[name]);
   std::vector<std::optional<Error>> errors(names.size());
   executor.parallel_for(0, std::ssize(names), 1, [&](std::int64_t begin, std::int64_t end) {

@@ -185,7 +185,7 @@ void ModelWriter::commit(const std::string& config_json, std::vector<std::string
   if (dense.empty()) {
     dense = linears_;
     // A tied head has no tensor of its own, but programs must not take it for quantized.
-    if (!has_head() && !layers_.empty()) dense.push_back("lm_head");
+    if (!has_head() && !layers_.empty()) dense.emplace_back("lm_head");
   }
   if (layout_.names_tied_head) name_tied_head(config_json);
   const WeightShapes shapes(config_json);

@@ -182,7 +182,7 @@ std::string count_text(std::int64_t count) {
 
 std::string verdict(const Plan& plan) {
   const PlanPhase& peak = plan.peak();
-  const std::string need = "peak " + gigabytes(peak.total()) + " (" + peak.name + ")";
+  std::string need = "peak " + gigabytes(peak.total()) + " (" + peak.name + ")";
   if (plan.usable_bytes == 0) return need;
   const std::string have =
       gigabytes(plan.usable_bytes) + " usable of " + gigabytes(plan.options.memory_bytes);

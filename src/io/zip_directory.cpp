@@ -328,7 +328,7 @@ class DirectoryReader {
   }
 
   /// CRC-32 and both sizes behind the data, 4 or 8 bytes each, with or without a signature.
-  static void check_descriptor(ByteReader reader, const ZipMember& member) {
+  static void check_descriptor(const ByteReader& reader, const ZipMember& member) {
     for (const bool with_signature : {true, false}) {
       for (const std::uint64_t width : {4u, 8u}) {
         ByteReader attempt = reader;

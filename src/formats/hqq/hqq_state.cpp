@@ -30,7 +30,7 @@ std::int64_t integer_at(const TensorView& t, std::size_t i) {
 }  // namespace
 
 std::string Fields::name(std::string_view field) const {
-  const std::string flat = prefix_ + std::string(field);
+  std::string flat = prefix_ + std::string(field);
   if (lookup_(flat) != nullptr) return flat;
   std::string below_meta = prefix_ + "meta." + std::string(field);
   return lookup_(below_meta) != nullptr ? below_meta : flat;
