@@ -131,27 +131,40 @@ def cells(row: Row, names: list[str]) -> list[str]:
     ]
 
 
-@torch.no_grad()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=0.6, help="of one pair of candidates")
-    parser.add_argument("--rows", default="1,4,16,512", help="rows of x, comma separated")
+@dataclass
+class Arguments:
+    seconds: float
+    rows: list[int]
+    forms: list[str]
+    output: pathlib.Path | None
+
+
+def arguments(description: str | None, seconds: float, rows: str) -> Arguments:
+    """Those of the command line; `seconds` and `rows` are their defaults."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--seconds", type=float, default=seconds, help="of one pair of candidates")
+    parser.add_argument("--rows", default=rows, help="rows of x, comma separated")
     parser.add_argument("--forms", default="all", help="semicolon separated beginnings of names")
     parser.add_argument("--output", type=pathlib.Path)
     args = parser.parse_args()
+    wanted = tuple(args.forms.split(";"))
+    forms = [f for f in FORMS if args.forms == "all" or f.startswith(wanted)]
+    return Arguments(args.seconds, list(map(int, args.rows.split(","))), forms, args.output)
+
+
+@torch.no_grad()
+def main() -> None:
+    args = arguments(__doc__, seconds=0.6, rows="1,4,16,512")
     torch.manual_seed(0)
     top = limits.measure()
-    wanted = args.forms.split(";")
-    forms = [f for f in FORMS if args.forms == "all" or f.startswith(tuple(wanted))]
     rows: list[Row] = []
     rivals = forward_rivals.forward_rivals()
     for out_features, in_features in SHAPES:
         weight = (torch.randn(out_features, in_features) * 0.02).to(torch.bfloat16)
-        used = {"torch bf16", *itertools.chain(*(RIVALS.get(f, []) for f in forms))}
+        used = {"torch bf16", *itertools.chain(*(RIVALS.get(f, []) for f in args.forms))}
         products = {n: (make(weight), t) for n, (make, t) in rivals.items() if n in used}
-        for form in forms:
-            ms = list(map(int, args.rows.split(",")))
-            rows += measure_form(form, weight, products, ms, args.seconds, top)
+        for form in args.forms:
+            rows += measure_form(form, weight, products, args.rows, args.seconds, top)
     names = [n for n in rivals if any(n in r.rivals for r in rows)]
     page = pairs.table(
         "Products with a quantized matrix on the CPU",

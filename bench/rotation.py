@@ -10,8 +10,6 @@ candidate too: its ratio is the share of the read bandwidth of the same seconds.
 
 from __future__ import annotations
 
-import argparse
-import pathlib
 from collections.abc import Callable
 
 import forward_rivals
@@ -126,24 +124,16 @@ def copies_of_rivals(
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=0.8, help="of one pair of candidates")
-    parser.add_argument("--rows", default="1,4", help="rows of x, comma separated")
-    parser.add_argument("--forms", default="all", help="semicolon separated beginnings of names")
-    parser.add_argument("--output", type=pathlib.Path)
-    args = parser.parse_args()
+    args = forward_speed.arguments(__doc__, seconds=0.8, rows="1,4")
     torch.manual_seed(0)
-    wanted = tuple(args.forms.split(";"))
-    forms = [f for f in forward_speed.FORMS if args.forms == "all" or f.startswith(wanted)]
     makers = forward_rivals.forward_rivals()
-    used = {name for form in forms for name in RIVALS.get(form, [])}
-    ms = list(map(int, args.rows.split(",")))
+    used = {name for form in args.forms for name in RIVALS.get(form, [])}
     rows: list[list[str]] = []
     for out_features, in_features in forward_speed.SHAPES:
         weight = (torch.randn(out_features, in_features) * 0.02).to(torch.bfloat16)
         rivals = copies_of_rivals(weight, makers, used)
-        for form in forms:
-            rows += measure_form(form, weight, rivals, ms, args.seconds)
+        for form in args.forms:
+            rows += measure_form(form, weight, rivals, args.rows, args.seconds)
     page = pairs.table(
         "Products of few rows with many matrices in turn on the CPU",
         "python bench/rotation.py",

@@ -118,8 +118,8 @@ class LaneProduct {
   }
 
   void run(std::int64_t row) {
-    stats_ahead_ = stats_of(row);
-    ask_for_stats(row, w_.cols - 1);
+    ask_for_stats(w_, row, kLaneRows);
+    stats_ahead_ = stats_of(row + kLaneRows);
     codes_.begin(row);
     for (; row < row_end_; row += kLaneRows) {
       block(row, min64(kLaneRows, row_end_ - row));
@@ -166,7 +166,7 @@ class LaneProduct {
       slot_ = position / w_.group_size * kLaneRows;
       for (std::int64_t k = 0; k < n; k += Unit::kColumns) {
         codes_.transpose();
-        ask_for_stats(row + kLaneRows, c + k);
+        ask_for_later_stats(row + kLaneRows, c + k);
         const std::int64_t next = c + k + Unit::kColumns;
         next < w_.cols ? codes_.aim(row, next) : codes_.aim(row + kLaneRows, 0);
         find_pieces(c + k);
@@ -182,9 +182,9 @@ class LaneProduct {
     }
   }
 
-  /// Statistics of the rows that come after these, as much as the columns up to the end of this
-  /// unit are of the row.
-  void ask_for_stats(std::int64_t row, std::int64_t col) {
+  /// Statistics of the rows from `row` on, which come next: as much as the columns up to the end of
+  /// the unit at `col` are of a row.
+  void ask_for_later_stats(std::int64_t row, std::int64_t col) {
     const std::int64_t bytes = kLaneRows * w_.stat_bytes;
     const char* const part =
         stats_of(row) +
