@@ -10,9 +10,9 @@ namespace quantal {
 /// 2 + 1, 5 = 4 + 1, 6 = 4 + 2. A chunk is 16 codes of consecutive columns, a byte of a plane each.
 template <int kBits>
 struct Planes {
-  static constexpr int kLow = kBits == 3 ? 2 : kBits == 5 || kBits == 6 ? 4 : kBits;
-  static constexpr int kHigh = kBits - kLow;  // 0: one plane
-  static constexpr int kFields = 8 / kLow;    // chunks of a low strip
+  static constexpr int kHigh = kBits == 3 || kBits == 5 ? 1 : kBits == 6 ? 2 : 0;  // 0: one plane
+  static constexpr int kLow = kBits - kHigh;
+  static constexpr int kFields = 8 / kLow;  // chunks of a low strip
   // A unit is one strip of 16 bytes of its highest plane, and what goes with it.
   static constexpr int kUnitChunks = 8 / (kHigh != 0 ? kHigh : kLow);
   static constexpr std::int64_t kUnitCodes = 16 * kUnitChunks;
